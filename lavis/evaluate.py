@@ -1,0 +1,8 @@
+"""`python -m lavis.evaluate --cfg-path X.yaml`: a module that the host's wheel lacks; delegates to the plug-in."""
+
+import sys
+
+from neucore_plugin.cli import run_evaluate
+
+if __name__ == "__main__":
+    sys.exit(run_evaluate())

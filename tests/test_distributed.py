@@ -1,0 +1,97 @@
+"""Two gloo processes: they agree with each other and with one process that has the whole batch."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import runner_case as case
+import torch
+
+from neucore_plugin import checkpoint, distributed
+from neucore_plugin.errors import ConfigError
+
+# Two processes with batches of 2 see what one process sees with batches of 4. No dropout: its masks are per process.
+PLAIN = {"max_epoch": 2, "dropout": 0.0}
+
+
+def run_group(tmp_path, output_dir, run: dict, world: int = 2, kill_at_batch: int = -1) -> tuple[list[int], dict]:
+    """(exit codes, {rank: what it saw}) of a group of clean processes."""
+    context = case.clean_processes()
+    results, store = context.Queue(), tmp_path / f"store-{os.urandom(4).hex()}"
+    arguments = (world, str(store), str(output_dir), run, results, kill_at_batch)
+    group = [context.Process(target=case.train_in_group, args=(rank, *arguments)) for rank in range(world)]
+    for process in group:
+        process.start()
+    seen = dict(results.get(timeout=120) for _ in range(world if kill_at_batch < 0 else 0))
+    for process in group:
+        process.join(60)
+    return [process.exitcode for process in group], seen
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_equal_one(tmp_path, accumulate):
+    run = {**PLAIN, "accum_grad_iters": accumulate}
+    codes, seen = run_group(tmp_path, tmp_path / "two", {**run, "batch_size_train": 2})
+    assert codes == [0, 0]
+    assert seen[0]["state"] == seen[1]["state"]
+    assert seen[0]["metrics"] == seen[1]["metrics"]
+    assert seen[0]["folder"] == seen[1]["folder"]
+    assert [seen[rank]["finished"] for rank in (0, 1)] == [1, 0]  # one process writes the results
+    assert len(list((tmp_path / "two").iterdir())) == 1
+    task = case.TinyTask()
+    runner = case.make_runner(
+        tmp_path / "one",
+        task=task,
+        model=case.TinyModel(dropout=0.0),
+        **{k: v for k, v in run.items() if k != "dropout"},
+    )
+    metrics = runner.train()
+    batches = zip(seen[0]["indices"], seen[1]["indices"], strict=True)
+    assert [sorted(a + b) for a, b in batches] == [sorted(batch) for batch in task.train_indices]
+    assert seen[0]["seen"] == seen[1]["seen"] == task.seen == {"dev": list(range(7)), "test": list(range(8))}
+    for name, value in runner.bare_model.state_dict().items():
+        torch.testing.assert_close(torch.tensor(seen[0]["state"][name], dtype=value.dtype), value, rtol=1e-4, atol=1e-6)
+    assert metrics["test"]["agg_metrics"] == pytest.approx(seen[0]["metrics"]["test"]["agg_metrics"], rel=1e-4)
+    logs = [(Path(folder) / "log.txt").read_text().count("\n") for folder in (seen[0]["folder"], runner.output_dir)]
+    assert logs[0] == logs[1]
+
+
+def test_a_killed_group_resumes_exactly(tmp_path):
+    run = {**case.ITERS, "batch_size_train": 2}
+    codes, whole = run_group(tmp_path, tmp_path / "whole", run)
+    assert codes == [0, 0]
+    codes, _ = run_group(tmp_path, tmp_path / "killed", run, kill_at_batch=7)
+    assert codes == [-signal.SIGKILL] * 2
+    codes, resumed = run_group(tmp_path, tmp_path / "killed", run)
+    assert codes == [0, 0]
+    for rank in (0, 1):
+        assert resumed[rank]["state"] == whole[rank]["state"]
+        assert resumed[rank]["metrics"] == whole[rank]["metrics"]
+        assert len(resumed[rank]["indices"]) == 13 - 6  # from the checkpoint within the round
+    one, other = (case.final_state(found[0]["folder"]) for found in (whole, resumed))
+    assert one["last"] == other["last"]
+    assert one["moments"] == other["moments"]
+    assert one["log"].splitlines()[1:] == other["log"].splitlines()[1:]
+    stored = checkpoint.load(Path(whole[0]["folder"]) / "checkpoint_last.pth")
+    assert len(stored["rng"]) == 2
+    alone = case.make_runner(tmp_path, **{**run, "resume": whole[0]["folder"]})
+    alone.folder.write(status="running")  # as if it had not come to its end
+    with pytest.raises(ConfigError, match="processes was 2, is 1"):
+        alone.train()
+
+
+def test_alone_everything_is_a_no_op():
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    distributed.barrier()
+    assert distributed.gather(3) == [3]
+    assert distributed.on_main(lambda: 4) == 4
+    model = torch.nn.Linear(1, 1)
+    assert distributed.wrap_model(model, torch.device("cpu")) is model
+
+
+def test_a_failure_of_the_main_process_reaches_all(tmp_path):
+    (tmp_path / "out").touch()  # a file where the run folder should go
+    codes, seen = run_group(tmp_path, tmp_path / "out", {**PLAIN, "expect": "cannot be written"})
+    assert codes == [0, 0]
+    assert all("cannot be written" in seen[rank] for rank in (0, 1))

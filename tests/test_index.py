@@ -1,0 +1,253 @@
+"""GalleryIndex: building, searching, saving and loading, with a tiny model whose score is known in closed form."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from colour_model import COLOURS, NAMES, ColourModel, draw, make_folder, names
+from PIL import Image
+
+from neucore_plugin.errors import DataError, ImageError
+from neucore_plugin.retrieval import encoding, index
+from neucore_plugin.retrieval.index import GalleryIndex, Hit
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "pictures")
+
+
+@pytest.fixture
+def built(folder):
+    return GalleryIndex.build(ColourModel(), folder, batch_size=2, progress=False)
+
+
+def test_build_from_a_folder(built, folder):
+    assert built.names == NAMES
+    assert built.paths == [(folder / name).resolve() for name in NAMES]
+    assert len(built) == 5
+    assert "red.png" in built
+    assert built.failures == []
+    assert built.model.encoded == [2, 2, 1]
+    torch.testing.assert_close(built.encodings["fg"][4], torch.tensor(COLOURS["red"]) / 255)  # no dropout
+    assert built.encodings["fg"].dtype == torch.float32
+
+
+def test_modes_of_the_model_are_restored(folder):
+    model = ColourModel()
+    GalleryIndex.build(model, folder, progress=False).search(text="red", k=1)
+    assert model.training
+    assert model.noise.training
+    assert not model.frozen.training  # model.train() would have switched it on
+
+
+def test_batches_do_not_matter(folder):
+    one = GalleryIndex.build(ColourModel(), folder, batch_size=1, progress=False)
+    all_ = GalleryIndex.build(ColourModel(), folder, batch_size=64, progress=False, workers=1)
+    assert one.names == all_.names
+    for key in ("fg", "bg"):
+        assert torch.equal(one.encodings[key], all_.encodings[key])
+
+
+def test_build_from_files_and_from_names(folder):
+    files = [folder / "red.png", str(folder / "more" / "Grey.JPG")]
+    assert GalleryIndex.build(ColourModel(), files, progress=False).names == ["red.png", "more/Grey.JPG"]
+    named = GalleryIndex.build(ColourModel(), {"b": files[0], "a": files[1]}, progress=False)
+    assert named.names == ["b", "a"]
+    assert names(named.search(text="red", k=2)) == ["b", "a"]
+
+
+def test_unreadable_images_are_listed(folder, caplog):
+    (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:40])
+    (folder / "aa.jpg").write_text("not an image")
+    with caplog.at_level(logging.WARNING):
+        index = GalleryIndex.build(ColourModel(), folder, batch_size=2, progress=False)
+    assert index.names == NAMES
+    assert [failure.name for failure in index.failures] == ["aa.jpg", "broken.png"]
+    assert all(failure.reason for failure in index.failures)
+    assert "2 of 7 images could not be read" in caplog.text
+    assert "broken.png" in caplog.text
+    torch.testing.assert_close(index.encodings["fg"][4], torch.tensor(COLOURS["red"]) / 255)  # rows stay in step
+
+
+def test_search_is_the_models_score(built, folder):
+    hits = built.search(text="red", k=5)
+    expected = {}
+    for name, colour in zip(NAMES, ("blue", "green", "grey", "pink", "red"), strict=True):
+        with Image.open(folder / name) as image:
+            mean = np.asarray(image.convert("RGB"), dtype=np.float64).mean((0, 1)) / 255
+        expected[name] = -float(np.linalg.norm(mean - np.array(COLOURS["red"]) / 255))
+        assert np.allclose(mean, np.array(COLOURS[colour]) / 255, atol=0.03)
+    assert names(hits) == sorted(expected, key=lambda name: -expected[name])
+    for rank, hit in enumerate(hits, start=1):
+        assert isinstance(hit, Hit)
+        assert hit.rank == rank
+        assert hit.score == pytest.approx(expected[hit.name], abs=1e-4)  # cdist near zero
+        assert hit.path == folder.resolve() / hit.name
+
+
+def test_reference_is_left_out(built, folder, tmp_path, monkeypatch):
+    assert "red.png" not in names(built.search("red.png", k=4))
+    assert names(built.search("red.png", k=1, exclude_reference=False)) == ["red.png"]
+    assert "red.png" not in names(built.search(folder / "red.png", k=4))
+    assert "red.png" not in names(built.search(str(folder / "more" / ".." / "red.png"), "blue", k=4))
+    (tmp_path / "link").symlink_to(folder)
+    assert "red.png" not in names(built.search(tmp_path / "link" / "red.png", k=4))
+    monkeypatch.chdir(folder / "more")
+    assert "more/Grey.JPG" not in names(built.search("Grey.JPG", k=4))  # a file here, not a name
+    outside = draw(tmp_path / "outside.png", "red")
+    assert names(built.search(outside, k=5))[0] == "red.png"  # not in the gallery: nothing to leave out
+
+
+def test_pictures_in_memory(built):
+    red = Image.new("RGB", (5, 5), COLOURS["red"])
+    assert names(built.search(red, k=1)) == ["red.png"]
+    clear = Image.new("RGBA", (5, 5), (255, 0, 0, 0))  # fully transparent: white
+    assert names(built.search(clear, k=1)) == ["more/deep/pink.webp"]
+    assert names(built.search(Image.new("L", (5, 5), 90), k=1)) == ["more/Grey.JPG"]
+
+
+def test_search_many_equals_one_by_one(built, monkeypatch):
+    monkeypatch.setattr(index, "_QUERY_BATCH", 2)
+    monkeypatch.setattr(index, "_GALLERY_CHUNK", 2)
+    queries = [("red.png", "blue"), (None, "green"), ("blue.png", None)]
+    queries += [("green.png", "  "), ("more/Grey.JPG", "red"), (None, "pink"), ("red.png", "green")]
+    together = built.search_many(queries, k=3)
+    assert len(together) == len(queries)
+    for query, hits in zip(queries, together, strict=True):
+        assert names(hits) == names(built.search(*query, k=3))
+    assert names(together[3]) == names(built.search("green.png", k=3))  # a blank text is none
+
+
+def test_equal_pictures_keep_gallery_order(tmp_path):
+    for name in ("c.png", "a.png", "b.png"):
+        draw(tmp_path / name, "red")
+    built = GalleryIndex.build(ColourModel(), tmp_path, progress=False)
+    assert names(built.search(text="blue", k=3)) == ["a.png", "b.png", "c.png"]
+    assert names(built.search("b.png", k=2)) == ["a.png", "c.png"]
+
+
+def test_add_and_remove(built, folder):
+    extra = draw(folder / "new" / "white.png", (255, 255, 255))
+    assert built.add([extra], progress=False) == ["new/white.png"]
+    assert built.names[-1] == "new/white.png"
+    assert names(built.search(text="red green blue", k=1)) == ["new/white.png"]
+    built.remove(["red.png", "blue.png"])
+    assert built.names == ["green.png", "more/Grey.JPG", "more/deep/pink.webp", "new/white.png"]
+    assert names(built.search("new/white.png", "red", k=3))[0] == "more/deep/pink.webp"
+    torch.testing.assert_close(built.encodings["fg"][0], torch.tensor(COLOURS["green"]) / 255)
+    fresh = GalleryIndex.build(ColourModel(), {name: folder / name for name in built.names}, progress=False)
+    assert torch.equal(fresh.encodings["bg"], built.encodings["bg"])
+    built.remove("green.png")
+    assert len(built) == 3
+
+
+def test_failed_add_changes_nothing(built, folder):
+    (folder / "broken.png").write_bytes(b"x")
+    with pytest.raises(DataError, match="none of the 1 images could be read"):
+        built.add([folder / "broken.png"], progress=False)
+    assert built.names == NAMES
+    assert len(built.encodings["fg"]) == 5
+
+
+class DivergedModel(ColourModel):
+    def encode_image(self, pixels):
+        return {"fg": pixels.mean((2, 3)) * 1e6}
+
+
+BAD_SOURCES = [
+    (lambda f: f / "nowhere", "nowhere' does not exist"),
+    (lambda f: f / "red.png", "is a file; give a list of files"),
+    (lambda f: [], "empty list"),
+    (lambda f: [f / "red.png", f / "more" / ".." / "red.png"], "given twice: 'red.png'"),
+    (lambda f: [f / "notes.txt"], "none of the 1 images could be read"),
+    (lambda f: [f / "gone.png"], "gone.png does not exist"),
+    (lambda f: {}, "empty mapping"),
+]
+
+
+@pytest.mark.parametrize(("source", "message"), BAD_SOURCES, ids=[message[:20] for _, message in BAD_SOURCES])
+def test_bad_sources(folder, source, message):
+    with pytest.raises(DataError, match=message):
+        GalleryIndex.build(ColourModel(), source(folder), progress=False)
+
+
+def test_folder_without_images(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match=r"no images in .*looked for \.bmp, \.gif"):
+        GalleryIndex.build(ColourModel(), tmp_path)
+
+
+def test_bad_settings(folder, built):
+    with pytest.raises(DataError, match="batch_size=0"):
+        GalleryIndex.build(ColourModel(), folder, batch_size=0)
+    with pytest.raises(DataError, match=r"float32 or torch.float16"):
+        GalleryIndex.build(ColourModel(), folder, dtype=torch.bfloat16)
+    with pytest.raises(DataError, match="'fg' holds NaN or infinite numbers; store float32"):
+        GalleryIndex.build(DivergedModel(), folder, dtype=torch.float16, progress=False)
+    with pytest.raises(DataError, match="twice in the index: 'a'"):
+        GalleryIndex(["a", "a"], ["x", "y"], built.encodings)
+
+
+BAD_QUERIES = [
+    ({}, "query 0: neither image nor text"),
+    ({"text": " "}, "neither image nor text"),
+    ({"text": "red", "k": 6}, "k=6: the gallery has 5 images"),
+    ({"image": "red.png", "k": 5}, "k=5: the gallery has 4 images without the reference"),
+    ({"text": "red", "k": 0}, "k=0"),
+    ({"image": "rad.png"}, "'rad.png' is neither a file nor a name in the index. Did you mean 'red.png'?"),
+]
+
+
+@pytest.mark.parametrize(("query", "message"), BAD_QUERIES, ids=[message[:24] for _, message in BAD_QUERIES])
+def test_bad_queries(built, query, message):
+    with pytest.raises(DataError, match=message):
+        built.search(**query)
+
+
+def test_bad_names(built, folder):
+    with pytest.raises(DataError, match=r"no image 'gren.png' in the index \(5 images\). Did you mean 'green.png'"):
+        built.remove(["gren.png"])
+    with pytest.raises(DataError, match=r"already in the index: 'red\.png'"):
+        built.add([folder / "red.png"])
+    with pytest.raises(DataError, match="would remove all 5"):
+        built.remove(NAMES)
+    with pytest.raises(DataError, match="no queries"):
+        built.search_many([])
+    (folder / "notes.png").write_text("no image")
+    with pytest.raises(ImageError, match=r"notes\.png"):
+        built.search(folder / "notes.png", k=1)
+
+
+def test_reading_ahead_is_bounded(tmp_path, monkeypatch):
+    """At most two batches are in memory: the one being encoded and the next."""
+    for number in range(12):
+        draw(tmp_path / f"{number:02d}.png", "red")
+    opened, seen = [], []
+    real = encoding.load_image
+    monkeypatch.setattr(encoding, "load_image", lambda path: opened.append(path) or real(path))
+
+    class Counting(ColourModel):
+        def encode_image(self, pixels):
+            seen.append(len(opened))
+            return super().encode_image(pixels)
+
+    GalleryIndex.build(Counting(), tmp_path, batch_size=3, progress=False)
+    assert len(opened) == 12
+    assert all(count <= 3 * (number + 2) for number, count in enumerate(seen))
+
+
+def test_package_is_light():
+    code = """
+import sys
+import neucore_plugin.retrieval as retrieval
+assert not {"torch", "jinja2"} & set(sys.modules)
+retrieval.GalleryIndex, retrieval.write_report, retrieval.results_chart_svg
+barred = ("lavis", "neucore_plugin.models", "neucore_plugin.datasets")
+assert not [name for name in sys.modules if name.startswith(barred)]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})

