@@ -1,0 +1,86 @@
+"""What the `model` section may say, and the sections of the backbones."""
+
+from typing import Any
+
+from pydantic import Field
+
+from neucore_plugin.schema_values import Flag, Probability, Section, Text, choice, real, whole, words
+
+PARTS_OF_SPEECH = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN")
+PARTS_OF_SPEECH += ("PUNCT", "SCONJ", "SYM", "VERB", "X")  # the universal tags, as spaCy gives them
+
+
+class EfficientNetLite0Schema(Section):
+    name: Text
+    image_size: whole(32, multiple=32) = 224
+    grid: whole(1) = 4
+    freeze: Flag = True
+
+
+class MiniLMSchema(Section):
+    name: Text
+    max_words: whole(1, 510) = 64  # BERT's 512 positions less [CLS] and [SEP]
+    freeze: Flag = True
+
+
+class BackboneSchema(Section):
+    image: Any = Field(default_factory=lambda: {"name": "efficientnet_lite0"})
+    text: Any = Field(default_factory=lambda: {"name": "minilm_l6"})
+
+
+class ConceptAlignmentSchema(Section):
+    depth: whole(0) = 1
+    heads: whole(1) = 4
+    mlp_ratio: real(above=0) = 2.0
+    bag: choice("union", "joint") = "union"
+    dropout: Probability = 0.0
+
+
+class FusionSchema(Section):
+    mode: choice("progressive", "mixture") = "progressive"
+    gumbel: Flag = False  # noise on the mixture's instruction weights, in training only
+    steps: whole(1) = 3
+    layers: whole(1) = 1
+    module_depth: whole(1) = 1
+    heads: whole(1) = 4
+    head_dim: whole(1) = 64
+    mlp_ratio: real(above=0) = 2.0
+    dropout: Probability = 0.0
+
+
+class MatchingSchema(Section):
+    terms: words(("fused", "explicit", "background"), at_least=1) = ["fused", "explicit", "background"]
+    temperature: real() = 2.65926
+    learn_temperature: Flag = True
+    mask_duplicates: Flag = True
+    reference_negatives: Flag = True
+
+
+class LossSchema(Section):
+    concept_weight: real(low=0) = 20.0
+    focal_alpha: real(low=0, high=1) = 0.5
+    focal_gamma: real(low=0) = 1.0
+
+
+class QueryDropoutSchema(Section):
+    image: Probability = 0.05
+    text: Probability = 0.05
+
+
+class ConceptsSchema(Section):
+    pos: words(PARTS_OF_SPEECH, at_least=1) = ["NOUN", "VERB", "ADJ", "ADV"]
+    min_count: whole(1) = 2
+
+
+class NeucoreSchema(Section):
+    arch: Text
+    model_type: Text | None = None
+    checkpoint: Text | None = None
+    backbone: BackboneSchema = Field(default_factory=BackboneSchema)
+    embed_dim: whole(1) = 256
+    concept_alignment: ConceptAlignmentSchema = Field(default_factory=ConceptAlignmentSchema)
+    fusion: FusionSchema = Field(default_factory=FusionSchema)
+    matching: MatchingSchema = Field(default_factory=MatchingSchema)
+    loss: LossSchema = Field(default_factory=LossSchema)
+    query_dropout: QueryDropoutSchema = Field(default_factory=QueryDropoutSchema)
+    concepts: ConceptsSchema = Field(default_factory=ConceptsSchema)
