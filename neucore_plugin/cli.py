@@ -1,6 +1,7 @@
-"""The command line: neucore train | evaluate | search | report | data. Light until a command runs."""
+"""The command line: train, evaluate, search and report here, the others in commands/. Light until a command runs."""
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 from neucore_plugin import __version__
 from neucore_plugin.errors import ConfigError, DataError, NeucoreError
 
+COMMANDS = ("data", "shards")  # modules of neucore_plugin.commands
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
 EXAMPLES = """\
 examples:
@@ -21,6 +23,7 @@ examples:
   neucore search --checkpoint BEST.pth --folder photos --image photos/cat.jpg --text "now asleep" --html found.html
   neucore report output/emoji
   neucore data emoji
+  neucore data check cirr --root /data/cirr
 """
 
 
@@ -47,12 +50,12 @@ def run_evaluate(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(command: Callable[[], Any]) -> int:
-    """Run a command: 0, or 2 after one `error: ...` for what a user can mend, or 130 after Ctrl-C.
+    """Run a command: its exit code (0 where it gives none), 2 after one `error: ...`, 130 after Ctrl-C.
 
     Of several processes only the first prints; the others would say the same.
     """
     try:
-        command()
+        code = command()
     except NeucoreError as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -65,7 +68,7 @@ def guarded(command: Callable[[], Any]) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,11 +105,11 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--svg", type=Path, metavar="FILE", help="write the chart of R@1 and R@10 as a picture")
     report.set_defaults(run=_report)
 
-    data = commands.add_parser("data", help="prepare a data set ahead of training")
-    data.add_argument("name", choices=["emoji"], help="emoji: render the OpenMoji drawings into the cache")
-    data.add_argument("--cache-dir", type=Path, help="where to (default $NEUCORE_CACHE or ~/.cache/neucore)")
-    data.add_argument("--image-size", type=_positive, default=224, help="side in pixels (default 224)")
-    data.set_defaults(run=_data)
+    for name in COMMANDS:
+        module = importlib.import_module(f"neucore_plugin.commands.{name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     return parser
 
 
@@ -122,6 +125,12 @@ def _add_config_arguments(parser: argparse.ArgumentParser, evaluate: bool = Fals
     )
     if evaluate:
         parser.add_argument("--checkpoint", help="the same as --options model.checkpoint=PATH")
+        parser.add_argument(
+            "--protocol",
+            nargs="+",
+            metavar="PRESET",
+            help="presets to evaluate with, in one pass over the gallery, such as: hard soft (CIRR)",
+        )
 
 
 def _positive(text: str) -> int:
@@ -142,6 +151,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     options = config.dotlist(arguments.options)
     if arguments.checkpoint:
         options.append(f"model.checkpoint={arguments.checkpoint}")
+    if arguments.protocol:
+        names = list((config.read_yaml(arguments.cfg_path).get("datasets") or {}).keys())
+        if len(names) != 1:
+            raise ConfigError(
+                f"--protocol needs a config with one data set, this has {', '.join(names) or 'none'}; "
+                "give --options datasets.NAME.build_info.protocol=[...]"
+            )
+        options.append(f"datasets.{names[0]}.build_info.protocol=[{','.join(arguments.protocol)}]")
     host.run(arguments.cfg_path, options, evaluate=True)
 
 
@@ -200,9 +217,3 @@ def _report(arguments: argparse.Namespace) -> None:
         title = f"NEUCORE: {arguments.folder.resolve().name}"
         write_report(arguments.html, title, results, settings=content, per_change=per_change)
         print(f"page: {arguments.html}", file=sys.stderr)
-
-
-def _data(arguments: argparse.Namespace) -> None:
-    from neucore_plugin.datasets import emoji_drawings  # free of torch, unlike the splits
-
-    print(emoji_drawings.prepare(arguments.cache_dir, image_size=arguments.image_size))

@@ -6,6 +6,7 @@ appended in order and progress is recorded, so an interrupted build goes on wher
 written last.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -77,9 +78,9 @@ class FeatureCache:
 
 
 def content_fingerprints(paths: Sequence[Path], progress: bool = True) -> list[str]:
-    """sha256 of every file's bytes: what makes a changed image visible."""
+    """sha256 of every file's bytes (or of those of an image in a shard): what makes a changed image visible."""
     return [
-        sha256_file(path)
+        sha256_file(path) if isinstance(path, str | os.PathLike) else hashlib.sha256(path.read()).hexdigest()
         for path in tqdm(paths, "checking images", unit="image", disable=not progress or None, leave=False)
     ]
 

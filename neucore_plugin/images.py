@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -51,6 +51,8 @@ def _name(source: _Source) -> str:
         return os.fspath(source)
     if isinstance(source, bytes | bytearray | memoryview):
         return f"image data of {len(source):,} bytes"
+    if not hasattr(source, "seek"):
+        return str(source)  # an image of a shard says where it lies
     return str(getattr(source, "name", "image stream"))
 
 
@@ -62,7 +64,7 @@ def _open(source: _Source, name: str) -> BinaryIO:
     if not isinstance(source, str | os.PathLike):
         if not hasattr(source, "read"):
             raise ImageError(f"an image is given as {type(source).__name__}: give a path, bytes or a binary file")
-        return source
+        return source if hasattr(source, "seek") else io.BytesIO(source.read())  # the latter: an image of a shard
     path = Path(source)
     try:
         if path.is_dir():
@@ -156,9 +158,9 @@ def check_images(
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"workers is {workers}; at least 1 is wanted")
-    files = [Path(path) for path in paths]
+    files = [Path(path) if isinstance(path, str) else path for path in paths]
 
-    def reason(path: Path) -> str:
+    def reason(path: Any) -> str:
         try:
             load_image(path, max_pixels).close()
         except ImageError as error:

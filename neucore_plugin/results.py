@@ -10,19 +10,83 @@ from typing import Any
 
 import torch
 
+from neucore_plugin.datasets.protocols import describe
 from neucore_plugin.datasets.triplets import TripletDataset
 from neucore_plugin.files import atomic_write, write_json
 from neucore_plugin.images import load_image
-from neucore_plugin.retrieval.metrics import RECALL_AT, SUBSET_AT, median_rank, recall_at
+from neucore_plugin.retrieval.metrics import (
+    PRECISION_AT,
+    RECALL_AT,
+    SUBSET_AT,
+    mean_average_precision,
+    median_rank,
+    recall_at,
+    soft_recall_at,
+)
 from neucore_plugin.retrieval.report import write_report
 
 EXAMPLES = 4  # queries shown a split
 
 
-def summary(ranks: torch.Tensor, subset_ranks: torch.Tensor | None = None) -> dict[str, float]:
-    """R@K in percent, median rank and number of queries of ranks [Q]; R_subset@K of the ranks in the groups [Q]."""
-    subset = {} if subset_ranks is None else recall_at(subset_ranks, SUBSET_AT, name="R_subset")
-    return {**recall_at(ranks, RECALL_AT), **subset, "median_rank": float(median_rank(ranks)), "queries": len(ranks)}
+def summary(found: Mapping[str, Any], row: str, chosen: Sequence[bool] | None = None) -> dict[str, float]:
+    """Metrics in percent of one row of what the task's `evaluation` gave; `chosen`: of these queries alone.
+
+    R@K and median rank; R_subset@K where the queries have groups; soft weights and mAP@K where the protocol asks.
+    """
+    dataset, ranks = found["dataset"], found["ranks"][row]
+    keep = torch.ones(len(ranks), dtype=torch.bool) if chosen is None else torch.tensor(chosen)
+    subset = recall_at(found["subset_ranks"][row][keep], SUBSET_AT, name="R_subset") if found["subset_ranks"] else {}
+    values = recall_at(ranks[keep], RECALL_AT)
+    places = keep.nonzero()[:, 0].tolist()
+    if found.get("soft"):
+        graded = [found["soft"][row][place] for place in places]
+        weights = [weight for _, _, weight in graded]
+        values = soft_recall_at([one for one, _, _ in graded], weights, RECALL_AT)
+        subset = subset and soft_recall_at([group for _, group, _ in graded], weights, SUBSET_AT, name="R_subset")
+    values |= subset
+    if found.get("best"):
+        targets = [dataset.target_positions(place) for place in places]
+        best = found["best"][row][keep]
+        values |= mean_average_precision(
+            best, targets, [k for k in dataset.protocol.precision_at if k <= best.shape[1]]
+        )
+    return {**values, "median_rank": float(median_rank(ranks[keep])), "queries": len(places)}
+
+
+def with_means(evaluated: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The tables by split, each row with its protocol; after the splits of a family (FashionIQ) their mean."""
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    families: dict[str, list[str]] = {}
+    for split, found in evaluated.items():
+        dataset = found["dataset"]
+        name = getattr(dataset.protocol, "name", None)
+        extra = {} if name in (None, "standard") else {"protocol": name}
+        if dataset.left_out.get("skipped_queries") or dataset.left_out.get("missing_images"):
+            extra |= {key: dataset.left_out[key] for key in ("missing_images", "skipped_queries")}
+        results[split] = {row: {**values, **extra} for row, values in found["table"].items()}
+        if dataset.family:
+            families.setdefault(f"{dataset.family}@{name}", []).append(split)
+    first: set[str] = set()
+    for family, splits in families.items():
+        if len(splits) > 1:
+            base = family.split("@")[0]
+            title = base if base not in first else family
+            first.add(base)
+            results[title] = {row: _mean([results[split][row] for split in splits]) for row in results[splits[0]]}
+    return results
+
+
+def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean of the metrics, sum of the counts."""
+    counts = ("queries", "missing_images", "skipped_queries")
+    mean: dict[str, Any] = {}
+    for key, value in rows[0].items():
+        if isinstance(value, str):
+            mean[key] = value
+        elif all(key in row for row in rows):
+            total = sum(row[key] for row in rows)
+            mean[key] = total if key in counts else total / len(rows)
+    return mean
 
 
 def table_lines(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
@@ -30,13 +94,17 @@ def table_lines(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> lis
     columns = [f"R@{k}" for k in RECALL_AT]
     held = {name for rows in results.values() for values in rows.values() for name in values}
     subset = [name for name in (f"R_subset@{k}" for k in SUBSET_AT) if name in held]
-    heads = " ".join([*(f"{name:>6}" for name in columns), *subset])
-    lines = [f"{'split':<12} {'query':<11} {heads}  median  queries"]
+    subset += [name for name in (f"mAP@{k}" for k in PRECISION_AT) if name in held]
+    heads = " ".join([*(f"{name:>6}" for name in columns), *(f"{name:>10}" for name in subset)])
+    wide = max([12, *(len(split) for split in results)])
+    lines = [f"{'split':<{wide}} {'query':<11} {heads}  median  queries" + ("  protocol" if "protocol" in held else "")]
     for split, rows in results.items():
         for row, values in rows.items():
             recalls = " ".join(f"{values[name]:6.2f}" for name in columns)
             recalls += "".join(f" {values[name]:10.2f}" if name in values else f" {'–':>10}" for name in subset)
-            lines.append(f"{split:<12} {row:<11} {recalls} {values['median_rank']:7.1f} {values['queries']:8d}")
+            line = f"{split:<{wide}} {row:<11} {recalls} {values['median_rank']:7.1f} {values['queries']:8d}"
+            skipped = f" ({values['skipped_queries']} skipped)" if values.get("skipped_queries") else ""
+            lines.append(f"{line}{'  ' + values['protocol'] if 'protocol' in values else ''}{skipped}")
     return lines
 
 
@@ -54,12 +122,17 @@ def write_results(
 
     evaluated: {split: {"dataset", "ranks": {row: [Q]}, "top": [Q,10], "table", "per_change"}}, as the task keeps it.
     """
-    results = {split: found["table"] for split, found in evaluated.items()}
+    results = with_means(evaluated)
+    presets = {split: found["dataset"].protocol for split, found in evaluated.items()}
+    provenance = {
+        **provenance,
+        "protocols": {split: describe(preset) for split, preset in presets.items() if preset is not None},
+        "left_out": {split: found["dataset"].left_out for split, found in evaluated.items()},
+    }
     per_change = {split: found["per_change"] for split, found in evaluated.items()}
     run_folder, shared_folder = Path(run_folder), Path(shared_folder)
-    logging.info(
-        "\n".join(["results, percent; gallery: the split's own list, reference removed", *table_lines(results)])
-    )
+    lines = [f"protocol {preset.name}: {preset.summary}" for preset in dict.fromkeys(presets.values()) if preset]
+    logging.info("\n".join(["results, percent", *lines, *table_lines(results)]))
     files = [run_folder / "evaluation.json", run_folder / "results.json", shared_folder / "results.json"]
     write_json(files[0], {"results": results, "per_change": per_change, **provenance})
     for path in files[1:]:

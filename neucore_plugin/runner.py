@@ -37,7 +37,7 @@ from neucore_plugin.runner_state import Progress, RunnerState, data_fingerprint
 class RunnerCir(RunnerState):
     """Trains for `max_epoch` epochs, validates after each, tests the best weights.
 
-    Best is the highest `agg_metrics` on the first of `run.valid_splits`, whatever its name and sign; without a
+    Best is the highest mean `agg_metrics` over `run.valid_splits`, whatever their names and sign; without a
     validation split it is the last. Raises NeucoreError for whatever the user can mend.
     """
 
@@ -213,7 +213,7 @@ class RunnerCir(RunnerState):
             progress.best_epoch = self.epoch
             return progress.iteration >= self.max_iters
         results = {split: self.eval_epoch(split, self.epoch, skip_reload=True) for split in self.valid_splits}
-        value = self._aggregate(results[self.valid_splits[0]], self.valid_splits[0])
+        value = sum(self._aggregate(metrics, split) for split, metrics in results.items()) / len(results)
         better = progress.best_metric is None or value > progress.best_metric
         if better:
             progress.best_metric, progress.best_epoch = value, self.epoch

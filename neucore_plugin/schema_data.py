@@ -4,9 +4,18 @@ from typing import Any
 
 from pydantic import Field
 
-from neucore_plugin.schema_values import Section, Text, choice, triple, whole
+from neucore_plugin.schema_values import Section, Text, choice, triple, whole, words
 
-CIRR_SPLITS = ("train", "val")
+CATEGORIES = ("dress", "shirt", "toptee")
+PUBLISHED_SPLITS = {
+    "cirr": ("train", "val"),
+    "fashioniq": ("train", *(f"{split}_{category}" for split in ("train", "val") for category in CATEGORIES)),
+    "shoes": ("train", "test"),
+    "fashion200k": ("train", "test"),
+    "circo": ("val",),
+}
+# Laid out as published: the builder itself says what a root folder lacks, file by file.
+PUBLISHED_DATASETS = tuple(PUBLISHED_SPLITS)
 EMOJI_SPLITS = ("train", "val", "test_combo", "test_role", "test_word", "test_two")
 
 
@@ -37,7 +46,7 @@ class DatasetSchema(Section):
     """Base of the data sets' schemas; a subclass gives `build_info` a type of its own."""
 
     type: Text = "default"
-    data_type: choice("images") = "images"
+    data_type: choice("images", "shards") = "images"
     build_info: dict[str, Any] = Field(default_factory=dict)
     vis_processor: ProcessorPairSchema | None = None
     text_processor: ProcessorPairSchema | None = None
@@ -55,14 +64,66 @@ class EmojiSchema(DatasetSchema):
     build_info: EmojiInfoSchema = Field(default_factory=EmojiInfoSchema)
 
 
-class CirrInfoSchema(Section):
-    root: Text | None = None  # null: the environment variable NEUCORE_CIRR_ROOT
+class PublishedInfoSchema(Section):
+    root: Text | None = None  # null: the data set's environment variable, such as NEUCORE_CIRR_ROOT
+    missing: choice("error", "skip") = "error"  # images that have no file
     max_train: whole(1) | None = None
     max_eval: whole(1) | None = None
 
 
+class CirrInfoSchema(PublishedInfoSchema):
+    protocol: words(
+        (
+            "hard",
+            "soft",
+        ),
+        at_least=1,
+    ) = ["hard"]
+
+
 class CirrSchema(DatasetSchema):
     build_info: CirrInfoSchema = Field(default_factory=CirrInfoSchema)
+
+
+class FashioniqInfoSchema(PublishedInfoSchema):
+    protocol: words(
+        (
+            "neucore",
+            "clip4cir",
+            "covr",
+            "val",
+            "tgcir",
+        ),
+        at_least=1,
+    ) = ["neucore"]
+
+
+class FashioniqSchema(DatasetSchema):
+    build_info: FashioniqInfoSchema = Field(default_factory=FashioniqInfoSchema)
+
+
+class ShoesInfoSchema(PublishedInfoSchema):
+    protocol: words(("shoes",), at_least=1) = ["shoes"]
+
+
+class ShoesSchema(DatasetSchema):
+    build_info: ShoesInfoSchema = Field(default_factory=ShoesInfoSchema)
+
+
+class Fashion200kInfoSchema(PublishedInfoSchema):
+    protocol: words(("fashion200k",), at_least=1) = ["fashion200k"]
+
+
+class Fashion200kSchema(DatasetSchema):
+    build_info: Fashion200kInfoSchema = Field(default_factory=Fashion200kInfoSchema)
+
+
+class CircoInfoSchema(PublishedInfoSchema):
+    protocol: words(("circo",), at_least=1) = ["circo"]
+
+
+class CircoSchema(DatasetSchema):
+    build_info: CircoInfoSchema = Field(default_factory=CircoInfoSchema)
 
 
 class FolderInfoSchema(Section):

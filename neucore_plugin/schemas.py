@@ -9,11 +9,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, PlainValidator
 
+from neucore_plugin import schema_data
 from neucore_plugin.schema_data import (  # noqa: F401 - the face of the schemas
-    CIRR_SPLITS,
     EMOJI_SPLITS,
+    PUBLISHED_DATASETS,
+    PUBLISHED_SPLITS,
     CaptionProcessorSchema,
-    CirrSchema,
     DatasetSchema,
     EmojiSchema,
     FolderSchema,
@@ -86,13 +87,11 @@ class RunSchema(Section):
 
 MODEL_SCHEMAS: dict[str, type[BaseModel]] = {"neucore": NeucoreSchema}
 DATASET_SCHEMAS: dict[str, type[BaseModel]] = {
-    "cirr": CirrSchema,
+    **{name: getattr(schema_data, f"{name.capitalize()}Schema") for name in PUBLISHED_DATASETS},
     "emoji": EmojiSchema,
     "folder": FolderSchema,
 }
-DATASET_SPLITS: dict[str, tuple[str, ...]] = {"cirr": CIRR_SPLITS, "emoji": EMOJI_SPLITS}
-# Laid out as published: the builder itself says what a root folder lacks, file by file.
-PUBLISHED_DATASETS = ("cirr",)
+DATASET_SPLITS: dict[str, tuple[str, ...]] = {**PUBLISHED_SPLITS, "emoji": EMOJI_SPLITS}
 PROCESSOR_SCHEMAS: dict[str, type[BaseModel]] = {
     "cir_image": ImageProcessorSchema,
     "cir_caption": CaptionProcessorSchema,

@@ -27,11 +27,10 @@ from neucore_plugin.features import FeatureCache, build_cache, content_fingerpri
 from neucore_plugin.files import sha256_text, write_json
 from neucore_plugin.images import check_images, load_image
 from neucore_plugin.names import nearest
+from neucore_plugin.ranking import ROWS, Ranking
 from neucore_plugin.results import show_finished, summary, write_results
-from neucore_plugin.retrieval.metrics import subset_ranks, target_ranks, topk
 
-ROWS = ("neucore", "text_only", "image_only")
-SHOWN = 10  # retrieved images kept a query, for the report
+SPLIT_KEYS = ("train_splits", "valid_splits", "test_splits")
 
 
 @host.register_task("composed_image_retrieval")
@@ -63,8 +62,11 @@ class ComposedImageRetrievalTask(BaseTask):
             if builder is None:
                 known = registry.mapping["builder_name_mapping"]
                 raise ConfigError(f"datasets.{name}: no such data set.{nearest(name, known)}")
-            datasets[name] = builder(config).build_datasets()
+            made = builder(config)
+            made.wanted = self._wanted_splits()
+            datasets[name] = made.build_datasets()
         self._check_splits(datasets)
+        self._expand_protocols(cfg.run_cfg, datasets)
         everything = _all(datasets)
         texts = sorted({text for dataset in everything for text in dataset.texts})
         concepts = self._concepts(texts)
@@ -72,13 +74,29 @@ class ComposedImageRetrievalTask(BaseTask):
             dataset.concepts = [concepts[text] for text in dataset.texts]
         return datasets
 
+    def _wanted_splits(self) -> list[str]:
+        """Splits that the run names; an evaluation does without those of the training."""
+        keys = ("valid_splits", "test_splits") if self.run.get("evaluate") else SPLIT_KEYS
+        return [split for key in keys for split in self.run.get(key) or []]
+
+    @staticmethod
+    def _expand_protocols(run: Any, datasets: Mapping[str, Mapping[str, Any]]) -> None:
+        """Test a split with every protocol of its data set: "val" becomes "val", "val@soft", ...; one after the other,
+        so that they share the encoded gallery."""
+        named = list(dict.fromkeys(split for splits in datasets.values() for split in splits))
+        chosen = [split for split in run.get("test_splits") or [] if "@" not in split]
+        if any("@" in split for split in named):
+            run["test_splits"] = [
+                name for split in chosen for name in named if name == split or name.startswith(f"{split}@")
+            ]
+
     def _check_splits(self, datasets: Mapping[str, Mapping[str, Any]]) -> None:
         held = {split for splits in datasets.values() for split in splits}
         problems = [
             f"run.{key}: no data set of this config has a split {split!r}.{nearest(split, held)}"
-            for key in ("train_splits", "valid_splits", "test_splits")
+            for key in SPLIT_KEYS
             for split in self.run.get(key) or []
-            if split not in held
+            if split not in held and not (key == "train_splits" and self.run.get("evaluate"))
         ]
         if problems:
             raise ConfigError("\n".join(problems))
@@ -203,9 +221,12 @@ class ComposedImageRetrievalTask(BaseTask):
         """Rank the gallery for this process's queries, then gather.
 
         With `testing`, rows "text_only" and "image_only" stand beside "neucore": the same model sees less of a query.
-        Returns {"dataset", "ranks": {row: LongTensor [Q]}, "subset_ranks": {row: LongTensor [Q]}, "top": LongTensor
-        [Q,10], "top_scores": [Q,10]}, the same on every process. "subset_ranks", within each query's group, is empty
-        unless every query has a group.
+        The data set's protocol says what is ranked and counted (see `datasets/protocols.py`).
+
+        Returns {"dataset", "ranks": {row: LongTensor [Q]}, "subset_ranks": the same within each query's group, "soft":
+        {row: [(ranks, ranks in the group, weights) a query]}, "best": {row: LongTensor [Q,K]}, "top": LongTensor
+        [Q,10], "top_scores": [Q,10]}, the same on every process. What a data set has no use for is empty:
+        "subset_ranks" unless every query has a group, "soft" and "best" unless the protocol asks for them.
         """
         model = getattr(model, "module", model)
         model.eval()
@@ -214,35 +235,23 @@ class ComposedImageRetrievalTask(BaseTask):
             dataset = dataset.dataset
         gallery = self._encode_gallery(model, dataset, data_loader)
         rows = ROWS if testing else ROWS[:1]
-        ranks: dict[str, dict[int, int]] = {row: {} for row in rows}
-        grouped = all(triplet.members for triplet in dataset.triplets)
-        in_group: dict[str, dict[int, int]] = {row: {} for row in rows if grouped}
-        top: dict[int, list[int]] = {}
-        top_scores: dict[int, list[float]] = {}
+        ranking = Ranking(dataset)
+        found: dict[str, dict[str, dict[int, Any]]] = {}
         bar = tqdm(data_loader, f"ranking {dataset.split}", unit="batch", leave=False, disable=_quiet())
         for samples in bar:
             indices = samples["index"].tolist()
-            targets = [dataset.target_positions(index) for index in indices]
-            excluded = [dataset.reference_position(index) for index in indices]
             for row in rows:
                 query = self._encode_queries(model, samples, row)
                 scores = model.score(query, gallery, chunk=int(self.run.get("score_chunk", 256)))
-                found = target_ranks(scores, targets, excluded)
-                ranks[row].update(zip(indices, found.tolist(), strict=True))
-                if grouped:
-                    members = [dataset.member_positions(index) for index in indices]
-                    found = subset_ranks(scores, targets, members, excluded)
-                    in_group[row].update(zip(indices, found.tolist(), strict=True))
-                if row == "neucore":
-                    best = topk(scores, min(SHOWN, scores.shape[1] - 1), excluded)
-                    top.update(zip(indices, best.tolist(), strict=True))
-                    top_scores.update(zip(indices, scores.cpu().gather(1, best).tolist(), strict=True))
-        ranks = {row: _in_order(_gather(found), len(dataset)) for row, found in ranks.items()}
-        in_group = {row: _in_order(_gather(found), len(dataset)) for row, found in in_group.items()}
-        shown = {
-            name: _in_order(_gather(found), len(dataset)) for name, found in (("top", top), ("top_scores", top_scores))
+                for kind, values in ranking(scores, indices, shown=row == ROWS[0]).items():
+                    found.setdefault(kind, {}).setdefault(row, {}).update(zip(indices, values, strict=True))
+        whole = {
+            kind: {row: _in_order(_gather(values), len(dataset)) for row, values in of_rows.items()}
+            for kind, of_rows in _gather_keys(found).items()
         }
-        return {"dataset": dataset, "ranks": ranks, "subset_ranks": in_group, **shown}
+        shown = {kind: whole.pop(kind)[ROWS[0]] for kind in ("top", "top_scores")}
+        kinds = {kind: {} for kind in ("ranks", "subset_ranks", "soft", "best")}
+        return {"dataset": dataset, **kinds, **whole, **shown}
 
     @staticmethod
     def _encode_queries(model: Any, samples: Mapping[str, Any], row: str) -> dict[str, torch.Tensor]:
@@ -280,22 +289,25 @@ class ComposedImageRetrievalTask(BaseTask):
     def after_evaluation(self, val_result: Mapping[str, Any], split_name: str, epoch: Any = None) -> dict[str, Any]:
         """Metrics of a split, percent: R@1/5/10/50, median rank; the other rows and each change type beside them.
 
-        R_subset@1/2/3 as well where the queries have groups. `agg_metrics`, which selects the best checkpoint, is the
-        mean of R@1 and R@10; with groups that of R@5 and R_subset@1, which is CIRR's rule.
+        R_subset@1/2/3 as well where the queries have groups, mAP@K where the protocol has it. `agg_metrics`, which
+        selects the best checkpoint, is the mean of what the protocol names; without one of R@1 and R@10, or with groups
+        of R@5 and R_subset@1, which is CIRR's rule.
         """
-        dataset, ranks, in_group = val_result["dataset"], val_result["ranks"], val_result["subset_ranks"]
-        table = {row: summary(found, in_group.get(row)) for row, found in ranks.items()}
+        dataset = val_result["dataset"]
+        table = {row: summary(val_result, row) for row in val_result["ranks"]}
         changes = sorted({triplet.change for triplet in dataset.triplets} - {""})
-        per_change = {}
-        for change in changes:
-            chosen = torch.tensor([triplet.change == change for triplet in dataset.triplets])
-            of_group = in_group["neucore"][chosen] if in_group else None
-            per_change[change] = summary(ranks["neucore"][chosen], of_group)
+        per_change = {
+            change: summary(val_result, ROWS[0], [t.change == change for t in dataset.triplets]) for change in changes
+        }
         self._results[split_name] = {**val_result, "table": table, "per_change": per_change}
-        metrics = dict(table["neucore"])
-        chosen_by = ("R@5", "R_subset@1") if in_group else ("R@1", "R@10")
-        metrics["agg_metrics"] = sum(metrics[name] for name in chosen_by) / 2
-        metrics |= {row: values for row, values in table.items() if row != "neucore"}
+        metrics = dict(table[ROWS[0]])
+        chosen_by = ("R@5", "R_subset@1") if val_result["subset_ranks"] else ("R@1", "R@10")
+        select = dataset.protocol.select if dataset.protocol is not None else ()
+        held = [name for name in select if name in metrics]  # a small gallery has no mAP@50
+        if held and (len(held) == len(select) or dataset.protocol.precision_at):
+            chosen_by = held
+        metrics["agg_metrics"] = sum(metrics[name] for name in chosen_by) / len(chosen_by)
+        metrics |= {row: values for row, values in table.items() if row != ROWS[0]}
         if per_change:
             metrics["per_change"] = per_change
         return metrics
@@ -340,12 +352,23 @@ def _gather(mine: dict[int, Any]) -> dict[int, Any]:
     return {index: value for part in parts for index, value in part.items()}
 
 
-def _in_order(values: Mapping[int, Any], count: int) -> torch.Tensor:
+def _gather_keys(found: dict[str, dict[str, dict[int, Any]]]) -> dict[str, dict[str, dict[int, Any]]]:
+    """`found` with the kinds and rows of every process, in one order: a process without queries has none."""
+    if not is_dist_avail_and_initialized():
+        return found
+    parts: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(parts, {kind: list(rows) for kind, rows in found.items()})
+    kinds = {kind: rows for part in parts for kind, rows in part.items()}
+    return {kind: {row: found.get(kind, {}).get(row, {}) for row in rows} for kind, rows in sorted(kinds.items())}
+
+
+def _in_order(values: Mapping[int, Any], count: int) -> Any:
     if sorted(values) != list(range(count)):
         raise DataError(
             f"evaluation saw {len(values)} of {count} queries; the loader must give each query exactly once"
         )
-    return torch.tensor([values[index] for index in range(count)])
+    ordered = [values[index] for index in range(count)]
+    return ordered if isinstance(ordered[0], tuple) else torch.tensor(ordered)
 
 
 def _interleave(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

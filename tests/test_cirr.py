@@ -17,8 +17,8 @@ neucore_plugin.register()
 
 from lavis.common.registry import registry  # noqa: E402
 
-from neucore_plugin import config, host, schemas  # noqa: E402
-from neucore_plugin.datasets import cirr  # noqa: E402
+from neucore_plugin import config, host  # noqa: E402
+from neucore_plugin.datasets import cirr, published  # noqa: E402
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset  # noqa: E402
 from neucore_plugin.errors import ConfigError, DataError  # noqa: E402
 from neucore_plugin.results import summary, table_lines  # noqa: E402
@@ -104,18 +104,19 @@ def build(root: Path | None, **info) -> dict[str, TripletDataset]:
 
 
 def test_val_is_read_as_published(root):
-    triplets, gallery, paths = cirr.load_split(root, "val")
-    assert gallery.ids == tuple(DEV) == tuple(paths)
+    triplets, gallery = cirr.read(root, "val")
+    assert gallery.ids == tuple(DEV)
     assert gallery.paths[0] == root / "img_raw" / "dev" / "dev-244-0-img0.png"
     assert [triplet.query_id for triplet in triplets] == ["12060", "12062", "12081", "12090", "12091"]
-    assert triplets[1] == Triplet("12062", DEV[3], "query 12062", (DEV[2],), "", tuple(DEV[:6]))
+    assert triplets[1] == Triplet("12062", DEV[3], "query 12062", (DEV[2],), "", tuple(DEV[:6]), ((DEV[5], 1.0),))
     # hard: neither an image of weight 0.5 nor the reference becomes a right answer, and a hard target need not be soft
     assert [triplet.targets for triplet in triplets] == [(DEV[n],) for n in (1, 2, 2, 6, 3)]
     assert all(triplet.reference in triplet.members for triplet in triplets)
 
 
 def test_train_lies_in_numbered_folders_and_the_gallery_is_the_whole_list(root):
-    triplets, gallery, paths = cirr.load_split(root, "train")
+    triplets, gallery = cirr.read(root, "train")
+    paths = dict(zip(gallery.ids, gallery.paths, strict=True))
     assert paths[TRAIN[0]] == root / "img_raw" / "train" / "34" / f"{TRAIN[0]}.png"
     assert paths[TRAIN[7]] == root / "img_raw" / "train" / "4" / f"{TRAIN[7]}.png"
     named = {name for triplet in triplets for name in (triplet.reference, *triplet.targets)}
@@ -123,14 +124,12 @@ def test_train_lies_in_numbered_folders_and_the_gallery_is_the_whole_list(root):
 
 
 def test_test1_has_no_targets_and_is_no_split_of_the_builder(root):
-    triplets, gallery, _ = cirr.load_split(root, "test1")
+    triplets, gallery = cirr.read(root, "test1")
     assert triplets[0].targets == () and triplets[0].members == tuple(TEST) and len(gallery.ids) == 6
     builder = registry.get_builder_class("cirr")
-    assert (
-        builder.SPLITS == schemas.CIRR_SPLITS == config.DATASET_SPLITS["cirr"] == cirr.WITH_TARGETS == ("train", "val")
-    )
+    assert builder.SPLITS == config.DATASET_SPLITS["cirr"] == cirr.WITH_TARGETS == ("train", "val")
     with pytest.raises(DataError, match=r"no split 'test'\. Did you mean 'test1'"):
-        cirr.load_split(root, "test")
+        cirr.read(root, "test")
 
 
 def test_builder_gives_both_splits_and_says_the_protocol(root, monkeypatch, caplog):
@@ -139,7 +138,10 @@ def test_builder_gives_both_splits_and_says_the_protocol(root, monkeypatch, capl
         datasets = build(None, max_train=2)
     assert {split: len(dataset) for split, dataset in datasets.items()} == {"train": 2, "val": 5}
     assert "target_image" in datasets["train"][0] and "target_image" not in datasets["val"][0]
-    assert "protocol hard" in caplog.text and "val holds 5 queries, gallery 8" in caplog.text
+    assert (
+        "protocol hard: gallery: the split's own list; reference removed" in caplog.text
+        and "val holds 5 queries, gallery 8" in caplog.text
+    )
     assert "NLVR2" in datasets["val"].credit
     assert datasets["val"].member_positions(2) == (2, 3, 4, 5, 6, 7) and datasets["val"].reference_position(2) == 7
 
@@ -181,7 +183,7 @@ def test_groups_change_the_fingerprint_and_older_triplets_keep_theirs():
 def test_malformed_queries_name_file_and_entry(root, change, message):
     edit(root / "captions" / "cap.rc2.val.json", change)
     with pytest.raises(DataError) as caught:
-        cirr.load_split(root, "val")
+        cirr.read(root, "val")
     assert f"captions/cap.rc2.val.json: {message}" in str(caught.value)
 
 
@@ -189,17 +191,17 @@ def test_malformed_queries_name_file_and_entry(root, change, message):
 def test_image_paths_stay_below_img_raw(root, place):
     edit(root / "image_splits" / "split.rc2.val.json", lambda value: value.update(other=place))
     with pytest.raises(DataError, match="split.rc2.val.json: 'other': expected a path below img_raw, given"):
-        cirr.load_split(root, "val")
+        cirr.read(root, "val")
 
 
 def test_all_problems_of_both_files_are_told_together(root):
     edit(root / "image_splits" / "split.rc2.val.json", lambda value: value.update(other="/x"))
     edit(root / "captions" / "cap.rc2.val.json", lambda v: (v[0].pop("caption"), v[4].pop("reference")))
     with pytest.raises(DataError, match=r"cirr: 3 problems of split 'val'(?s:.)*other(?s:.)*entry 0(?s:.)*entry 4"):
-        cirr.load_split(root, "val")
+        cirr.read(root, "val")
     edit(root / "captions" / "cap.rc2.val.json", lambda v: v.extend([None] * 20))
     with pytest.raises(DataError, match="23 problems(?s:.)*and 13 more$"):
-        cirr.load_split(root, "val")
+        cirr.read(root, "val")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +212,7 @@ def test_files_that_are_no_annotations(root, content, message):
     path = root / "captions" / "cap.rc2.val.json"
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(DataError, match=rf"cap\.rc2\.val\.json: {message}"):
-        cirr.load_split(root, "val")
+        cirr.read(root, "val")
 
 
 # ---- what is missing -------------------------------------------------------------------------------------------------
@@ -218,9 +220,8 @@ def test_files_that_are_no_annotations(root, content, message):
 
 def test_nothing_is_missing_of_a_whole_root_also_without_test1(root):
     (root / "captions" / "cap.rc2.test1.json").unlink()
-    assert cirr.missing_files(root) == []
-    assert cirr.locate(root) == root
-    assert cirr.missing_files(root, cirr.SPLITS) == [str(root / "captions/cap.rc2.test1.json")]
+    assert published.locate("cirr", root, cirr.WITH_TARGETS)[0] == root
+    assert published.missing_annotations("cirr", root, cirr.SPLITS) == [str(root / "captions/cap.rc2.test1.json")]
 
 
 def test_missing_images_are_counted_and_a_few_named(root):
@@ -235,8 +236,7 @@ def test_missing_images_are_counted_and_a_few_named(root):
     told = str(caught.value)
     assert f"not complete below {root} (given by datasets.cirr.build_info.root)" in told
     assert f"- {root}/captions/cap.rc2.train.json\n" in told and "cap.rc2.val.json" not in told
-    names = ", ".join(f"train/34/{name}.png" for name in TRAIN[:3])
-    assert f"- {root}/img_raw/train: 4 of 8 images of train, such as {names}\n" in told
+    assert f"- {root}/img_raw/train: the images of train" not in told  # some are there: nothing to say without a list
     assert f"- {root}/img_raw/dev: 8 of 8 images of val" in told
     assert "https://github.com/Cuberick-Orion/CIRR" in told and "https://github.com/lil-lab/nlvr" in told
 
@@ -244,7 +244,7 @@ def test_missing_images_are_counted_and_a_few_named(root):
 def test_an_empty_root_lacks_everything(tmp_path, monkeypatch):
     monkeypatch.setenv(cirr.ROOT_VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=rf"environment variable {cirr.ROOT_VARIABLE}\); missing:") as caught:
-        cirr.locate(None)
+        published.locate("cirr", None, cirr.WITH_TARGETS)
     listed = [line.strip(" -") for line in str(caught.value).splitlines() if line.startswith("  - ")]
     files = [
         f"{folder}.rc2.{split}.json" for split in ("train", "val") for folder in ("captions/cap", "image_splits/split")
@@ -255,7 +255,6 @@ def test_an_empty_root_lacks_everything(tmp_path, monkeypatch):
 
 def test_a_damaged_list_is_left_to_the_reader(root):
     (root / "image_splits" / "split.rc2.val.json").write_text("[")
-    assert cirr.missing_files(root) == []
     with pytest.raises(DataError, match="split.rc2.val.json: no valid JSON"):
         build(root)
 
@@ -281,7 +280,13 @@ def test_the_command_without_data_says_everything_before_encoders_are_loaded(giv
 def test_the_yaml_says_what_the_paper_has():
     checked = config.load_config(YAML).to_dict()
     assert checked["model"]["concepts"]["pos"] == ["NOUN", "ADJ"]
-    assert checked["datasets"]["cirr"]["build_info"] == {"root": None, "max_train": None, "max_eval": None}
+    assert checked["datasets"]["cirr"]["build_info"] == {
+        "root": None,
+        "protocol": ["hard"],
+        "missing": "error",
+        "max_train": None,
+        "max_eval": None,
+    }
     with pytest.raises(ConfigError, match=r"run\.test_splits: 'test1' is no split of cirr"):
         config.load_config(YAML, ["run.test_splits=[test1]"])
     with pytest.raises(ConfigError, match=r"build_info\.rooot: unknown key .* Did you mean 'root'"):
@@ -290,13 +295,16 @@ def test_the_yaml_says_what_the_paper_has():
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real annotation files are not at {os.path.relpath(REAL)}")
 def test_counts_of_the_real_files():
-    triplets, gallery, paths = cirr.load_split(REAL, "val")
-    assert (len(triplets), len(gallery.ids), len(paths)) == (4181, 2297, 2297)
+    triplets, gallery = cirr.read(REAL, "val")
+    assert (len(triplets), len(gallery.ids)) == (4181, 2297)
+    weights = [weight for triplet in triplets for _, weight in triplet.soft]
+    assert [weights.count(value) for value in (1.0, -1.0, 0.5, 0.2)] == [4216, 807, 62, 6]
+    assert sum(triplet.targets[0] not in dict(triplet.soft) for triplet in triplets) == 37
     assert all(len(set(triplet.members)) == 6 and len(triplet.targets) == 1 for triplet in triplets)
     assert {path.parent for path in gallery.paths} == {REAL / "img_raw" / "dev"}
     if not (REAL / "img_raw").exists():
-        missing = "\n".join(cirr.missing_files(REAL))
-        assert "16,939 of 16,939 images of train" in missing and "2,297 of 2,297 images of val" in missing
+        report = published.check("cirr", REAL)
+        assert report["splits"]["val"]["images_missing"] == 2297 and not report["complete"]
 
 
 # ---- R_subset --------------------------------------------------------------------------------------------------------
@@ -401,8 +409,12 @@ def test_without_groups_nothing_changes(evaluated):
 
 
 def test_tables_show_subset_columns_only_where_they_are(tmp_path):
-    plain = {"neucore": summary(torch.tensor([1, 7]))}
-    grouped = {"neucore": summary(torch.tensor([1, 7]), torch.tensor([2, 1]))}
+    def row(group):
+        subset = {"neucore": group} if group is not None else {}
+        found = {"dataset": None, "ranks": {"neucore": torch.tensor([1, 7])}, "subset_ranks": subset}
+        return {"neucore": summary(found, "neucore")}
+
+    plain, grouped = row(None), row(torch.tensor([2, 1]))
     assert "R_subset" not in "\n".join(table_lines({"val": plain}))
     head, first, second = table_lines({"cirr": grouped, "val": plain})
     for k, text in ((1, "50.00"), (2, "100.00"), (3, "100.00")):

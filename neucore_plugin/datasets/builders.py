@@ -1,6 +1,7 @@
 """The host's dataset builders for composed image retrieval, map-style."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,98 +9,149 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import OmegaConf
 
 from neucore_plugin import distributed, host
-from neucore_plugin.datasets import cirr, emoji, folder
+from neucore_plugin.datasets import folder, protocols, published, shards
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 from neucore_plugin.errors import ConfigError
+from neucore_plugin.files import atomic_write
+from neucore_plugin.schema_data import PUBLISHED_DATASETS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "datasets"
 
 
 class TripletBuilder(BaseDatasetBuilder):
-    """Common part: processors from the config, one TripletDataset a split. Subclasses read the annotations.
+    """Common part: processors from the config, one TripletDataset a split and protocol. Subclasses read annotations.
 
-    `build_datasets` returns {split: TripletDataset}; only splits whose name starts with "train" load target images.
+    `build_datasets` returns {split: TripletDataset}, and {"split@preset": TripletDataset} for every protocol after the
+    first; only splits whose name starts with "train" load target images. `data_type: shards` reads what `neucore
+    shards` wrote instead. `wanted`: the splits that a run names; None = all that can be trained on or evaluated.
     """
 
     name = ""
     train_dataset_cls = eval_dataset_cls = TripletDataset
     credit: str | None = None
+    wanted: Sequence[str] | None = None
 
     def build_datasets(self) -> dict[str, TripletDataset]:
         self.build_processors()
         info = self.config.get("build_info") or {}
         info = OmegaConf.to_container(info, resolve=True) if OmegaConf.is_config(info) else dict(info)
-        distributed.on_main(lambda: self.prepare(info))  # it writes files: one process does it, the others wait
+        self.left_out: dict[str, dict[str, Any]] = {}
+        if self.config.get("data_type") != "shards":
+            distributed.on_main(lambda: self.prepare(info))  # it writes files: one process does it, the others wait
         return self.build(info)
 
     def prepare(self, info: dict[str, Any]) -> None:
         """Make what the data set needs on disk; nothing by default."""
 
-    def read(self, info: dict[str, Any]) -> tuple[dict[str, Path], dict[str, tuple[list[Triplet], Gallery]]]:
-        """Image files by name, and triplets and gallery by split."""
+    def read(self, info: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[list[Triplet], Gallery]]]:
+        """Images by name (a path, or what else `load_image` takes), and triplets and gallery by split."""
         raise ConfigError(f"{type(self).__name__} must define read()")
 
+    def _read_shards(self, info: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[list[Triplet], Gallery]]]:
+        if not info.get("root"):
+            raise ConfigError(
+                f"datasets.{self.name}.build_info.root is null; with data_type: shards it names the folder that "
+                "`neucore shards` wrote"
+            )
+        paths, splits = shards.read_shards(info["root"])
+        return paths, {s: found for s, found in splits.items() if self.wanted is None or s in self.wanted}
+
     def build(self, info: dict[str, Any]) -> dict[str, TripletDataset]:
-        paths, splits = self.read(info)
+        from_shards = self.config.get("data_type") == "shards"
+        paths, splits = self._read_shards(info) if from_shards else self.read(info)
         stores = {side: ImageStore(paths, self.vis_processors[side]) for side in ("train", "eval")}
+        chosen = protocols.presets(self.name, info.get("protocol"))
         datasets = {}
         for split, (triplets, gallery) in splits.items():
             side = "train" if split.startswith("train") else "eval"
             limit = info.get(f"max_{side}")
-            dataset = TripletDataset(
-                self.name,
-                split,
-                triplets[:limit] if limit else triplets,
-                gallery,
-                stores[side],
-                captions=self.text_processors[side],
-                train=side == "train",
-            )
-            dataset.credit = self.credit
-            datasets[split] = dataset
-            logging.info("%s: %s holds %d queries, gallery %d", self.name, split, len(dataset), len(gallery.ids))
+            for protocol in chosen if side == "eval" else chosen[:1]:
+                name = protocols.split_name(split, protocol, protocol is chosen[0])
+                asked = protocol.queries(triplets[:limit] if limit else triplets, train=side == "train")
+                dataset = datasets[name] = TripletDataset(
+                    self.name,
+                    name,
+                    asked,
+                    gallery,
+                    stores[side],
+                    captions=self.text_processors[side],
+                    train=side == "train",
+                    protocol=protocol,
+                    answers=any(triplet.targets for triplet in asked),
+                )
+                dataset.credit, dataset.family = self.credit, self.family(split)
+                dataset.left_out = self.left_out.get(split, {})
+                logging.info("%s: %s holds %d queries, gallery %d", self.name, name, len(dataset), len(gallery.ids))
+                if side == "eval" and self.name in PUBLISHED_DATASETS:
+                    logging.info("%s: %s: protocol %s: %s", self.name, name, protocol.name, protocol.summary)
         return datasets
 
-
-@host.register_builder("emoji")
-class EmojiBuilder(TripletBuilder):
-    """The embedded default: OpenMoji drawings (see `datasets/emoji.py`)."""
-
-    name = "emoji"
-    SPLITS = emoji.SPLITS
-    credit = "Drawings: OpenMoji (openmoji.org), CC BY-SA 4.0"
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": str(CONFIGS / "emoji.yaml")}
-
-    def prepare(self, info: dict[str, Any]) -> None:
-        emoji.prepare(info.get("cache_dir"), image_size=info["image_size"])
-
-    def read(self, info: dict[str, Any]):
-        data = emoji.load(info.get("cache_dir"), image_size=info["image_size"], role_cap=info["role_cap"])
-        paths = dict(zip(data.gallery.ids, data.gallery.paths, strict=True))
-        return paths, {split: (data.triplets(split), data.gallery) for split in self.SPLITS}
+    def family(self, split: str) -> str | None:
+        """The name of a mean over splits that this one enters; None = it stands alone."""
+        category = self.name == "fashioniq" and not split.startswith("train")
+        return f"{split.split('_')[0]}_mean" if category else None
 
 
-@host.register_builder("cirr")
-class CirrBuilder(TripletBuilder):
-    """CIRR as published, below build_info.root or $NEUCORE_CIRR_ROOT (see `datasets/cirr.py`); without test1.
+class PublishedBuilder(TripletBuilder):
+    """A data set as published, below build_info.root or its environment variable (see `datasets/published.py`).
 
-    Raises one ConfigError with every annotation file and image folder that is missing.
+    Raises one ConfigError with every annotation file and image folder that is missing; with `missing: skip` absent
+    images are left out with the queries that need them, counted and listed in a file.
     """
 
-    name = "cirr"
-    SPLITS = cirr.WITH_TARGETS
-    credit = "Annotations: CIRR (Liu et al., ICCV 2021), MIT. Images: NLVR2, under its terms of use"
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": str(CONFIGS / "cirr.yaml")}
-
     def read(self, info: dict[str, Any]):
-        root = cirr.locate(info.get("root"), self.SPLITS)
-        paths, splits = {}, {}
-        for split in self.SPLITS:
-            triplets, gallery, files = cirr.load_split(root, split)
-            paths |= files
-            splits[split] = (triplets, gallery)
-        logging.info("cirr: protocol hard: a hit is target_hard; R_subset@K ranks the other members of a query's group")
-        return paths, splits
+        reader = published.READERS[self.name]
+        splits = [s for s in reader.SPLITS if s in (self.wanted or self.SPLITS)]
+        skip = info.get("missing") == "skip"
+        _, found = published.locate(self.name, info.get("root"), splits, need_images=not skip)
+        if skip:
+            found, self.left_out = published.without_absent(found)
+            self._list_missing()
+        paths = {}
+        for _, gallery in found.values():
+            paths |= dict(zip(gallery.ids, gallery.paths, strict=True))
+        return paths, found
+
+    def _list_missing(self) -> None:
+        files = sorted({file for row in self.left_out.values() for file in row.pop("files")})
+        if not files:
+            self.left_out = {}
+            return
+        listing = host.cache_dir() / f"missing-images-{self.name}.txt"
+
+        def write() -> None:
+            listing.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(listing, "w") as stream:
+                stream.write("\n".join(files) + "\n")
+
+        distributed.on_main(write)
+        for split, row in self.left_out.items():
+            row["listed_in"] = str(listing)
+            if row["missing_images"]:
+                logging.warning(
+                    "%s: %s lacks %d images; %d queries are skipped (the files: %s)",
+                    *(self.name, split, row["missing_images"], row["skipped_queries"], listing),
+                )
+
+
+def _published(name: str) -> type[PublishedBuilder]:
+    reader = published.READERS[name]
+    attributes = {
+        "__module__": __name__,
+        "__doc__": f"{reader.TITLE} as published, below build_info.root or ${reader.ROOT_VARIABLE}.",
+        "name": name,
+        "SPLITS": reader.WITH_TARGETS,
+        "credit": reader.CREDIT,
+        "DATASET_CONFIG_DICT": {"default": str(CONFIGS / f"{name}.yaml")},
+    }
+    return host.register_builder(name)(type(f"{name.capitalize()}Builder", (PublishedBuilder,), attributes))
+
+
+CirrBuilder = _published("cirr")
+FashioniqBuilder = _published("fashioniq")
+ShoesBuilder = _published("shoes")
+Fashion200kBuilder = _published("fashion200k")
+CircoBuilder = _published("circo")
 
 
 @host.register_builder("folder")

@@ -18,9 +18,10 @@ from neucore_plugin.images import load_image
 class Triplet:
     """One query: reference image + relative caption, and its right answers.
 
-    `targets[0]` is the target; further ones are equally right. `change` names the kind of change, for the report.
-    `members`: the group of similar images that the query was written for (CIRR), reference included; where all queries
-    of a split have one, evaluation also ranks the group alone.
+    `targets[0]` is the target; further ones are equally right; () in a published test split, whose answers are kept
+    back. `change` names the kind of change, for the report. `members`: the group of similar images that the query was
+    written for (CIRR), reference included; where all queries of a split have one, evaluation also ranks the group
+    alone. `soft`: graded answers, (image, weight). `captions`: the captions of a pair that has several (FashionIQ).
     """
 
     query_id: str
@@ -29,6 +30,8 @@ class Triplet:
     targets: tuple[str, ...]
     change: str = ""
     members: tuple[str, ...] = ()
+    soft: tuple[tuple[str, float], ...] = ()
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class TripletDataset(Dataset):
     Args:
         concepts: one tuple of lemmas a triplet.
         train: load target images as well.
+        protocol: how evaluation counts (see `datasets/protocols.py`); None = the standard one.
+        answers: False for a published test split, which can be ranked but not evaluated.
     Raises: DataError for an empty split, or a triplet whose image or target is unknown.
     """
 
@@ -109,12 +114,17 @@ class TripletDataset(Dataset):
         captions: Callable[[str], str] = str,
         concepts: Sequence[tuple[str, ...]] | None = None,
         train: bool = False,
+        protocol: Any = None,
+        answers: bool = True,
     ) -> None:
         if not triplets:
             raise DataError(
                 f"{name}: split {split!r} holds no queries. Check the annotation file, or leave the split out"
             )
         self.name, self.split, self.train = name, split, train
+        self.protocol, self.answers = protocol, answers
+        self.family: str | None = None  # splits of one family, such as FashionIQ's categories, are averaged
+        self.left_out: dict[str, Any] = {}  # what missing images cost: counts and the file that lists them
         self.triplets, self.gallery, self.images = list(triplets), gallery, images
         self.texts = [captions(triplet.caption) for triplet in self.triplets]
         self.concepts = list(concepts) if concepts is not None else [()] * len(self.triplets)
@@ -132,6 +142,18 @@ class TripletDataset(Dataset):
                 f"{self.name}: split {self.split!r} names {len(unknown)} images that have no file, "
                 f"such as {', '.join(sorted(unknown)[:3])}"
             )
+        if len({t.query_id for t in self.triplets}) != len(self.triplets):
+            raise DataError(f"{self.name}: split {self.split!r} has query ids that occur more than once")
+        if self.answers:
+            self._check_answers()
+
+    def _check_answers(self) -> None:
+        without = [t.query_id for t in self.triplets if not t.targets]
+        if without:
+            raise DataError(
+                f"{self.name}: split {self.split!r} has {len(without)} queries without a target, such as {without[0]}; "
+                "it can neither be trained on nor evaluated, only `neucore submit` takes it"
+            )
         outside = [x for t in self.triplets for x in t.targets[:1] if x not in self._position and not self.train]
         if outside:
             raise DataError(
@@ -148,8 +170,6 @@ class TripletDataset(Dataset):
                 f"{self.name}: split {self.split!r} has {len(unanswerable)} queries with no right answer but their own "
                 f"reference, which is removed from the ranking, such as {unanswerable[0]}; correct their targets"
             )
-        if len({t.query_id for t in self.triplets}) != len(self.triplets):
-            raise DataError(f"{self.name}: split {self.split!r} has query ids that occur more than once")
 
     def __len__(self) -> int:
         return len(self.triplets)
@@ -160,9 +180,9 @@ class TripletDataset(Dataset):
             "index": index,
             "query_id": triplet.query_id,
             "reference_id": triplet.reference,
-            "target_id": triplet.targets[0],
+            "target_id": triplet.targets[0] if triplet.targets else None,
             "reference_key": self._key[triplet.reference],
-            "target_key": self._key.get(triplet.targets[0], -1),
+            "target_key": self._key.get(triplet.targets[0], -1) if triplet.targets else -1,
             "right_keys": tuple(self._key[x] for x in triplet.targets if x in self._key),
             "text_input": self.texts[index],
             "concept_words": self.concepts[index],
@@ -191,6 +211,22 @@ class TripletDataset(Dataset):
         """Gallery positions of a query's group, reference included; empty where it has none."""
         return tuple(self._position[x] for x in self.triplets[index].members if x in self._position)
 
+    def soft_positions(self, index: int) -> tuple[tuple[int, float], ...]:
+        """(gallery position, weight) of a query's graded answers of positive weight, the reference left out."""
+        triplet = self.triplets[index]
+        return tuple(
+            (self._position[image], weight)
+            for image, weight in triplet.soft
+            if weight > 0 and image in self._position and image != triplet.reference
+        )
+
+    def candidates(self) -> list[int] | None:
+        """Gallery positions that the protocol ranks, in order; None = all."""
+        if self.protocol is None or self.protocol.gallery == "full":
+            return None
+        named = {x for t in self.triplets for x in (t.reference, *t.targets)}
+        return [place for name, place in self._position.items() if name in named]
+
     def reference_position(self, index: int) -> int | None:
         """Gallery position of a query's reference; None where it is not in the gallery."""
         return self._position.get(self.triplets[index].reference)
@@ -199,7 +235,7 @@ class TripletDataset(Dataset):
     def fingerprint(self) -> str:
         """Changes with any query, text, right answer, group, or the gallery."""
         lines = [
-            repr((t.query_id, t.reference, x, t.targets, *t.members))
+            repr((t.query_id, t.reference, x, t.targets, *t.members, *([t.soft] if t.soft else [])))
             for t, x in zip(self.triplets, self.texts, strict=True)
         ]
         return sha256_text("\n".join([self.gallery.fingerprint, *lines]))

@@ -71,6 +71,54 @@ def subset_ranks(scores: Tensor, targets: Positions, members: Positions, exclude
     return ranks
 
 
+def image_ranks(
+    scores: Tensor, images: Positions, excluded: Excluded = None, members: Positions | None = None
+) -> Tensor:
+    """1-based rank [Q,S] of each of the given images of a query, 0 where a query has fewer than S.
+
+    scores [Q,G]; images: gallery positions, none of them excluded; with `members` only these are ranked, and an image
+    that is no member has rank 0. For graded answers (CIRR's soft protocol).
+    """
+    count, gallery = _check_scores(scores)
+    wanted = _padded(images, count, gallery, "images")
+    group = None if members is None else _padded(members, count, gallery, "members")
+    left_out = _excluded_tensor(excluded, count, gallery)
+    ranks = torch.zeros(wanted.shape, dtype=torch.long)
+    for rows in _chunks(count, gallery):
+        part, out = _finite_rows(scores, rows), left_out[rows].to(scores.device)
+        if group is None:
+            columns = torch.arange(gallery, device=part.device).expand(len(part), -1)
+            values = part
+        else:
+            columns = group[rows].to(part.device)
+            values = part.gather(1, columns.clamp(min=0))
+        counted = (columns >= 0) & (columns != out[:, None])
+        for slot, place in enumerate(wanted[rows].to(part.device).split(1, dim=1)):
+            ahead = (_ahead(values, columns, part.gather(1, place.clamp(min=0)), place) & counted).sum(1)
+            present = ((columns == place) & counted).any(1) & (place[:, 0] >= 0)
+            ranks[rows, slot] = torch.where(present, 1 + ahead, 0).cpu()
+    return ranks
+
+
+def soft_recall_at(
+    ranks: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], ks: Sequence[int] = RECALL_AT, name: str = "R"
+) -> dict[str, float]:
+    """{"R@1": percent, ...}: the mean over queries of the largest weight among the top k, 0 where none is there.
+
+    ranks, weights: of each query's graded answers, equally many; rank 0 = not ranked.
+    """
+    if not ranks or len(ranks) != len(weights):
+        raise DataError(f"{len(ranks)} lists of ranks and {len(weights)} of weights; give both for each query")
+    scores = {}
+    for k in ks:
+        best = [
+            max((w for rank, w in zip(row, graded, strict=True) if 1 <= rank <= k), default=0.0)
+            for row, graded in zip(ranks, weights, strict=True)
+        ]
+        scores[f"{name}@{k}"] = 100.0 * sum(max(0.0, value) for value in best) / len(best)
+    return scores
+
+
 def topk(scores: Tensor, k: int, excluded: Excluded = None) -> Tensor:
     """Gallery positions [Q,k] (int64, on the CPU) of the k best images of each query, best first, ties by position.
 

@@ -22,7 +22,8 @@ from neucore_plugin.retrieval.charts import CHART_STYLE, Results, row_label, spl
 from neucore_plugin.retrieval.encoding import Picture, open_picture
 
 RECALLS = ("R@1", "R@5", "R@10", "R@50")
-SUBSET_RECALLS = ("R_subset@1", "R_subset@2", "R_subset@3")  # only where a result has them
+SUBSET_RECALLS = ("R_subset@1", "R_subset@2", "R_subset@3")  # these two only where a result has them
+PRECISIONS = ("mAP@5", "mAP@10", "mAP@25", "mAP@50")
 FITS = ("pad", "crop", "stretch")
 SHOWN = 10  # retrieved pictures of a query
 
@@ -59,7 +60,8 @@ def write_report(
     order = [*results, *(per_change or {})]
     held = {name for rows in results.values() for values in rows.values() for name in values}
     subset = [name for name in SUBSET_RECALLS if name in held]
-    columns = [*RECALLS, *subset, "median_rank", "queries"]
+    precisions = [name for name in PRECISIONS if name in held]
+    columns = [*RECALLS, *subset, *precisions, "median_rank", "queries"]
     groups: dict[str, list[dict[str, Any]]] = {split: [] for split in order}
     for number, example in enumerate(examples or ()):
         try:
@@ -72,7 +74,7 @@ def write_report(
         "title": title,
         "columns": columns,
         "subset": bool(subset),
-        "results": [(split, _table(rows, columns, best=True)) for split, rows in results.items() if rows],
+        "results": [(_title(split, rows), _table(rows, columns, best=True)) for split, rows in results.items() if rows],
         "charts": charts,
         "changes": [(split, _table(rows, columns)) for split, rows in (per_change or {}).items() if rows],
         "examples": [(split, cards) for split, cards in groups.items() if cards],
@@ -220,6 +222,14 @@ def _example(example: Mapping[str, Any], pictures: _Pictures) -> dict[str, Any]:
     }
 
 
+def _title(split: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A split's name, with its protocol and what was skipped where a row says so."""
+    values = next(iter(rows.values()))
+    parts = [split] + ([f"protocol {values['protocol']}"] if values.get("protocol") else [])
+    parts += [f"{values['skipped_queries']} queries skipped"] if values.get("skipped_queries") else []
+    return " · ".join(parts)
+
+
 def _table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str], best: bool = False) -> list[dict[str, Any]]:
     """Rows of formatted cells; `best` marks the highest recall and the lowest median rank of each column."""
     table = []
@@ -240,7 +250,7 @@ def _table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str], best
 def _number(value: float | None, column: str) -> str:
     if value is None or value != value:
         return "–"
-    return f"{value:.2f}" if column.startswith("R") else f"{value:,.1f}".removesuffix(".0")
+    return f"{value:.2f}" if column.startswith(("R", "mAP")) else f"{value:,.1f}".removesuffix(".0")
 
 
 def _flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:

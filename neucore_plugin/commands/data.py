@@ -1,0 +1,63 @@
+"""neucore data emoji | check: make the embedded data set, or see whether a published one is in place."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from neucore_plugin.errors import ConfigError
+
+HELP = "prepare the emoji data set, or check a published one"
+PUBLISHED = ("cirr", "fashioniq", "shoes", "fashion200k", "circo")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`emoji`, and `check NAME`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    emoji = actions.add_parser("emoji", help="render the OpenMoji drawings into the cache")
+    emoji.add_argument("--cache-dir", type=Path, help="where to (default $NEUCORE_CACHE or ~/.cache/neucore)")
+    emoji.add_argument("--image-size", type=int, default=224, help="side in pixels (default 224)")
+    check = actions.add_parser("check", help="is a data set in place: counts, missing images, what to fetch and where")
+    check.add_argument("name", choices=PUBLISHED, help="the data set")
+    check.add_argument("--root", type=Path, help="its root folder (default: its variable, such as NEUCORE_CIRR_ROOT)")
+    check.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0, or 1 where `check` finds that something is missing."""
+    if arguments.action == "emoji":
+        from neucore_plugin.datasets import emoji_drawings  # free of torch, unlike the splits
+
+        if arguments.image_size < 1:
+            raise ConfigError(f"--image-size {arguments.image_size}: give a whole number of at least 1")
+        print(emoji_drawings.prepare(arguments.cache_dir, image_size=arguments.image_size))
+        return 0
+    from neucore_plugin.datasets import published
+
+    report = published.check(arguments.name, arguments.root)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else "\n".join(_lines(report)))
+    return 0 if report["complete"] else 1
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    wide = max(len("split"), *(len(split) for split in report["splits"]))
+    lines = [
+        f"{report['title']} below {report['root']}",
+        f"{'split':<{wide}}  {'queries':>8}  {'gallery':>8}  images missing",
+    ]
+    problems = []
+    for split, row in report["splits"].items():
+        if row["annotations_missing"] or row["error"]:
+            lines.append(f"{split:<{wide}}  {'–':>8}  {'–':>8}  {'damaged' if row['error'] else 'no annotations'}")
+            problems += [row["error"]] if row["error"] else [f"missing: {file}" for file in row["annotations_missing"]]
+            continue
+        lines.append(f"{split:<{wide}}  {row['queries']:>8,}  {row['gallery']:>8,}  {row['images_missing']:>14,}")
+        if row["images_missing"]:
+            examples = ", ".join(row["missing_examples"])
+            place = row["image_folder"]
+            problems.append(
+                f"missing: {row['images_missing']:,} images of {split}, such as {examples}; they belong below {place}"
+            )
+    if report["complete"]:
+        return [*lines, "complete"]
+    return [*lines, "", *dict.fromkeys(problems), "", "where it comes from:", report["sources"]]

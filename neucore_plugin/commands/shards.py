@@ -1,0 +1,60 @@
+"""neucore shards: a data set as tar shards, or a check of shards that are there."""
+
+import argparse
+from pathlib import Path
+
+from neucore_plugin.commands.data import PUBLISHED
+from neucore_plugin.errors import ConfigError
+
+HELP = "write a data set as tar shards (webdataset's layout), to train from with data_type: shards"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """NAME, --root, --out and the sizes; --verify alone checks a folder."""
+    parser.add_argument("name", nargs="?", choices=(*PUBLISHED, "folder"), help="the data set")
+    parser.add_argument("--root", type=Path, help="its root folder (default: its variable, such as NEUCORE_CIRR_ROOT)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards; an interrupted run is continued")
+    parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="default: all that can be trained on or evaluated")
+    parser.add_argument("--max-mb", type=int, default=256, help="size of a shard in MiB (default 256)")
+    parser.add_argument("--workers", type=int, default=4, help="shards written at a time (default 4)")
+    parser.add_argument("--verify", action="store_true", help="read every byte of the shards in --out and check them")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write, or check. Raises ConfigError and DataError."""
+    from neucore_plugin.datasets import folder, published, shards
+
+    if arguments.verify:
+        print(f"{arguments.out}: {shards.verify(arguments.out):,} images, all as they were written")
+        return
+    if arguments.name is None:
+        raise ConfigError(f"which data set? Give one of {', '.join((*PUBLISHED, 'folder'))}, or --verify")
+    if arguments.max_mb < 1 or arguments.workers < 1:
+        raise ConfigError(f"--max-mb {arguments.max_mb}, --workers {arguments.workers}: give at least 1")
+    if arguments.name == "folder":
+        if arguments.root is None:
+            raise ConfigError("--root is needed: the folder with the images and their annotations")
+        known = folder.images(arguments.root)
+        names = arguments.splits or folder.splits(arguments.root)
+        splits = {split: folder.load_split(arguments.root, split, known) for split in names}
+    else:
+        reader = published.reader(arguments.name)
+        names = arguments.splits or list(reader.WITH_TARGETS)
+        unknown = [split for split in names if split not in reader.SPLITS]
+        if unknown:
+            raise ConfigError(f"{reader.TITLE} has no split {unknown[0]!r}; allowed: {', '.join(reader.SPLITS)}")
+        _, splits = published.locate(arguments.name, arguments.root, names)
+    paths = {}
+    for _, gallery in splits.values():
+        paths |= dict(zip(gallery.ids, gallery.paths, strict=True))
+    index = shards.write_shards(
+        arguments.out,
+        arguments.name,
+        paths,
+        splits,
+        max_bytes=arguments.max_mb << 20,
+        workers=arguments.workers,
+    )
+    print(f"{index}: {len(paths):,} images, {', '.join(splits)}")
+    print(f"train from them: --options datasets.{arguments.name}.data_type=shards ", end="")
+    print(f"datasets.{arguments.name}.build_info.root={arguments.out}")

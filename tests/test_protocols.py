@@ -1,0 +1,221 @@
+"""Protocols: what each preset asks and counts, against slow definitions that sort names."""
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from neucore_plugin.datasets import protocols
+from neucore_plugin.datasets.protocols import PRESETS, STANDARD, presets
+from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
+from neucore_plugin.errors import ConfigError, DataError
+from neucore_plugin.ranking import Ranking
+from neucore_plugin.results import summary, table_lines, with_means
+from neucore_plugin.retrieval.metrics import image_ranks, soft_recall_at
+
+NAMES = tuple(f"image-{number:02d}" for number in range(30))
+PAIR = Triplet("p", "image-00", "is red and has dots", ("image-01",), captions=("is red", "has dots"))
+HALF = Triplet("h", "image-02", "is long", ("image-03",), captions=("is long",))
+
+
+def dataset(triplets, protocol=None, names=NAMES, **options) -> TripletDataset:
+    gallery = Gallery(tuple(names), tuple(Path(name) for name in names))
+    store = ImageStore({name: Path(name) for name in NAMES}, str)
+    return TripletDataset("x", "val", triplets, gallery, store, protocol=protocol, **options)
+
+
+def random_queries(seed: int, count: int = 24) -> list[Triplet]:
+    """References inside and outside the gallery's first 25 names, one to four answers, graded ones, groups of six."""
+    draw = random.Random(seed)
+    queries = []
+    for number in range(count):
+        reference = draw.choice(NAMES)
+        answers = draw.sample([name for name in NAMES[:25] if name != reference], draw.randint(1, 4))
+        soft = {name: draw.choice((1.0, 0.5, 0.2, -1.0)) for name in draw.sample(NAMES[:25], draw.randint(0, 4))}
+        others = [name for name in NAMES[:25] if name not in (reference, answers[0])]
+        members = (reference, answers[0], *draw.sample(others, 4))
+        queries.append(
+            Triplet(str(number), reference, f"text {number}", tuple(answers), "", members, tuple(soft.items()))
+        )
+    return queries
+
+
+def ranked(row, names, left_out) -> list[str]:
+    """Names of the gallery, best first, ties by place."""
+    kept = [(-float(row[place]), place) for place, name in enumerate(NAMES[:25]) if name in names and name != left_out]
+    return [NAMES[place] for _, place in sorted(kept)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("concat", [("p", "is red and has dots"), ("h", "is long")]),
+        (
+            "both_orders",
+            [("p/a", "is red and has dots"), ("p/b", "has dots and is red"), ("h", "is long")],
+        ),
+        ("separate", [("p/0", "is red"), ("p/1", "has dots"), ("h", "is long")]),
+    ],
+)
+def test_texts_of_a_pair(text, expected):
+    protocol = protocols.Protocol("x", text=text)
+    assert [(t.query_id, t.caption) for t in protocol.queries([PAIR, HALF])] == expected
+    if text == "separate":  # training does not take captions apart
+        assert protocol.queries([PAIR], train=True) == [PAIR]
+    plain = Triplet("1", "a", "b", ("c",))
+    assert protocol.queries([plain]) == [plain]
+
+
+def test_an_empty_caption_still_counts_as_one_pair():
+    pair = Triplet("p", "image-00", "is red", ("image-01",), captions=("is red", ""))
+    assert [t.caption for t in protocols.Protocol("x", text="both_orders").queries([pair])] == ["is red", "is red"]
+    assert [t.caption for t in protocols.Protocol("x", text="separate").queries([pair])] == ["is red"]
+
+
+@pytest.mark.parametrize("name", [*PRESETS["fashioniq"], "standard"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ranks_of_every_preset_by_sorting_names(name, seed):
+    protocol = PRESETS["fashioniq"].get(name, STANDARD)
+    queries = [Triplet(t.query_id, t.reference, t.caption, t.targets) for t in random_queries(seed)]
+    data = dataset(queries, protocol, NAMES[:25])
+    scores = torch.randint(0, 5, (len(queries), 25), generator=torch.Generator().manual_seed(seed)).float()
+    found = Ranking(data)(scores, range(len(queries)))
+    union = {name for t in queries for name in (t.reference, *t.targets)}
+    for number, query in enumerate(queries):
+        names = union if protocol.gallery == "union" else set(NAMES)
+        order = ranked(scores[number], names, query.reference if protocol.remove_reference else None)
+        assert found["ranks"][number] == 1 + min(order.index(name) for name in query.targets)
+        assert [NAMES[place] for place in found["top"][number]] == order[:10]
+        assert found["top_scores"][number] == [float(scores[number, NAMES.index(name)]) for name in order[:10]]
+    assert set(found) == {"ranks", "top", "top_scores"}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_soft_recalls_by_looking_at_the_top(seed):
+    queries = random_queries(seed)
+    data = dataset(queries, PRESETS["cirr"]["soft"], NAMES[:25])
+    scores = torch.randint(0, 4, (len(queries), 25), generator=torch.Generator().manual_seed(seed)).float()
+    kept = {kind: {"neucore": values} for kind, values in Ranking(data)(scores, range(len(queries))).items()}
+    kept |= {kind: {"neucore": torch.tensor(kept[kind]["neucore"])} for kind in ("ranks", "subset_ranks")}
+    values = summary({"dataset": data, **kept}, "neucore")
+    for prefix, ks, in_group in (("R", (1, 5, 10, 50), False), ("R_subset", (1, 2, 3), True)):
+        for k in ks:
+            total = 0.0
+            for number, query in enumerate(queries):
+                names = set(query.members) if in_group else set(NAMES)
+                top = ranked(scores[number], names, query.reference)[:k]
+                weights = dict(query.soft)
+                total += max(0.0, *(weights.get(name, 0.0) for name in top), 0.0)
+            assert values[f"{prefix}@{k}"] == pytest.approx(100 * total / len(queries)), (prefix, k)
+
+
+def test_soft_and_hard_by_hand():
+    # scores rank b, a, c, d; a is the hard target, c weighs 1, d 0.5, b -1; the reference r weighs 1 and is removed
+    query = Triplet(
+        "1",
+        "image-05",
+        "t",
+        ("image-00",),
+        "",
+        (),
+        (("image-02", 1.0), ("image-03", 0.5), ("image-01", -1.0), ("image-05", 1.0)),
+    )
+    scores = torch.tensor([[3.0, 4.0, 2.0, 1.0, 0.0, 9.0]])
+    found = Ranking(dataset([query], PRESETS["cirr"]["soft"], NAMES[:6]))(scores, [0])
+    assert found["ranks"] == [2]
+    assert found["soft"] == [((3, 4), (3, 4), (1.0, 0.5))]
+    assert soft_recall_at([(3, 4)], [(1.0, 0.5)], (1, 2, 3, 4)) == {"R@1": 0, "R@2": 0, "R@3": 100, "R@4": 100}
+    assert soft_recall_at([(2,), ()], [(0.2,), ()], (1, 2)) == {"R@1": 0, "R@2": pytest.approx(10)}
+    with pytest.raises(DataError, match="0 lists of ranks"):
+        soft_recall_at([], [])
+
+
+def test_ranks_of_given_images_leave_out_who_is_no_member():
+    scores = torch.tensor([[1.0, 1.0, 0.5, 2.0]])
+    assert image_ranks(scores, [(0, 1, 3)]).tolist() == [[2, 3, 1]]
+    assert image_ranks(scores, [(1, 2)], [3]).tolist() == [[2, 3]]
+    assert image_ranks(scores, [(1, 2)], [3], [(1, 0, 3)]).tolist() == [[2, 0]]
+
+
+def test_average_precision_counts_all_answers_and_recall_the_target():
+    # ranking of the 7 others: 3 6 1 2 4 5 7; answers 1 (the target), 6, 7
+    query = Triplet("1", "image-00", "t", ("image-01", "image-06", "image-07"))
+    scores = torch.tensor([[9.0, 5.0, 4.0, 7.0, 3.0, 2.0, 6.0, 1.0]])
+    data = dataset([query], PRESETS["circo"]["circo"], NAMES[:8])
+    found = Ranking(data)(scores, [0])
+    kept = {
+        "dataset": data,
+        "ranks": {"neucore": torch.tensor(found["ranks"])},
+        "best": {"neucore": torch.tensor(found["best"])},
+        "subset_ranks": {},
+    }
+    values = summary(kept, "neucore")
+    assert found["ranks"] == [3]  # of the target, although another answer stands before it
+    assert values["mAP@5"] == pytest.approx(100 * (1 / 2 + 2 / 3) / 3)
+    assert "mAP@10" not in values  # this gallery has seven images to rank
+    assert values["R@1"] == 0 and values["R@5"] == 100
+
+
+def evaluated(protocol, splits, left_out=None):
+    found = {}
+    for number, split in enumerate(splits):
+        data = SimpleNamespace(protocol=protocol, family="val_mean", left_out=left_out or {})
+        table = {"neucore": {"R@10": 10.0 * number, "queries": 5, "median_rank": 1.0}}
+        found[split] = {"dataset": data, "table": table}
+    return found
+
+
+def test_means_over_categories_and_the_protocol_of_every_row():
+    first = evaluated(
+        PRESETS["fashioniq"]["neucore"],
+        ["val_dress", "val_shirt", "val_toptee"],
+        {"missing_images": 2, "skipped_queries": 3},
+    )
+    second = evaluated(PRESETS["fashioniq"]["covr"], ["val_dress@covr", "val_shirt@covr", "val_toptee@covr"])
+    results = with_means({**first, **second})
+    assert list(results)[-2:] == ["val_mean", "val_mean@covr"]
+    assert results["val_mean"]["neucore"] == {
+        "R@10": 10.0,
+        "queries": 15,
+        "median_rank": 1.0,
+        "protocol": "neucore",
+        "missing_images": 6,
+        "skipped_queries": 9,
+    }
+    assert results["val_shirt@covr"]["neucore"]["protocol"] == "covr"
+    full = {
+        split: {row: {f"R@{k}": 1.0 for k in (1, 5, 10, 50)} | values for row, values in rows.items()}
+        for split, rows in results.items()
+    }
+    lines = table_lines(full)
+    assert lines[0].endswith("protocol") and lines[1].endswith("neucore (3 skipped)") and lines[-1].endswith("covr")
+
+
+def test_presets_by_name():
+    assert [p.name for p in presets("cirr", None)] == ["hard"]
+    assert [p.name for p in presets("fashioniq", ["covr", "val"])] == ["covr", "val"]
+    assert presets("mine", None) == [STANDARD]
+    with pytest.raises(ConfigError, match=r"no preset 'covrr'\. Did you mean 'covr'"):
+        presets("fashioniq", ["covrr"])
+    with pytest.raises(ConfigError, match="none twice"):
+        presets("cirr", ["hard", "hard"])
+    rules = {name: (p.gallery, p.remove_reference, p.text) for name, p in PRESETS["fashioniq"].items()}
+    assert rules == {
+        "clip4cir": ("full", False, "concat"),
+        "covr": ("full", True, "concat"),
+        "neucore": ("full", True, "both_orders"),
+        "val": ("union", True, "separate"),
+        "tgcir": ("union", True, "concat"),
+    }
+    for known in PRESETS.values():
+        assert all("gallery:" in p.summary and "reference " in p.summary for p in known.values())
+
+
+def test_a_split_without_answers_can_be_ranked_only():
+    query = Triplet("1", "image-00", "t", ())
+    with pytest.raises(DataError, match="1 queries without a target, such as 1(?s:.)*neucore submit"):
+        dataset([query])
+    data = dataset([query], answers=False)
+    assert data.triplets[0].targets == ()

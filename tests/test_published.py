@@ -1,0 +1,301 @@
+"""The published data sets end to end in the host: generated pictures under their annotations, two protocols, shards.
+
+The annotations are slices of the real files where these are beside the checkout, else hand-made ones of their shape.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import COLOURS, FORMS, draw_shape, write_tiny
+from omegaconf import OmegaConf
+
+import neucore_plugin
+from neucore_plugin import cli
+from neucore_plugin.errors import ConfigError, DataError
+
+neucore_plugin.register()
+
+from lavis.common.registry import registry  # noqa: E402
+
+from neucore_plugin import host, schema_data  # noqa: E402
+from neucore_plugin.commands.data import PUBLISHED  # noqa: E402
+from neucore_plugin.datasets import published  # noqa: E402
+from neucore_plugin.datasets.protocols import PRESETS  # noqa: E402
+
+REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+CATEGORIES = ("dress", "shirt", "toptee")
+
+
+def picture(name: str):
+    number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+    return draw_shape(FORMS[number % len(FORMS)], COLOURS[number // 7 % len(COLOURS)])
+
+
+def write_json(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def cirr_queries(count: int) -> list[dict]:
+    """Entries of a captions file: the first of the real val, else made up, each with a group of six."""
+    real = REAL / "cirr" / "captions" / "cap.rc2.val.json"
+    if real.is_file():
+        return json.loads(real.read_text())[:count]
+    entries = []
+    for number in range(count):
+        members = [f"dev-{number // 4}-img{side}" for side in range(6)]
+        reference, target = members[number % 4], members[number % 4 + 1]
+        soft = {target: 1.0, members[0]: 0.5}
+        entries.append(
+            {
+                "pairid": number,
+                "reference": reference,
+                "caption": f"show {number} red dogs, not a blue cat",
+                "target_hard": target,
+                "target_soft": soft,
+                "img_set": {"id": number, "members": members, "reference_rank": 0, "target_rank": 1},
+            }
+        )
+    return entries
+
+
+@pytest.fixture(scope="session")
+def cirr_root(tmp_path_factory) -> Path:
+    """24 training queries, 12 of val and 6 of test1, cut from one file: each split keeps its own image list."""
+    root = tmp_path_factory.mktemp("published") / "cirr"
+    queries = cirr_queries(42)
+    for split, folder, part in (
+        ("train", "train/0", queries[:24]),
+        ("val", "dev", queries[24:36]),
+        ("test1", "test1", queries[36:]),
+    ):
+        names = dict.fromkeys(
+            name for q in part for name in (q["reference"], q["target_hard"], *q["img_set"]["members"])
+        )
+        write_json(root / f"image_splits/split.rc2.{split}.json", {name: f"./{folder}/{name}.png" for name in names})
+        if split == "test1":
+            part = [{key: q[key] for key in ("pairid", "reference", "caption", "img_set")} for q in part]
+        write_json(root / f"captions/cap.rc2.{split}.json", part)
+        for name in names:
+            path = root / "img_raw" / folder / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(name).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def fashioniq_root(tmp_path_factory) -> Path:
+    """8 training and 6 val pairs a category; dress and toptee are real where the files are there."""
+    root = tmp_path_factory.mktemp("published") / "fashioniq"
+    for category in CATEGORIES:
+        for split, count in (("train", 8), ("val", 6)):
+            real = REAL / "fashioniq" / "captions" / f"cap.{category}.{split}.json"
+            pairs = (
+                json.loads(real.read_text())[:count]
+                if real.is_file()
+                else [
+                    {
+                        "target": f"{category}{split}{n + 1}",
+                        "candidate": f"{category}{split}{n}",
+                        "captions": ["is red", f"has {n} dots"],
+                    }
+                    for n in range(count)
+                ]
+            )
+            names = list(dict.fromkeys(name for pair in pairs for name in (pair["candidate"], pair["target"])))
+            names += [f"{category}-{split}-{n}" for n in range(12)]  # the gallery holds more than the pairs name
+            write_json(root / f"captions/cap.{category}.{split}.json", pairs)
+            write_json(root / f"image_splits/split.{category}.{split}.json", names)
+            for name in names:
+                path = root / "images" / f"{name}.{'png' if split == 'val' else 'jpg'}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture(name).save(path)
+    return root
+
+
+def configure(tmp_path, cache_root, name: str, root: Path, protocol, valid, test, **info) -> Path:
+    def change(config):
+        image = config["datasets"].pop("folder")["vis_processor"]
+        config["datasets"][name] = {
+            "build_info": {"root": str(root), "protocol": protocol, **info},
+            "vis_processor": image,
+        }
+        config["run"].update(max_epoch=1, batch_size_train=8, valid_splits=valid, test_splits=test, report=False)
+
+    return write_tiny(root, cache_root, tmp_path, change, f"{name}.yaml")
+
+
+def numbers(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+# ---- training and evaluation -----------------------------------------------------------------------------------------
+
+
+def test_cirr_with_two_protocols_and_evaluated_again(cirr_root, cache_root, tmp_path, caplog):
+    path = configure(tmp_path, cache_root, "cirr", cirr_root, ["hard", "soft"], ["val"], ["val"])
+    with caplog.at_level("INFO"):
+        host.run(path)
+    results = numbers(tmp_path / "output")
+    assert list(results) == ["val", "val@soft"]
+    assert results["val"]["neucore"]["protocol"] == "hard" and results["val@soft"]["neucore"]["protocol"] == "soft"
+    assert results["val"]["neucore"]["queries"] == 12 and "R_subset@1" in results["val@soft"]["text_only"]
+    assert "protocol soft: gallery: the split's own list; reference removed; R@K: largest target_soft" in caplog.text
+    best = next((tmp_path / "output").rglob("checkpoint_best.pth"))
+    stored = json.loads(next((tmp_path / "output").rglob("evaluation.json")).read_text())
+    assert stored["protocols"]["val"]["name"] == "hard" and "target_soft" in stored["protocols"]["val@soft"]["summary"]
+    # the same again by the command, from the checkpoint, with the presets named there: no train image is needed
+    content = yaml.safe_load(path.read_text())
+    content["run"]["output_dir"] = str(tmp_path / "again")
+    path.write_text(yaml.safe_dump(content))
+    arguments = ["evaluate", "--cfg-path", str(path), "--checkpoint", str(best), "--protocol", "soft", "hard"]
+    assert cli.main(arguments) == 0
+    again = numbers(tmp_path / "again")
+    assert again["val"] == results["val@soft"] and again["val@hard"] == results["val"]
+
+
+def test_fashioniq_categories_and_their_mean(fashioniq_root, cache_root, tmp_path):
+    valid = [f"val_{category}" for category in CATEGORIES]
+    chosen = ["neucore", "clip4cir", "val"]
+    path = configure(tmp_path, cache_root, "fashioniq", fashioniq_root, chosen, valid, valid)
+    host.run(path)
+    results = numbers(tmp_path / "output")
+    assert {split for split in results if "mean" in split} == {"val_mean", "val_mean@clip4cir", "val_mean@val"}
+    for split, queries in (("val_dress", 12), ("val_dress@clip4cir", 6), ("val_mean", 36), ("val_mean@val", 36)):
+        assert results[split]["neucore"]["queries"] == queries, split
+    for k in (10, 50):
+        rows = [results[f"val_{category}"]["neucore"][f"R@{k}"] for category in CATEGORIES]
+        assert results["val_mean"]["neucore"][f"R@{k}"] == pytest.approx(sum(rows) / 3)
+
+
+def test_shards_give_what_the_folder_gives(cirr_root, cache_root, tmp_path):
+    from neucore_plugin.datasets import shards
+
+    splits = {split: published.READERS["cirr"].read(cirr_root, split) for split in ("train", "val")}
+    paths = {name: file for _, g in splits.values() for name, file in zip(g.ids, g.paths, strict=True)}
+    out = tmp_path / "tars"
+    shards.write_shards(out, "cirr", paths, splits, max_bytes=8000, workers=2, progress=False)
+    found = {}
+    for kind, root in (("images", cirr_root), ("shards", out)):
+        folder = tmp_path / kind
+        folder.mkdir()
+        path = configure(folder, folder / "cache", "cirr", root, ["hard"], ["val"], ["val"])
+        options = [f"datasets.cirr.data_type={kind}", "run.num_workers=2", "run.cache_features=false"]
+        host.run(path, options)
+        found[kind] = numbers(folder / "output")
+        log = next((folder / "output").rglob("log.txt")).read_text().splitlines()
+        found[kind, "loss"] = [json.loads(line).get("train_loss") for line in log]
+    assert found["images"] == found["shards"]
+    assert found["images", "loss"] == found["shards", "loss"] and any(found["images", "loss"])
+
+
+# ---- missing images --------------------------------------------------------------------------------------------------
+
+
+def copy_without(root: Path, to: Path, absent: list[str]) -> Path:
+    for folder, _, files in os.walk(root):
+        for file in files:
+            path = to / os.path.relpath(os.path.join(folder, file), root)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if Path(file).stem not in absent:
+                path.symlink_to(os.path.join(folder, file))
+    return to
+
+
+def build(name: str, root: Path, wanted, **info):
+    side = {"train": {"name": "cir_image", "image_size": 8}, "eval": {"name": "cir_image", "image_size": 8}}
+    text = {"train": {"name": "cir_caption"}, "eval": {"name": "cir_caption"}}
+    given = {"data_type": "images", "build_info": {"root": str(root), **info}, "vis_processor": side}
+    builder = registry.get_builder_class(name)(OmegaConf.create({**given, "text_processor": text}))
+    builder.wanted = wanted
+    return builder.build_datasets()
+
+
+def test_missing_images_stop_or_are_skipped_when_asked(cirr_root, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "cache"))
+    queries = json.loads((cirr_root / "captions/cap.rc2.val.json").read_text())
+    gone = [queries[0]["reference"], queries[5]["target_hard"]]
+    root = copy_without(cirr_root, tmp_path / "partial", gone)
+    with pytest.raises(ConfigError, match=r"img_raw/dev: 2 of \d+ images of val, such as img_raw/dev/"):
+        build("cirr", root, ["val"])
+    with caplog.at_level("WARNING"):
+        dataset = build("cirr", root, ["val"], missing="skip")["val"]
+    affected = [q for q in queries if q["reference"] in gone or q["target_hard"] in gone]
+    assert len(dataset) == 12 - len(affected) and not set(gone) & set(dataset.gallery.ids)
+    assert dataset.left_out["missing_images"] == 2 and dataset.left_out["skipped_queries"] == len(affected)
+    listed = Path(dataset.left_out["listed_in"]).read_text().split()
+    assert sorted(Path(file).stem for file in listed) == sorted(gone)
+    assert f"val lacks 2 images; {len(affected)} queries are skipped" in caplog.text
+
+
+def test_a_split_that_is_not_wanted_need_not_be_there(cirr_root, tmp_path):
+    root = copy_without(cirr_root, tmp_path / "val_only", [])
+    for path in (root / "img_raw/train/0").iterdir():
+        path.unlink()
+    (root / "captions/cap.rc2.train.json").unlink()
+    assert set(build("cirr", root, ["val"])) == {"val"}
+    with pytest.raises(ConfigError, match="cap.rc2.train.json"):
+        build("cirr", root, ["train", "val"])
+
+
+def test_nothing_left_is_an_error(cirr_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "cache"))
+    names = list(json.loads((cirr_root / "image_splits/split.rc2.val.json").read_text()))
+    with pytest.raises(DataError, match="every query needs an image that is missing"):
+        build("cirr", copy_without(cirr_root, tmp_path / "empty", names), ["val"], missing="skip")
+
+
+# ---- neucore data check ----------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_is_there_and_what_is_not(cirr_root, tmp_path, capsys):
+    assert cli.main(["data", "check", "cirr", "--root", str(cirr_root)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "complete"
+    root = copy_without(cirr_root, tmp_path / "partial", ["cap.rc2.test1"])
+    for path in (root / "img_raw/dev").iterdir():
+        path.unlink()
+    assert cli.main(["data", "check", "cirr", "--root", str(root), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["splits"]["val"]["queries"] == 12 and report["splits"]["train"]["images_missing"] == 0
+    assert report["splits"]["val"]["images_missing"] == report["splits"]["val"]["gallery"]
+    assert report["splits"]["test1"]["annotations_missing"] == [str(root / "captions/cap.rc2.test1.json")]
+    assert not report["complete"]
+    assert cli.main(["data", "check", "cirr", "--root", str(root)]) == 1
+    told = capsys.readouterr().out
+    assert "no annotations" in told and "https://github.com/Cuberick-Orion/CIRR" in told
+    assert f"belong below {root}/img_raw/dev" in told
+
+
+def test_check_without_a_root_and_of_an_unknown_name(monkeypatch, capsys):
+    monkeypatch.delenv("NEUCORE_SHOES_ROOT", raising=False)
+    assert cli.main(["data", "check", "shoes"]) == 2
+    assert "NEUCORE_SHOES_ROOT" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"Did you mean 'shoes'"):
+        published.check("shoe", "x")
+
+
+def test_all_lists_of_data_sets_agree():
+    assert set(published.READERS) == set(PUBLISHED) == set(schema_data.PUBLISHED_DATASETS)
+    for name, reader in published.READERS.items():
+        builder = registry.get_builder_class(name)
+        assert builder.SPLITS == reader.WITH_TARGETS and set(reader.WITH_TARGETS) <= set(reader.SPLITS)
+        assert set(schema_data.PUBLISHED_SPLITS[name]) == set(reader.WITH_TARGETS), name
+        schema = getattr(schema_data, f"{name.capitalize()}InfoSchema")
+        assert schema().protocol == [next(iter(PRESETS[name]))]
+        assert f"NEUCORE_{name.upper()}_ROOT" == reader.ROOT_VARIABLE
+        for split in reader.SPLITS:
+            assert reader.annotations(split) and reader.image_folder("root", split).startswith("root")
+        assert "root" in reader.sources("root")
+
+
+@pytest.mark.skipif(not (REAL / "fashioniq").is_dir(), reason="the real annotation files are not beside the checkout")
+def test_check_on_real_files_without_images():
+    report = published.check("fashioniq", REAL / "fashioniq")["splits"]
+    counts = {split: (row["queries"], row["gallery"]) for split, row in report.items() if "queries" in row}
+    assert counts["val_dress"] == (2017, 3817) and counts["val_toptee"] == (1961, 5373)
+    assert counts["train_dress"] == (5985, 11452) and counts["train_toptee"] == (6027, 16121)
+    assert report["val_shirt"]["annotations_missing"] and report["val_dress"]["images_missing"] == 3817
