@@ -13,7 +13,7 @@ from typing import Any
 from neucore_plugin import __version__
 from neucore_plugin.errors import ConfigError, DataError, NeucoreError
 
-COMMANDS = ("data", "shards")  # modules of neucore_plugin.commands
+COMMANDS = ("data", "vocab", "shards", "submit")  # modules of neucore_plugin.commands
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
 EXAMPLES = """\
 examples:
@@ -24,6 +24,9 @@ examples:
   neucore report output/emoji
   neucore data emoji
   neucore data check cirr --root /data/cirr
+  neucore vocab cirr --root /data/cirr --out concepts.json
+  neucore shards cirr --root /data/cirr --out /data/cirr-shards
+  neucore submit cirr --cfg-path projects/neucore/eval_cirr.yaml --checkpoint BEST.pth
 """
 
 

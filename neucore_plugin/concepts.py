@@ -5,7 +5,7 @@ Knows no host and no tensor library; spaCy is imported when the first caption is
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,24 @@ class ConceptExtractor:
 def _plain(caption: str) -> str:
     """Control characters and runs of white space as one space: the tagger takes them for words."""
     return " ".join("".join(character if character.isprintable() else " " for character in caption).split())
+
+
+def cached_concepts(
+    extractor: ConceptExtractor, texts: Sequence[str], folder: str | Path, once: Callable[[Callable], Any] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """Concepts of each text; kept in `folder`, since parsing a large data set takes minutes.
+
+    `once`: runs the extraction in one of several processes while the others wait.
+    """
+    rules = [extractor.pipeline_version, sorted(extractor.tags), sorted(extractor.stop_lemmas)]
+    path = Path(folder) / f"concepts-{sha256_text(json.dumps([rules, list(texts)]))[:24]}.json"
+
+    def extract() -> None:
+        if not path.exists():
+            write_json(path, [list(concepts) for concepts in extractor(texts, progress=True)], indent=None)
+
+    extract() if once is None else once(extract)
+    return {text: tuple(found) for text, found in zip(texts, json.loads(path.read_text()), strict=True)}
 
 
 @lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from neucore_plugin.errors import ConfigError, ImageError
+from neucore_plugin.errors import ConfigError, DataError, ImageError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what a folder is searched for
 MAX_PIXELS = 64_000_000  # four times a 16-megapixel photograph; decoded as RGB it takes 192 MB
@@ -64,7 +64,12 @@ def _open(source: _Source, name: str) -> BinaryIO:
     if not isinstance(source, str | os.PathLike):
         if not hasattr(source, "read"):
             raise ImageError(f"an image is given as {type(source).__name__}: give a path, bytes or a binary file")
-        return source if hasattr(source, "seek") else io.BytesIO(source.read())  # the latter: an image of a shard
+        if hasattr(source, "seek"):
+            return source
+        try:
+            return io.BytesIO(source.read())  # an image of a shard
+        except DataError as error:
+            raise ImageError(f"{name} cannot be read: {error}") from error
     path = Path(source)
     try:
         if path.is_dir():

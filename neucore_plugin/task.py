@@ -4,7 +4,6 @@ B batch, Q queries, G gallery images.
 """
 
 import copy
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,15 +19,16 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from neucore_plugin import distributed, host
-from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
+from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, cached_concepts
 from neucore_plugin.datasets.triplets import GalleryDataset, ImageStore, TripletDataset
 from neucore_plugin.errors import ConfigError, DataError, ImageError
 from neucore_plugin.features import FeatureCache, build_cache, content_fingerprints
-from neucore_plugin.files import sha256_text, write_json
+from neucore_plugin.files import write_json
 from neucore_plugin.images import check_images, load_image
 from neucore_plugin.names import nearest
 from neucore_plugin.ranking import ROWS, Ranking
 from neucore_plugin.results import show_finished, summary, write_results
+from neucore_plugin.retrieval.metrics import topk
 
 SPLIT_KEYS = ("train_splits", "valid_splits", "test_splits")
 
@@ -74,6 +74,15 @@ class ComposedImageRetrievalTask(BaseTask):
             dataset.concepts = [concepts[text] for text in dataset.texts]
         return datasets
 
+    def build_split(self, cfg: Any, name: str, split: str) -> TripletDataset:
+        """One split of a data set, also one without answers, with the concepts of its relative captions."""
+        made = registry.get_builder_class(name)(cfg.datasets_cfg[name])
+        made.wanted = [split]
+        dataset = made.build_datasets()[split]
+        concepts = self._concepts(sorted(set(dataset.texts)))
+        dataset.concepts = [concepts[text] for text in dataset.texts]
+        return dataset
+
     def _wanted_splits(self) -> list[str]:
         """Splits that the run names; an evaluation does without those of the training."""
         keys = ("valid_splits", "test_splits") if self.run.get("evaluate") else SPLIT_KEYS
@@ -102,18 +111,8 @@ class ComposedImageRetrievalTask(BaseTask):
             raise ConfigError("\n".join(problems))
 
     def _concepts(self, texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Concepts of each text; kept on disk, since parsing a large data set takes minutes."""
         extractor = ConceptExtractor(tuple(self.model_config.concepts.pos))
-        rules = [extractor.pipeline_version, sorted(extractor.tags), sorted(extractor.stop_lemmas)]
-        key = sha256_text(json.dumps([rules, list(texts)]))
-        path = self._cache_root() / f"concepts-{key[:24]}.json"
-
-        def extract() -> None:
-            if not path.exists():
-                write_json(path, [list(concepts) for concepts in extractor(texts, progress=True)], indent=None)
-
-        distributed.on_main(extract)
-        return {text: tuple(found) for text, found in zip(texts, json.loads(path.read_text()), strict=True)}
+        return cached_concepts(extractor, texts, self._cache_root(), distributed.on_main)
 
     def _cache_root(self) -> Path:
         given = self.run.get("cache_dir")
@@ -252,6 +251,32 @@ class ComposedImageRetrievalTask(BaseTask):
         shown = {kind: whole.pop(kind)[ROWS[0]] for kind in ("top", "top_scores")}
         kinds = {kind: {} for kind in ("ranks", "subset_ranks", "soft", "best")}
         return {"dataset": dataset, **kinds, **whole, **shown}
+
+    @torch.inference_mode()
+    def rank_for_submission(
+        self, model: Any, dataset: TripletDataset, count: int, in_group: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Gallery positions of the `count` best images of each query, and of the `in_group` best of its group.
+
+        The reference takes no place. Groups are empty lists where the data set has none. DataError for a gallery that
+        is too small.
+        """
+        if len(dataset.gallery.ids) <= count:
+            raise DataError(f"a gallery of {len(dataset.gallery.ids)} images cannot give {count} images a query")
+        loader = DataLoader(dataset, batch_size=int(self.run.get("batch_size_eval", 64)), collate_fn=dataset.collater)
+        gallery = self._encode_gallery(model, dataset, loader)
+        whole: list[list[int]] = []
+        groups: list[list[int]] = []
+        for samples in tqdm(loader, f"ranking {dataset.split}", unit="batch", disable=_quiet()):
+            indices = samples["index"].tolist()
+            scores = model.score(self._encode_queries(model, samples, ROWS[0]), gallery).cpu()
+            excluded = [dataset.reference_position(index) for index in indices]
+            whole += topk(scores, count, excluded).tolist()
+            for row, index in enumerate(indices):
+                members = sorted(set(dataset.member_positions(index)) - {excluded[row]})
+                order = sorted(members, key=lambda place: (-float(scores[row, place]), place))
+                groups.append(order[:in_group])
+        return whole, groups
 
     @staticmethod
     def _encode_queries(model: Any, samples: Mapping[str, Any], row: str) -> dict[str, torch.Tensor]:

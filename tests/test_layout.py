@@ -7,6 +7,7 @@ import neucore_plugin
 
 PACKAGE = Path(neucore_plugin.__file__).parent
 HOST_LINE = {  # only these may import lavis
+    "commands/submit.py",
     "host.py",
     "processors.py",
     "runner.py",

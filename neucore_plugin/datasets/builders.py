@@ -154,6 +154,24 @@ Fashion200kBuilder = _published("fashion200k")
 CircoBuilder = _published("circo")
 
 
+@host.register_builder("emoji")
+class EmojiBuilder(TripletBuilder):
+    """The embedded default: OpenMoji drawings (see `datasets/emoji.py`)."""
+
+    name = "emoji"
+    SPLITS = emoji.SPLITS
+    credit = "Drawings: OpenMoji (openmoji.org), CC BY-SA 4.0"
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": str(CONFIGS / "emoji.yaml")}
+
+    def prepare(self, info: dict[str, Any]) -> None:
+        emoji.prepare(info.get("cache_dir"), image_size=info["image_size"])
+
+    def read(self, info: dict[str, Any]):
+        data = emoji.load(info.get("cache_dir"), image_size=info["image_size"], role_cap=info["role_cap"])
+        paths = dict(zip(data.gallery.ids, data.gallery.paths, strict=True))
+        return paths, {split: (data.triplets(split), data.gallery) for split in self.SPLITS}
+
+
 @host.register_builder("folder")
 class FolderBuilder(TripletBuilder):
     """One's own images and JSON annotations (see `datasets/folder.py`)."""

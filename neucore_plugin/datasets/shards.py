@@ -38,7 +38,7 @@ FORMAT = "neucore-shards-1"
 INDEX = "index.json"
 _SHARD = re.compile(r"shard-\d{5}\.tar")
 _SPLIT = re.compile(r"[A-Za-z0-9_.-]{1,80}")
-_MEMBER = re.compile(r"\d{6,12}\.[a-z]{2,5}")
+_MEMBER = re.compile(rf"\d{{6,12}}({'|'.join(map(re.escape, (*IMAGE_SUFFIXES, '.img')))})")
 _FIELDS = {field.name for field in dataclasses.fields(Triplet)}
 
 
@@ -245,12 +245,10 @@ def _open_index(folder: str | Path) -> tuple[Path, dict[str, Any]]:
         raise DataError(f"{folder}: shards are read from a folder; copy or mount it, then give its path")
     root = Path(folder).expanduser()
     if not (root / INDEX).is_file():
-        unfinished = (
-            " The writing was interrupted: run the same command again." if (root / "writing.json").is_file() else ""
-        )
-        raise DataError(
-            f"{root}: has no {INDEX}, so it is no folder of shards.{unfinished} `neucore shards` writes one"
-        )
+        remedy = "`neucore shards` writes one"
+        if (root / "writing.json").is_file():
+            remedy = "its writing was interrupted: give the same `neucore shards` command again"
+        raise DataError(f"{root}: has no {INDEX}, so it is no complete folder of shards; {remedy}")
     index = read_json(root / INDEX, dict, "the shards")
     if index.get("format") != FORMAT:
         raise DataError(f"{root / INDEX}: has the format {index.get('format')!r}, not {FORMAT!r}; {REMEDY}")

@@ -1,0 +1,90 @@
+"""neucore submit: files for the test servers of CIRR and CIRCO, and a check of such a file made elsewhere."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from neucore_plugin.errors import ConfigError
+
+HELP = "write and check the files for the test servers of CIRR and CIRCO"
+SPLITS = {"cirr": "test1", "circo": "test"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """NAME with a config and a checkpoint, or --check FILE."""
+    parser.add_argument("name", choices=tuple(SPLITS), help="the data set")
+    parser.add_argument("--cfg-path", metavar="YAML", help="config with the data set, such as eval_cirr.yaml")
+    parser.add_argument("--checkpoint", help="what training wrote: .../checkpoint_best.pth")
+    parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--split", help="test1 (CIRR) or test (CIRCO) by default; val to try it out")
+    parser.add_argument(
+        "--out", type=Path, default=Path("output/submission"), help="folder (default output/submission)"
+    )
+    parser.add_argument("--check", type=Path, metavar="FILE", help="check this file; nothing is computed")
+    parser.add_argument("--root", type=Path, help="with --check: the data set's root, to compare ids and names")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write or check. Raises ConfigError and DataError; what has problems is not written."""
+    from neucore_plugin import submission
+
+    split = arguments.split or SPLITS[arguments.name]
+    if arguments.check is not None:
+        print(f"{arguments.check}: good: {submission.check(arguments.check, _split(arguments, split))}")
+        return
+    if not arguments.cfg_path or not arguments.checkpoint:
+        raise ConfigError("give --cfg-path and --checkpoint to make the files, or --check FILE to check one")
+    dataset, model, task = _load(arguments, split)
+    for path, content in _contents(arguments, dataset, model, task, split):
+        submission.write(path, content, (dataset.triplets, dataset.gallery))
+        print(f"{path}: good: {submission.check(path, (dataset.triplets, dataset.gallery))}")
+
+
+def _split(arguments: argparse.Namespace, split: str) -> Any:
+    """Triplets and gallery to compare with, where the annotations are at hand; images are not needed."""
+    import os
+
+    from neucore_plugin.datasets import published
+
+    reader = published.reader(arguments.name)
+    if split not in reader.SPLITS:
+        raise ConfigError(f"{reader.TITLE} has no split {split!r}; allowed: {', '.join(reader.SPLITS)}")
+    if not arguments.root and not os.environ.get(reader.ROOT_VARIABLE):
+        print("no --root: lengths, repeats and the header are checked, ids and names are not compared")
+        return None
+    return published.locate(arguments.name, arguments.root, [split], need_images=False)[1][split]
+
+
+def _load(arguments: argparse.Namespace, split: str) -> tuple[Any, Any, Any]:
+    from neucore_plugin import config, host
+
+    options = [*config.dotlist(arguments.options), f"model.checkpoint={arguments.checkpoint}", "run.evaluate=true"]
+    host.register_all()
+    from lavis.common.registry import registry
+
+    cfg = config.load_config(arguments.cfg_path, options, host.registry_tables())
+    if list(cfg.datasets_cfg) != [arguments.name]:
+        raise ConfigError(f"{arguments.cfg_path}: describes {', '.join(cfg.datasets_cfg)}, not {arguments.name} alone")
+    host.setup_logging(True)
+    task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
+    dataset = task.build_split(cfg, arguments.name, split)
+    model = task.build_model(cfg).to(host.pick_device(cfg.run_cfg.get("device") or "auto")).eval()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    task.prepare(model, {arguments.name: {split: dataset}}, cfg, arguments.out)
+    return dataset, model, task
+
+
+def _contents(arguments: argparse.Namespace, dataset: Any, model: Any, task: Any, split: str) -> list[tuple[Path, Any]]:
+    from neucore_plugin import submission
+
+    ids, count = dataset.gallery.ids, submission.LENGTHS["recall"]
+    whole, groups = task.rank_for_submission(model, dataset, count, submission.LENGTHS["recall_subset"])
+    queries = [triplet.query_id for triplet in dataset.triplets]
+    rankings = {query: [ids[place] for place in row] for query, row in zip(queries, whole, strict=True)}
+    if arguments.name == "circo":
+        return [(arguments.out / f"circo_{split}.json", submission.circo_content(rankings))]
+    subset = {query: [ids[place] for place in row] for query, row in zip(queries, groups, strict=True)}
+    return [
+        (arguments.out / f"cirr_{split}_recall.json", submission.cirr_content("recall", rankings)),
+        (arguments.out / f"cirr_{split}_recall_subset.json", submission.cirr_content("recall_subset", subset)),
+    ]

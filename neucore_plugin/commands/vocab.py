@@ -1,0 +1,86 @@
+"""neucore vocab: the concept vocabulary of a data set, with counts."""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from neucore_plugin.commands.data import PUBLISHED
+from neucore_plugin.errors import ConfigError
+
+HELP = "build the concept vocabulary of a data set and show what it holds"
+CIRR_POS = ("NOUN", "ADJ")  # as the paper has it
+POS = ("NOUN", "VERB", "ADJ", "ADV")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """NAME and what counts as a concept."""
+    parser.add_argument("name", choices=(*PUBLISHED, "emoji", "folder"), help="the data set")
+    parser.add_argument("--root", type=Path, help="its root folder (default: its variable, such as NEUCORE_CIRR_ROOT)")
+    parser.add_argument("--split", default="train", help="whose captions (default train)")
+    parser.add_argument(
+        "--pos", nargs="+", metavar="TAG", help="parts of speech (default NOUN VERB ADJ ADV; CIRR NOUN ADJ)"
+    )
+    parser.add_argument("--min-count", type=int, default=2, help="captions that must hold a lemma (default 2)")
+    parser.add_argument("--top", type=int, default=30, help="how many of the most frequent to show (default 30)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the vocabulary as JSON")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read the captions (images are not needed), find concepts, count. Raises ConfigError and DataError."""
+    from neucore_plugin import host
+    from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, cached_concepts
+
+    captions = _captions(arguments)
+    extractor = ConceptExtractor(tuple(arguments.pos or (CIRR_POS if arguments.name == "cirr" else POS)))
+    texts = sorted(set(captions))
+    found = cached_concepts(extractor, texts, host.cache_dir() / "features")
+    lemmas = [found[caption] for caption in captions]
+    vocabulary = ConceptVocabulary.from_captions(lemmas, arguments.min_count)
+    counts = Counter(lemma for caption in lemmas for lemma in caption)
+    report = {
+        "captions": len(captions),
+        "empty_captions": sum(not caption.strip() for caption in captions),
+        "captions_without_concept": sum(not caption for caption in lemmas),
+        "pos": list(extractor.pos),
+        "min_count": arguments.min_count,
+        "lemmas": len(counts),
+        "concepts": len(vocabulary),
+        "most_frequent": {word: counts[word] for word in vocabulary.words[: max(0, arguments.top)]},
+        "fingerprint": vocabulary.fingerprint,
+    }
+    if arguments.out:
+        vocabulary.to_json(arguments.out)
+        report["written"] = str(arguments.out)
+    if arguments.json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    print(f"{report['captions']:,} captions, {report['empty_captions']:,} of them empty; ", end="")
+    print(f"{report['captions_without_concept']:,} hold no concept ({', '.join(extractor.pos)})")
+    print(f"{report['lemmas']:,} lemmas, {report['concepts']:,} in at least {arguments.min_count} captions:")
+    print(", ".join(f"{word} {count:,}" for word, count in report["most_frequent"].items()))
+    if arguments.out:
+        print(f"written: {arguments.out}")
+
+
+def _captions(arguments: argparse.Namespace) -> list[str]:
+    from neucore_plugin.datasets import folder, published
+
+    name, split = arguments.name, arguments.split
+    if name == "folder":
+        if arguments.root is None:
+            raise ConfigError("--root is needed: the folder with the images and their annotations")
+        return [t.caption for t in folder.load_split(arguments.root, split, folder.images(arguments.root))[0]]
+    if name == "emoji":
+        from neucore_plugin.datasets import emoji
+
+        if split not in emoji.SPLITS:
+            raise ConfigError(f"emoji has no split {split!r}; allowed: {', '.join(emoji.SPLITS)}")
+        emoji.prepare(None)
+        return [triplet.caption for triplet in emoji.load().triplets(split)]
+    reader = published.reader(name)
+    if split not in reader.SPLITS:
+        raise ConfigError(f"{reader.TITLE} has no split {split!r}; allowed: {', '.join(reader.SPLITS)}")
+    _, found = published.locate(name, arguments.root, [split], need_images=False)
+    return [triplet.caption for triplet in found[split][0]]

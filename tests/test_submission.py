@@ -1,0 +1,135 @@
+"""Submission files: what the servers want, by hand-made files; and the whole way from a checkpoint."""
+
+import json
+
+import pytest
+
+from neucore_plugin import submission
+from neucore_plugin.commands import submit
+from neucore_plugin.datasets.triplets import Gallery, Triplet
+from neucore_plugin.errors import ConfigError, DataError
+
+NAMES = tuple(f"test1-{number}" for number in range(60))
+QUERIES = [
+    Triplet("12063", NAMES[0], "a", (), members=NAMES[:6]),
+    Triplet("12064", NAMES[7], "b", (), members=NAMES[5:11]),
+]
+SPLIT = (QUERIES, Gallery(NAMES, tuple(map(__import__("pathlib").Path, NAMES))))
+
+
+def recall() -> dict:
+    return {"version": "rc2", "metric": "recall", "12063": list(NAMES[1:51]), "12064": list(NAMES[8:58])}
+
+
+def subset() -> dict:
+    return {
+        "version": "rc2",
+        "metric": "recall_subset",
+        "12063": list(NAMES[1:4]),
+        "12064": [NAMES[5], NAMES[9], NAMES[6]],
+    }
+
+
+def circo() -> dict:
+    return {str(query): list(range(query, query + 50)) for query in range(3)}
+
+
+@pytest.mark.parametrize(("content", "told"), [(recall(), "CIRR recall, 2"), (subset(), "CIRR recall_subset, 2")])
+def test_good_cirr_files(tmp_path, content, told):
+    path = submission.write(tmp_path / "out.json", content, SPLIT)
+    assert json.loads(path.read_text()) == content
+    assert submission.check(path, SPLIT) == submission.check(path) == f"{told} queries"
+
+
+def test_good_circo_file_and_the_forms_that_are_written(tmp_path):
+    rankings = {str(query): [str(image) for image in range(query, query + 50)] for query in range(3)}
+    assert submission.circo_content(rankings) == circo()
+    path = submission.write(tmp_path / "out.json", submission.circo_content(rankings))
+    assert submission.check(path) == "CIRCO, 3 queries"
+    made = submission.cirr_content("recall", {"12063": NAMES[1:51], "12064": NAMES[8:58]})
+    assert made == recall()
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "message"),
+    [
+        (recall, lambda c: c.pop("12064"), "query '12064' is missing"),
+        (recall, lambda c: c.update({"9": c["12063"]}), "query '9' is not of this split"),
+        (recall, lambda c: c["12063"].pop(), "query '12063': has 49 images; exactly 50 are wanted"),
+        (recall, lambda c: c["12063"].__setitem__(3, NAMES[1]), "query '12063': 'test1-1' stands twice"),
+        (recall, lambda c: c["12063"].__setitem__(3, NAMES[0]), "holds its own reference 'test1-0'"),
+        (recall, lambda c: c["12063"].__setitem__(3, "test1-52.png"), "'test1-52.png' carries a suffix"),
+        (recall, lambda c: c["12063"].__setitem__(3, "dev-1"), "'dev-1' is no image of the gallery"),
+        (recall, lambda c: c["12063"].__setitem__(3, 7), "query '12063': needs a list of image names"),
+        (recall, lambda c: c.update({"12063": "x"}), "query '12063': needs a list of image names"),
+        (recall, lambda c: c.update(version="rc1"), "version is 'rc1'; allowed: rc2"),
+        (recall, lambda c: c.update(metric="recal"), "metric is 'recal'; allowed: recall, recall_subset"),
+        (subset, lambda c: c["12064"].__setitem__(0, NAMES[20]), "'test1-20' is no member of the query's group"),
+        (subset, lambda c: c["12064"].append(NAMES[8]), "has 4 images; exactly 3 are wanted"),
+        (recall, lambda c: (c.pop("12063"), c.pop("12064")), "holds no query"),
+    ],
+)
+def test_each_problem_is_told_and_nothing_is_written(tmp_path, base, change, message):
+    content = base()
+    change(content)
+    with pytest.raises(DataError) as caught:
+        submission.write(tmp_path / "out.json", content, SPLIT)
+    assert message in str(caught.value) and not list(tmp_path.iterdir())
+    path = tmp_path / "made_elsewhere.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError) as caught:
+        submission.check(path, SPLIT)
+    assert message in str(caught.value) and "made_elsewhere.json: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["0"].pop(), "query '0': has 49 images"),
+        (lambda c: c["0"].__setitem__(0, "7"), "needs a list of image ids (whole numbers)"),
+        (lambda c: c["0"].__setitem__(0, True), "needs a list of image ids"),
+        (lambda c: c["0"].__setitem__(0, 3), "3 stands twice"),
+    ],
+)
+def test_problems_of_a_circo_file(tmp_path, change, message):
+    content = circo()
+    change(content)
+    with pytest.raises(DataError) as caught:
+        submission.write(tmp_path / "out.json", content)
+    assert message in str(caught.value)
+
+
+def test_an_id_that_stands_twice_a_file_too_large_and_files_that_are_none(tmp_path):
+    path = tmp_path / "out.json"
+    text = json.dumps(recall())
+    path.write_text(text[:-1] + f', "12063": {json.dumps(list(NAMES[1:51]))}}}')
+    with pytest.raises(DataError, match="'12063' stands 2 times"):
+        submission.check(path, SPLIT)
+    path.write_text(text + " " * 5_000_000)
+    with pytest.raises(DataError, match=r"has 5,00\d,\d+ bytes; the server takes 5,000,000 at most"):
+        submission.check(path, SPLIT)
+    for content, message in (
+        ("[1]", "a JSON object of lists"),
+        ("{", "no valid JSON"),
+        ("7", "a JSON object of lists"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            submission.check(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        submission.check(tmp_path / "gone.json")
+
+
+def test_many_problems_are_counted(tmp_path):
+    content = recall() | {str(number): [] for number in range(30)}
+    with pytest.raises(DataError, match="60 problems(?s:.)*and 50 more"):
+        submission.write(tmp_path / "out.json", {**content}, SPLIT)
+
+
+def test_the_command_wants_a_checkpoint_or_a_file():
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    submit.add_arguments(parser)
+    with pytest.raises(ConfigError, match="--cfg-path and --checkpoint"):
+        submit.run(parser.parse_args(["cirr"]))
