@@ -9,7 +9,7 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import OmegaConf
 
 from neucore_plugin import distributed, host
-from neucore_plugin.datasets import folder, protocols, published, shards
+from neucore_plugin.datasets import emoji, folder, protocols, published, shards
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 from neucore_plugin.errors import ConfigError
 from neucore_plugin.files import atomic_write

@@ -11,18 +11,21 @@ A text encoder is an `nn.Module` with
 - `width` (Dt, words and sentence) and `word_width` (Dw),
 - `forward(texts) -> {"words": [B,L,Dt], "mask": [B,L] bool, "sentence": [B,Dt]}`, L may be 0,
 - `embed_words(words) -> [n,Dw]`: one embedding a concept word, for any word,
-- `fingerprint`.
+- `fingerprint`,
+- `trains_words` (False where absent): whether `embed_words` has a gradient, so that nothing may be remembered of it.
+An encoder with `trainable` takes `frozen` (hold the weights as buffers) and `load` (read the file of its weights).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.errors import ConfigError, NeucoreError
 from neucore_plugin.names import nearest
 
-IMAGE_ENCODERS = ("efficientnet_lite0",)
-TEXT_ENCODERS = ("minilm_l6",)
+IMAGE_ENCODERS = ("efficientnet_lite0", "resnet", "features")
+TEXT_ENCODERS = ("minilm_l6", "glove_bigru")
 
 
 class Backbone(nn.Module):
@@ -46,22 +49,38 @@ class Backbone(nn.Module):
         return self
 
 
-def build_backbone(config: dict[str, Any]) -> Backbone:
-    """Build from `{"image": {"name", "freeze", ...}, "text": {...}}`; raises ConfigError on unknown names."""
-    from neucore_plugin.models.backbones import embedded
+def build_backbone(config: dict[str, Any], words: Sequence[str] | None = None, load: bool = True) -> Backbone:
+    """Build from `{"image": {"name", "freeze", ...}, "text": {...}}`; raises ConfigError on what cannot be.
 
+    words: word vocabulary of an encoder that has one. load: whether encoders with a weight file read it; a checkpoint
+    brings the weights itself.
+    """
+    from neucore_plugin.models.backbones import embedded, resnet_gru
+
+    classes = {
+        "efficientnet_lite0": embedded.EfficientNetLite0,
+        "features": resnet_gru.Features,
+        "resnet": resnet_gru.ResNet,
+        "minilm_l6": embedded.MiniLM,
+        "glove_bigru": resnet_gru.GloveBiGRU,
+    }
     sides = {}
-    for side, known, classes in (
-        ("image", IMAGE_ENCODERS, {"efficientnet_lite0": embedded.EfficientNetLite0}),
-        ("text", TEXT_ENCODERS, {"minilm_l6": embedded.MiniLM}),
-    ):
+    for side, known in (("image", IMAGE_ENCODERS), ("text", TEXT_ENCODERS)):
         settings = dict(config[side])
         name, freeze = settings.pop("name"), settings.pop("freeze", True)
-        if not freeze:
-            raise ConfigError(
-                f"model.backbone.{side}.freeze: false is not supported yet; encoders are used frozen. Leave it true"
-            )
-        if name not in classes:
+        if name not in known:
             raise ConfigError(f"model.backbone.{side}.name: {name!r} is no {side} encoder.{nearest(name, known)}")
-        sides[side] = (classes[name](**settings), freeze)
+        encoder = classes[name]
+        if name == "glove_bigru" and words is not None:
+            settings["words"] = words
+        if getattr(encoder, "trainable", False):
+            settings |= {"frozen": freeze, "load": load}
+        elif not freeze:
+            raise ConfigError(
+                f"model.backbone.{side}.freeze: false is not supported yet by {name}; it is used frozen. Leave it true"
+            )
+        try:
+            sides[side] = (encoder(**settings), freeze)
+        except ValueError as error:
+            raise error if isinstance(error, NeucoreError) else ConfigError(f"model.backbone.{side}: {error}") from error
     return Backbone(sides["image"][0], sides["text"][0], freeze_image=sides["image"][1], freeze_text=sides["text"][1])

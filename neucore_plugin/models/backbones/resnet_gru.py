@@ -1,0 +1,230 @@
+"""The released form's encoders: ResNet maps (or maps extracted before) as tokens, GloVe words read by a BiGRU.
+
+Frozen weights are held as buffers here: they belong to the model's state and travel in its checkpoints, so that a
+checkpoint needs neither the CNN's nor the word vectors' file, and a later phase may train them under the same names.
+
+B batch, N image tokens, L words, D width.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neucore_plugin.checkpoint import fingerprint
+from neucore_plugin.errors import CheckpointError
+from neucore_plugin.models.backbones.word_vectors import read_word_vectors
+
+NETWORKS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "resnet152": 2048}
+SPECIALS = ("<pad>", "<start>", "<and>", "<end>", "<unk>")
+PAD, START, AND, END, UNKNOWN = range(len(SPECIALS))
+_WORD = re.compile(r"<and>|[^\W_]+(?:'[^\W_]+)?")
+
+
+def hold_as_buffers(module: nn.Module) -> None:
+    """Turn every parameter below `module` into a buffer of the same name: never trained, always saved."""
+    for part in module.modules():
+        for name, value in list(part._parameters.items()):
+            if value is not None:
+                del part._parameters[name]
+                part.register_buffer(name, value.detach())
+
+
+class Features(nn.Module):
+    """Feature maps extracted before, [width, grid, grid] an image, given in place of pixels."""
+
+    trainable = False
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, width: int = 2048, grid: int = 7, image_size: int = 224) -> None:
+        super().__init__()
+        self.width, self.grid, self.num_tokens = width, (grid, grid), grid * grid
+        self.image_size = image_size  # of the pictures that the maps were made from
+        self.fingerprint = f"features:{width}:{grid}"
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """maps [B,width,grid,grid] -> tokens [B,N,width], pooled [B,width]."""
+        if tuple(pixels.shape[1:]) != (self.width, *self.grid):
+            wanted = ", ".join(map(str, ("B", self.width, *self.grid)))
+            raise ValueError(
+                f"the image encoder `features` takes feature maps [{wanted}], given {list(pixels.shape)}; extract them "
+                "first, or use model.backbone.image.name=resnet, which takes pictures"
+            )
+        tokens = pixels.flatten(2).transpose(1, 2)  # [B,N,width]
+        return {"tokens": tokens, "pooled": tokens.mean(1)}
+
+
+class ResNet(nn.Module):
+    """The last map of a torchvision ResNet as tokens.
+
+    Args:
+        network: one of NETWORKS. image_size: side of the square input, a multiple of 32.
+        weights: a state dict of torchvision's network, saved by torch; None means random weights (with a warning).
+        frozen: hold the weights as buffers. load: whether to read `weights`; a checkpoint brings its own.
+    """
+
+    trainable = True
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(
+        self,
+        network: str = "resnet50",
+        weights: str | Path | None = None,
+        image_size: int = 224,
+        frozen: bool = True,
+        load: bool = True,
+    ) -> None:
+        super().__init__()
+        from torchvision import models
+
+        if image_size % 32 or network not in NETWORKS:
+            raise ValueError(
+                f"resnet takes one of {', '.join(NETWORKS)} and an image_size that is a multiple of 32; given "
+                f"{network!r}, {image_size}"
+            )
+        side = image_size // 32
+        self.width, self.grid, self.num_tokens, self.image_size = NETWORKS[network], (side, side), side**2, image_size
+        self.network = getattr(models, network)(weights=None)
+        self.network.fc = nn.Identity()
+        if weights is not None and load:
+            self._read(Path(weights).expanduser(), network)
+        elif load:
+            warnings.warn(
+                f"model.backbone.image: {network} has random weights; name a file of torchvision's in its `weights`",
+                stacklevel=2,
+            )
+        if frozen:
+            hold_as_buffers(self)
+
+    def _read(self, path: Path, network: str) -> None:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+            self.network.load_state_dict(state)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"model.backbone.image.weights: no file {path}; download torchvision's") from error
+        except Exception as error:  # whatever torch raises on a file that is damaged, hostile or of another network
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CheckpointError(f"{path} holds no weights of torchvision's {network}: {reason}") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights as they are now."""
+        return f"resnet:{self.image_size}:{fingerprint(self.state_dict())}"
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """pixels [B,3,H,W], H = W = image_size -> tokens [B,N,width], pooled [B,width]."""
+        if tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
+            raise ValueError(f"resnet expects {self.image_size} px squares, given {list(pixels.shape)}")
+        net = self.network
+        x = net.maxpool(net.relu(net.bn1(net.conv1(pixels))))
+        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
+        tokens = x.flatten(2).transpose(1, 2)  # [B,N,width]
+        return {"tokens": tokens, "pooled": tokens.mean(1)}
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words of a caption; punctuation is dropped, `<and>` between two captions is kept."""
+    return _WORD.findall(text.lower())
+
+
+def word_list(captions: Iterable[str], more: Iterable[str] = ()) -> list[str]:
+    """The specials, then the captions' words in order of first appearance, then `more` (concept lemmas)."""
+    words = dict.fromkeys(SPECIALS)
+    for caption in captions:
+        words.update(dict.fromkeys(split_words(caption)))
+    words.update(dict.fromkeys(more))
+    return list(words)
+
+
+class GloveBiGRU(nn.Module):
+    """Word embedding and bidirectional GRU over `<start> words <end>`, its sentence the two final states, unit length.
+
+    Args:
+        words: the word vocabulary, SPECIALS first; a word outside it is `<unk>`.
+        word_dim: width of the embedding. width: of words and sentence, an even number.
+        glove: file of word vectors (see word_vectors.py); None means random ones. glove_words: words of a `.npy`.
+        max_words: words kept of a text; a longer one is cut.
+        freeze_words: the embedding is not trained. frozen: nothing is. load: whether to read `glove`.
+    """
+
+    trainable = True
+
+    def __init__(
+        self,
+        words: Sequence[str] = SPECIALS,
+        word_dim: int = 300,
+        width: int = 512,
+        glove: str | Path | None = None,
+        glove_words: str | Path | None = None,
+        max_words: int = 128,
+        freeze_words: bool = False,
+        frozen: bool = False,
+        load: bool = True,
+    ) -> None:
+        super().__init__()
+        if tuple(words[: len(SPECIALS)]) != SPECIALS or len(set(words)) != len(words):
+            raise ValueError(f"a word vocabulary holds each word once and begins with {', '.join(SPECIALS)}")
+        if width % 2:
+            raise ValueError(f"glove_bigru has half its width a direction: width {width} is odd")
+        self.words, self.word_width, self.width, self.max_words = tuple(words), word_dim, width, max_words
+        self._rows = {word: row for row, word in enumerate(self.words)}
+        self.embedding = nn.Embedding(len(self.words), word_dim)
+        self.gru = nn.GRU(word_dim, width // 2, batch_first=True, bidirectional=True)
+        nn.init.xavier_uniform_(self.embedding.weight)
+        self.words_found = 0
+        if glove is not None and load:
+            self.words_found = read_word_vectors(glove, glove_words, self._rows, self.embedding.weight.data)
+        self.trains_words = not (frozen or freeze_words)
+        for part, held in ((self.embedding, not self.trains_words), (self.gru, frozen)):
+            if held:
+                hold_as_buffers(part)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights as they are now, and the words."""
+        return f"glove_bigru:{self.max_words}:{fingerprint(self.state_dict(), {'words': ' '.join(self.words)})}"
+
+    def rows(self, text: str) -> list[int]:
+        """A caption's words as rows of the embedding, between <start> and <end>."""
+        words = [self._rows.get(word, UNKNOWN) for word in split_words(text)]
+        return [START, *words[: self.max_words], END]
+
+    def forward(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """texts -> words [B,L,D], mask [B,L], sentence [B,D]; a text without a word is masked, its sentence zero."""
+        if not len(texts):
+            zero = self.embedding.weight.new_zeros
+            return {"words": zero(0, 0, self.width), "mask": zero(0, 0).bool(), "sentence": zero(0, self.width)}
+        rows = [self.rows(text) for text in texts]
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.full((len(rows), int(lengths.max())), PAD)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = torch.tensor(row)
+        found = self.encode_ids(ids, lengths)
+        spoken = (lengths > 2).to(found["mask"].device)
+        return {
+            "words": found["words"] * spoken[:, None, None],
+            "mask": found["mask"] & spoken[:, None],
+            "sentence": found["sentence"] * spoken[:, None],
+        }
+
+    def encode_ids(self, ids: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        """ids [B,L] with <start> and <end>, lengths [B] -> as `forward`; words are zero at padding."""
+        ids = ids.to(self.embedding.weight.device)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.embedding(ids), lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
+        outputs, final = self.gru(packed)
+        words, _ = nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True, total_length=ids.shape[1])  # [B,L,D]
+        mask = torch.arange(ids.shape[1])[None] < lengths.cpu()[:, None]
+        sentence = F.normalize(torch.cat([final[0], final[1]], dim=-1), dim=-1)  # forward, then backward
+        return {"words": words, "mask": mask.to(ids.device), "sentence": sentence}
+
+    def embed_words(self, words: Sequence[str]) -> Tensor:
+        """words -> [n,word_dim], with gradient where the embedding is trained."""
+        rows = [self._rows.get(word, UNKNOWN) for word in words]
+        return self.embedding(torch.tensor(rows, dtype=torch.long, device=self.embedding.weight.device))
