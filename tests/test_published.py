@@ -193,6 +193,37 @@ def test_shards_give_what_the_folder_gives(cirr_root, cache_root, tmp_path):
     assert found["images", "loss"] == found["shards", "loss"] and any(found["images", "loss"])
 
 
+def test_submission_from_a_checkpoint(cirr_root, cache_root, tmp_path, capsys, monkeypatch):
+    """test1 has 22 to 36 pictures here, so the files are made with shorter rankings; all else is as published."""
+    from neucore_plugin import submission
+    from neucore_plugin.commands import submit
+
+    path = configure(tmp_path, cache_root, "cirr", cirr_root, ["hard"], [], ["val"])
+    host.run(path)
+    best = next((tmp_path / "output").rglob("checkpoint_best.pth"))
+    monkeypatch.setitem(submission.LENGTHS, "recall", 10)
+    out = tmp_path / "submission"
+    arguments = ["submit", "cirr", "--cfg-path", str(path), "--checkpoint", str(best), "--out", str(out)]
+    assert cli.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "cirr_test1_recall.json: good: CIRR recall, 6 queries" in told
+    whole, groups = (json.loads((out / f"cirr_test1_{kind}.json").read_text()) for kind in ("recall", "recall_subset"))
+    queries = json.loads((cirr_root / "captions/cap.rc2.test1.json").read_text())
+    assert set(whole) == {"version", "metric", *(str(query["pairid"]) for query in queries)}
+    for query in queries:
+        ranking, group = whole[str(query["pairid"])], groups[str(query["pairid"])]
+        assert len(ranking) == 10 and query["reference"] not in ranking
+        assert len(group) == 3 and set(group) <= set(query["img_set"]["members"]) - {query["reference"]}
+        inside = [name for name in ranking if name in query["img_set"]["members"]]
+        assert inside[:3] == group[: len(inside[:3])]  # the group is ranked as in the whole gallery
+    check = ["submit", "cirr", "--check", str(out / "cirr_test1_recall.json"), "--root", str(cirr_root)]
+    assert cli.main(check) == 0
+    monkeypatch.undo()
+    assert cli.main(check) == 2
+    assert "has 10 images; exactly 50 are wanted" in capsys.readouterr().err
+    assert submit.SPLITS == {"cirr": "test1", "circo": "test"}
+
+
 # ---- missing images --------------------------------------------------------------------------------------------------
 
 

@@ -98,9 +98,9 @@ def _test_queries(root: Path, captions: dict[str, str], problems: list[str]) -> 
         parts = line.split()
         unknown = [name for name in parts if name not in captions]
         if len(parts) != 2 or unknown:
-            what = (
-                f"{unknown[0]!r} is in no label file of test" if unknown else f"expected two paths, given {line[:80]!r}"
-            )
+            what = f"expected two paths, given {line[:80]!r}"
+            if unknown and len(parts) == 2:
+                what = f"{unknown[0]!r} is in no label file of test"
             problems.append(f"test_queries.txt: line {number}: {what}")
             continue
         source, target = parts

@@ -1,0 +1,297 @@
+"""FashionIQ, Shoes, Fashion200K and CIRCO: their readers on hand-made files of the published shape and on real ones."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from neucore_plugin.datasets import circo, fashion200k, fashioniq, shoes
+from neucore_plugin.errors import DataError
+
+REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+def put(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+# ---- FashionIQ -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fashion(tmp_path) -> Path:
+    root = tmp_path / "fashioniq"
+    pair = {"target": "B2", "candidate": "B1", "captions": ["is  red ", "has dots"]}
+    for category, part in itertools.product(fashioniq.CATEGORIES, ("train", "val", "test")):
+        pairs = [pair, {**pair, "captions": ["", "is longer\n"]}, {**pair, "captions": [" ", ""]}]
+        if part == "test":
+            pairs = [{key: value for key, value in one.items() if key != "target"} for one in pairs]
+        put(root / f"captions/cap.{category}.{part}.json", pairs)
+        put(root / f"image_splits/split.{category}.{part}.json", ["B1", "B2", f"{category[0]}9", "B1"])
+    return root
+
+
+def test_fashioniq_captions_and_galleries(fashion):
+    triplets, gallery = fashioniq.read(fashion, "val_shirt")
+    assert [t.caption for t in triplets] == ["is red and has dots", "is longer", ""]
+    assert [t.captions for t in triplets] == [("is red", "has dots"), ("is longer",), ()]
+    first = triplets[0]
+    assert (first.query_id, first.reference, first.targets, first.change) == ("shirt-val-0", "B1", ("B2",), "shirt")
+    assert gallery.ids == ("B1", "B2", "s9")  # the list's order, nothing twice
+    triplets, gallery = fashioniq.read(fashion, "train")
+    assert len(triplets) == 9 and len({t.query_id for t in triplets}) == 9
+    assert gallery.ids == ("B1", "B2", "d9", "s9", "t9")  # images that categories share stand once
+    triplets, _ = fashioniq.read(fashion, "test_dress")
+    assert [t.targets for t in triplets] == [()] * 3
+
+
+def test_fashioniq_images_in_one_folder_or_one_a_category(fashion):
+    images = fashion / "images"
+    touch(images / "B1.png", images / "shirt" / "B2.jpg", images / "B2.png", images / "dress" / "s9.jpeg")
+    _, gallery = fashioniq.read(fashion, "val_shirt")
+    expected = [images / "B1.png", images / "shirt" / "B2.jpg", images / "dress" / "s9.jpeg"]
+    assert list(gallery.paths) == expected
+    _, gallery = fashioniq.read(fashion, "val_toptee")
+    assert gallery.paths[1] == images / "B2.png" and gallery.paths[2] == images / "t9.jpg"  # the last is missing
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.__setitem__(1, 3), "entry 1: expected an object, given int"),
+        (lambda v: v[1].pop("target"), "entry 1: needs the text 'target'"),
+        (lambda v: v[1].update(candidate="B7"), "entry 1: candidate 'B7' is not in the image list"),
+        (lambda v: v[1].update(captions="is red"), "entry 1: needs 'captions', a list of texts, given 'is red'"),
+        (lambda v: v[1].update(captions=[None]), "entry 1: needs 'captions'"),
+        (lambda v: v[1].update(captions=[]), "entry 1: needs 'captions'"),
+    ],
+)
+def test_malformed_fashioniq_pairs(fashion, change, message):
+    path = fashion / "captions/cap.dress.val.json"
+    value = json.loads(path.read_text())
+    change(value)
+    put(path, value)
+    with pytest.raises(DataError) as caught:
+        fashioniq.read(fashion, "val_dress")
+    assert f"captions/cap.dress.val.json: {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "", 3, None, "a\\b"])
+def test_fashioniq_image_names_are_names(fashion, name):
+    put(fashion / "image_splits/split.dress.val.json", ["B1", "B2", name])
+    with pytest.raises(DataError, match="split.dress.val.json: entry 2: expected an image name"):
+        fashioniq.read(fashion, "val_dress")
+
+
+@pytest.mark.skipif(not (REAL / "fashioniq").is_dir(), reason=f"no real files at {os.path.relpath(REAL)}")
+@pytest.mark.parametrize(
+    ("split", "pairs", "images"),
+    [
+        ("train_dress", 5985, 11452),
+        ("val_dress", 2017, 3817),
+        ("test_dress", 2024, 3818),
+        ("train_toptee", 6027, 16121),
+        ("val_toptee", 1961, 5373),
+        ("test_toptee", 2056, 5374),
+    ],
+)
+def test_fashioniq_counts(split, pairs, images):
+    triplets, gallery = fashioniq.read(REAL / "fashioniq", split)
+    assert (len(triplets), len(gallery.ids)) == (pairs, images)
+    if split.startswith("val"):
+        union = {name for t in triplets for name in (t.reference, *t.targets)}
+        assert len(union) == {"val_dress": 2628, "val_toptee": 2902}[split]
+
+
+# ---- Shoes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shoe(tmp_path) -> Path:
+    root = tmp_path / "shoes"
+    train, evaluation = [f"img_womens_boots_{n}.jpg" for n in range(3)], [f"img_womens_flats_{n}.jpg" for n in range(4)]
+    put(root / "train_im_names.txt", "\n".join(train) + "\n\n")
+    put(root / "eval_im_names.txt", "\r\n".join(evaluation))
+    entries = [
+        (train[1], train[0], "are  red"),
+        (evaluation[2], evaluation[0], "have a bow"),
+        (train[2], evaluation[1], "x"),
+    ]
+    keys = ("ImageName", "ReferenceImageName", "RelativeCaption")
+    put(root / "relative_captions_shoes.json", [dict(zip(keys, entry, strict=True)) for entry in entries])
+    touch(
+        root / "womens_boots/0" / train[0],
+        root / "womens_boots/1" / train[0],
+        root / "deep/womens_flats/1" / evaluation[2],
+    )
+    return root
+
+
+def test_shoes_splits_by_their_lists_and_pictures_by_one_index(shoe):
+    triplets, gallery = shoes.read(shoe, "test")
+    assert [(t.query_id, t.caption) for t in triplets] == [("1", "have a bow")]
+    assert triplets[0].reference.endswith("flats_0.jpg") and triplets[0].targets[0].endswith("flats_2.jpg")
+    assert len(gallery.ids) == 4 and gallery.paths[2] == shoe / "deep/womens_flats/1/img_womens_flats_2.jpg"
+    assert gallery.paths[0] == shoe / "img_womens_flats_0.jpg"  # missing
+    triplets, gallery = shoes.read(shoe, "train")
+    assert [t.caption for t in triplets] == ["are red"]
+    assert gallery.paths[0] == shoe / "womens_boots/0/img_womens_boots_0.jpg"  # the same name twice: the first
+
+
+def test_malformed_shoes(shoe):
+    put(shoe / "relative_captions_shoes.json", [{"ImageName": "x"}, 3])
+    put(shoe / "train_im_names.txt", "a.jpg\n../b.jpg\n")
+    with pytest.raises(DataError) as caught:
+        shoes.read(shoe, "train")
+    told = str(caught.value)
+    assert "3 problems" in told and "line 2: expected a file name, given '../b.jpg'" in told
+    assert "entry 0: needs the texts ReferenceImageName, RelativeCaption" in told
+    (shoe / "eval_im_names.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="eval_im_names.txt: no text in UTF-8"):
+        shoes.read(shoe, "test")
+
+
+# ---- Fashion200K -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fashion200k_root(tmp_path) -> Path:
+    root = tmp_path / "fashion200k"
+    lines = {
+        "dress": ["women/dress/a/1.jpeg\t0.9\tBlack  lace dress", "women/dress/b/2.jpeg\t0.8\twhite lace dress"],
+        "skirt": ["women/skirt/c/3.jpeg\t0.9\twhite lace dress", "women/skirt/d/4.jpeg\t0.9\tA.B & c*"],
+        "jacket": ["women/jacket/e/5.jpeg\t0.9\tlong coat"],
+    }
+    for category in fashion200k.CATEGORIES:
+        for split in ("train", "test"):
+            put(root / f"labels/{category}_{split}_detect_all.txt", "\n".join(lines.get(category, [])))
+    put(
+        root / "test_queries.txt",
+        "women/dress/a/1.jpeg women/dress/b/2.jpeg\nwomen/skirt/c/3.jpeg women/dress/a/1.jpeg\n",
+    )
+    return root
+
+
+def test_fashion200k_captions_texts_and_answers(fashion200k_root):
+    triplets, gallery = fashion200k.read(fashion200k_root, "test")
+    assert len(gallery.ids) == 5
+    assert [(t.caption, t.targets) for t in triplets] == [
+        ("replace black with white", ("women/dress/b/2.jpeg", "women/skirt/c/3.jpeg")),  # every image of that caption
+        ("replace white with black", ("women/dress/a/1.jpeg",)),
+    ]
+    assert fashion200k.clean("A.B & c*?") == "adotmarkb andmark cstarmarkquestionmark"
+    assert fashion200k.difference("long red coat", "red coat") == ("long", "")
+
+
+def test_fashion200k_training_pairs_are_one_word_apart(fashion200k_root, tmp_path):
+    triplets, _ = fashion200k.read(fashion200k_root, "train")
+    assert {t.reference[-6] for t in triplets} == {"1", "2", "3"}  # the others have no such neighbour
+    assert fashion200k.read(fashion200k_root, "train")[0] == triplets
+    captions = [
+        " ".join(words) for words in itertools.product(("red", "blue"), ("long", "short", "wide"), ("coat", "hat"))
+    ]
+    put(
+        fashion200k_root / "labels/top_train_detect_all.txt",
+        "\n".join(f"women/top/{n}.jpeg\t1\t{captions[n % 12]}" for n in range(40)),
+    )
+    triplets, _ = fashion200k.read(fashion200k_root, "train")
+    named = {f"women/top/{n}.jpeg": captions[n % 12].split() for n in range(40)}
+    ours = [t for t in triplets if t.reference in named]
+    assert len(ours) == 40
+    for triplet in ours:
+        source, target = named[triplet.reference], named[triplet.targets[0]]
+        changed = [(a, b) for a, b in zip(source, target, strict=True) if a != b]
+        assert len(changed) == 1 and triplet.caption == "replace {} with {}".format(*changed[0])
+
+
+def test_malformed_fashion200k(fashion200k_root):
+    put(fashion200k_root / "labels/top_test_detect_all.txt", "women/x.jpeg 0.9 no tabs\n/etc/x\t1\tcaption\n")
+    put(
+        fashion200k_root / "test_queries.txt",
+        "one\nwomen/dress/a/1.jpeg gone.jpeg\nwomen/jacket/e/5.jpeg women/jacket/e/5.jpeg",
+    )
+    with pytest.raises(DataError) as caught:
+        fashion200k.read(fashion200k_root, "test")
+    told = str(caught.value)
+    for part in (
+        "top_test_detect_all.txt: line 1: expected path, score and description",
+        "top_test_detect_all.txt: line 2: expected path",
+        "test_queries.txt: line 1: expected two paths, given 'one'",
+        "test_queries.txt: line 2: 'gone.jpeg' is in no label file of test",
+        "test_queries.txt: line 3: source and target are the same image",
+    ):
+        assert part in told
+
+
+# ---- CIRCO -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def circo_root(tmp_path) -> Path:
+    root = tmp_path / "circo"
+    images = [{"id": n, "file_name": f"{n:012d}.jpg"} for n in range(10, 20)]
+    put(root / circo.IMAGES, {"images": images})
+    query = {"reference_img_id": 10, "relative_caption": "has  two dogs", "shared_concept": "a dog", "id": 0}
+    put(root / "annotations/val.json", [{**query, "target_img_id": 12, "gt_img_ids": [12, 15, 11]}])
+    put(root / "annotations/test.json", [query, {**query, "id": 1}])
+    return root
+
+
+def test_circo_answers_and_gallery(circo_root):
+    triplets, gallery = circo.read(circo_root, "val")
+    assert [(t.query_id, t.reference, t.caption) for t in triplets] == [("0", "10", "has two dogs")]
+    assert triplets[0].targets == ("12", "15", "11")
+    assert gallery.ids[0] == "10" and gallery.paths[0] == circo_root / "unlabeled2017/000000000010.jpg"
+    assert [t.targets for t in circo.read(circo_root, "test")[0]] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.append(v[0]), "entry 1: id 0 stands already in entry 0"),
+        (lambda v: v[0].update(id="0"), "entry 0: needs 'id', a whole number, given '0'"),
+        (lambda v: v[0].update(gt_img_ids=[]), "entry 0: needs 'gt_img_ids', a list of image ids, given []"),
+        (lambda v: v[0].update(gt_img_ids=[12, 99]), "entry 0: gt_img_ids 99 is not in annotations/image_info"),
+        (lambda v: v[0].update(reference_img_id=99), "entry 0: reference_img_id 99 is not in"),
+        (lambda v: v[0].pop("relative_caption"), "entry 0: needs the text 'relative_caption'"),
+    ],
+)
+def test_malformed_circo(circo_root, change, message):
+    path = circo_root / "annotations/val.json"
+    value = json.loads(path.read_text())
+    change(value)
+    put(path, value)
+    with pytest.raises(DataError) as caught:
+        circo.read(circo_root, "val")
+    assert f"annotations/val.json: {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "images", [None, [{"id": 1}], [{"id": 1, "file_name": "../x"}], [{"id": 1, "file_name": "a"}] * 2]
+)
+def test_a_list_of_images_that_is_none(circo_root, images):
+    put(circo_root / circo.IMAGES, {"images": images})
+    with pytest.raises(DataError, match="image_info_unlabeled2017.json"):
+        circo.read(circo_root, "val")
+
+
+@pytest.mark.skipif(not (REAL / "circo").is_dir(), reason=f"no real files at {os.path.relpath(REAL)}")
+def test_circo_counts(tmp_path):
+    entries = json.loads((REAL / "circo/annotations/val.json").read_text())
+    named = {image for e in entries for image in (e["reference_img_id"], e["target_img_id"], *e["gt_img_ids"])}
+    put(tmp_path / "annotations/val.json", entries)
+    put(tmp_path / circo.IMAGES, {"images": [{"id": image, "file_name": f"{image}.jpg"} for image in sorted(named)]})
+    triplets, _ = circo.read(tmp_path, "val")
+    assert len(triplets) == 220
+    assert [list(map(int, t.targets)) for t in triplets] == [
+        e["gt_img_ids"] for e in entries
+    ]  # the target stands first
