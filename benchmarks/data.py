@@ -4,8 +4,8 @@
     python benchmarks/data.py --images 500     # seconds
 
 Each form reads and decodes every image once, in the same shuffled order (the stream in its own), with the same number
-of workers (0 and 2). "raw" leaves the decoding out. Files lie in the page cache: a disk or a network drive adds the cost
-of opening one file an image to the folder's side, which is what shards are for. One run a form after a warm-up; ratios
+of workers (0 and 2). "raw" leaves the decoding out. Files lie in the page cache: a disk or a network drive adds the
+cost of one file an image to the folder's side, which is what shards are for. One run a form after a warm-up; ratios
 to the folder of the same run.
 """
 
