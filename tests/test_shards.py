@@ -1,48 +1,39 @@
-"""Shards: what goes in comes out, by place and as a stream; interrupted writing; hostile and damaged folders."""
+"""Shards: what goes in comes out, by place and as a stream; interrupted writing; training from them."""
 
-import io
+import errno
+import importlib.util
 import json
 import os
 import pickle
-import tarfile
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import write_shapes
-from torch.utils.data import DataLoader
+import torchvision
+from shards_case import shapes, write
+from torch.utils.data import DataLoader, DistributedSampler
 
 from neucore_plugin import cli
-from neucore_plugin.datasets import folder, shards
-from neucore_plugin.datasets.triplets import Gallery, Triplet
-from neucore_plugin.errors import DataError, ImageError
+from neucore_plugin.datasets import published, shards
+from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
+from neucore_plugin.errors import DataError
 from neucore_plugin.features import content_fingerprints
 from neucore_plugin.images import check_images, load_image
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = write_shapes(tmp_path_factory.mktemp("shapes") / "root")
-    paths = folder.images(root)
-    return paths, {split: folder.load_split(root, split, paths) for split in ("train", "val")}
-
-
-def write(data, out: Path, **options) -> Path:
-    paths, splits = data
-    settings = {"max_bytes": 12_000, "workers": 2, "progress": False} | options
-    return shards.write_shards(out, "folder", paths, splits, **settings)
+    return shapes(tmp_path_factory.mktemp("shapes") / "root")
 
 
 @pytest.fixture
 def written(data, tmp_path) -> Path:
     return write(data, tmp_path / "out").parent
-
-
-def edit_index(out: Path, change) -> None:
-    path = out / shards.INDEX
-    index = json.loads(path.read_text())
-    change(index)
-    path.write_text(json.dumps(index))
 
 
 def test_everything_comes_back(data, written):
@@ -82,6 +73,49 @@ def test_the_archives_are_webdatasets(written, data):
     again = write(data, written.parent / "again", workers=1).parent
     for path in written.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_a_stream_is_divided_among_processes_and_workers(written, data, monkeypatch):
+    """As under torchrun: each of two processes with two workers reads its part, no image twice, none left out."""
+    found = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        part = [sample["name"] for sample in DataLoader(shards.stream(written), batch_size=None, num_workers=2)]
+        assert 0 < len(part) < len(data[0])
+        found += part
+    assert sorted(found) == sorted(data[0])
+
+
+def test_odd_folder_names_are_no_patterns(data, tmp_path):
+    out = write(data, tmp_path / "a{1,2}::b $WDS_X").parent
+    assert [sample["name"] for sample in shards.stream(out)] == list(data[0])
+
+
+def test_no_more_descriptors_than_the_cache_holds(data, tmp_path):
+    """A shard an image: each is opened, old ones are closed again. Processes may open about 1,000 files."""
+    path = next(iter(data[0].values()))
+    paths = {f"n{number}": path for number in range(300)}
+    gallery = Gallery(tuple(paths), tuple(paths.values()))
+    shards.write_shards(tmp_path / "out", "x", paths, {"val": ([], gallery)}, max_bytes=1, progress=False)
+    images, _ = shards.read_shards(tmp_path / "out")
+    assert len({image.shard for image in images.values()}) == 300
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert check_images(list(images.values()), progress=False, workers=4) == []
+    assert {image.read() for image in images.values()} == {path.read_bytes()}
+    if before:
+        assert len(os.listdir("/proc/self/fd")) - before <= 128
+
+
+def test_a_folder_written_anew_is_read_anew(data, tmp_path):
+    out = write(data, tmp_path / "out").parent
+    images, _ = shards.read_shards(out)
+    assert all(image.open().read() for image in images.values())
+    shutil.rmtree(out)
+    turned = (dict(reversed(data[0].items())), data[1])
+    write(turned, out)
+    images, _ = shards.read_shards(out)
+    assert all(image.read() == data[0][name].read_bytes() for name, image in images.items())
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
@@ -124,6 +158,120 @@ def test_writing_continues_where_it_was_stopped(data, tmp_path, monkeypatch):
         write(data, out, max_bytes=30_000)
 
 
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from neucore_plugin.datasets import folder, shards
+root, out = map(Path, sys.argv[1:])
+paths = folder.images(root)
+original, count = Path.read_bytes, 0
+
+def read_bytes(path):
+    global count
+    count += path.suffix == ".png"
+    if count == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(path)
+
+Path.read_bytes = read_bytes
+splits = {split: folder.load_split(root, split, paths) for split in ("train", "val")}
+shards.write_shards(out, "folder", paths, splits, max_bytes=12_000, workers=1, progress=False)
+"""
+
+
+def test_a_killed_process_leaves_nothing_half_done(data, tmp_path):
+    paths, _ = data
+    out = tmp_path / "out"
+    root = next(folder for folder in next(iter(paths.values())).parents if (folder / "train.json").is_file())
+    done = subprocess.run([sys.executable, "-c", KILLED, str(root), str(out)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
+    assert kept and list(out.glob(".shard-*.tmp"))  # the shard that was being written
+    write(data, out)
+    assert kept == {name: (out / name).stat().st_mtime_ns for name in kept}
+    fresh = write(data, tmp_path / "fresh").parent
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in fresh.iterdir()
+    }
+
+
+def touched_copy(data, root: Path) -> tuple[dict, dict]:
+    """The data set with image files of its own, so that a test may change one."""
+    paths, splits = data
+    root.mkdir()
+    copies = {name: root / f"{number}.png" for number, name in enumerate(paths)}
+    for name, copy in copies.items():
+        copy.write_bytes(paths[name].read_bytes())
+    return copies, {
+        split: (triplets, Gallery(gallery.ids, tuple(copies[name] for name in gallery.ids)))
+        for split, (triplets, gallery) in splits.items()
+    }
+
+
+def alter(path: Path) -> None:
+    """Other bytes of the same number, and an old time: only the bytes tell."""
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, (1, 1))
+
+
+def test_an_image_that_changed_since_is_noticed(data, tmp_path, monkeypatch):
+    mine = touched_copy(data, tmp_path / "images")
+    first = next(iter(mine[0].values()))
+    out = write(mine, tmp_path / "out").parent
+    os.utime(first)  # touched, but the same
+    write(mine, out)
+    alter(first)
+    with pytest.raises(DataError, match=r"0\.png has changed since; give another --out"):
+        write(mine, out)
+    original = shards.write_json
+
+    def stop_before_the_index(path, *arguments, **options):
+        if path.name == shards.INDEX:
+            raise KeyboardInterrupt
+        original(path, *arguments, **options)
+
+    monkeypatch.setattr(shards, "write_json", stop_before_the_index)
+    with pytest.raises(KeyboardInterrupt):
+        write(mine, tmp_path / "second")
+    monkeypatch.undo()
+    alter(first)
+    write(mine, tmp_path / "second")  # an interrupted call takes over what is as it was, no more
+    images, _ = shards.read_shards(tmp_path / "second")
+    assert all(image.read() == mine[0][name].read_bytes() for name, image in images.items())
+
+
+def test_what_cannot_be_written_is_told(data, tmp_path, monkeypatch):
+    paths, splits = data
+    out, first = tmp_path / "out", next(iter(paths))
+    with shards._alone(tmp_path), pytest.raises(DataError, match="another process writes shards here"):
+        write(data, tmp_path)
+    with pytest.raises(DataError, match="there are no images"):
+        shards.write_shards(out, "x", {}, {"val": ([], Gallery((), ()))})
+    with pytest.raises(DataError, match="splits \\['../x'\\]: names of letters"):
+        shards.write_shards(out, "x", paths, {"../x": splits["val"]})
+    with pytest.raises(DataError, match="splits \\[\\]: names of letters"):
+        shards.write_shards(out, "x", paths, {})
+    with pytest.raises(DataError, match="'val' names 1 images that are not given, such as"):
+        shards.write_shards(out, "x", {k: v for k, v in paths.items() if k != first}, {"val": ([], splits["val"][1])})
+    with pytest.raises(DataError, match="its name is no text in UTF-8"):
+        shards.write_shards(out, "x", {"\udc80": paths[first]}, splits)
+    with pytest.raises(DataError, match="max_bytes 0, workers 2: give at least 1"):
+        write(data, out, max_bytes=0)
+    with pytest.raises(DataError, match="images have no file, such as"):
+        shards.write_shards(out, "x", {**paths, "folder": tmp_path}, splits)
+    assert not out.exists()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="cannot be written \\(No space left on device\\); what is finished is kept"):
+        write(data, out)
+    assert not list(out.glob("*.tar"))
+
+
 def test_a_folder_of_other_things_is_left_alone(data, tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(DataError, match="is not empty and holds no shards of ours"):
@@ -134,98 +282,87 @@ def test_a_folder_of_other_things_is_left_alone(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda i: i.update(format="other"), "has the format 'other'"),
-        (lambda i: i.pop("shards"), "lacks its lists of shards and splits"),
-        (lambda i: i["shards"][0].update(file="../x.tar"), "'../x.tar' is no shard of this folder"),
-        (lambda i: i["shards"][0].update(file="/etc/passwd"), "'/etc/passwd' is no shard of this folder"),
-        (lambda i: i["shards"][0].update(file="pipe:touch x"), "is no shard of this folder"),
-        (lambda i: i["shards"][0].update(file="shard-99999.tar"), "shard-99999.tar is missing"),
-        (lambda i: i["shards"][0]["images"][0].update(offset=10**12), "has no place of its own"),
-        (lambda i: i["shards"][0]["images"][0].update(offset=-5), "has no place of its own"),
-        (lambda i: i["shards"][0]["images"][0].update(size="7"), "has no place of its own"),
-        (lambda i: i["shards"][0]["images"][1].update(offset=512), "has no place of its own"),
-        (lambda i: i["shards"][1]["images"][0].update(name=i["shards"][0]["images"][0]["name"]), "is listed twice"),
-        (lambda i: i["splits"].update({"../x": i["splits"]["val"]}), "is no name of a split"),
-        (lambda i: i["splits"]["val"].update(sha256="0"), "triplets-val.json: was altered"),
-    ],
-)
-def test_an_index_that_lies_is_refused(written, change, message):
-    edit_index(written, change)
-    with pytest.raises(DataError) as caught:
-        shards.read_shards(written)
-    assert message in str(caught.value)
+def test_what_was_left_out_is_remembered(data, tmp_path, caplog):
+    paths, splits = data
+    lost = {"val": {"missing_images": 3, "skipped_queries": 5, "files": ["a.png"]}}
+    shards.write_shards(tmp_path / "out", "x", paths, splits, progress=False, lost=lost)
+    shards.read_shards(tmp_path / "out")
+    assert "val was written without 3 images that had no file, and without the 5 queries" in caplog.text
+    listing = str(tmp_path / "out" / "triplets-val.json")
+    expected = {"val": {"missing_images": 3, "skipped_queries": 5, "listed_in": listing}}
+    assert shards.left_out(tmp_path / "out") == expected
+    assert json.loads(Path(listing).read_text())["left_out"] == lost["val"]
 
 
-def test_a_truncated_shard_is_told_and_never_short(written):
-    path = written / "shard-00001.tar"
-    size = path.stat().st_size
-    images, _ = shards.read_shards(written)
-    os.truncate(path, 2000)
-    with pytest.raises(DataError, match=rf"shard-00001.tar has 2,000 bytes, not {size:,}"):
-        shards.read_shards(written)
-    last = [image for image in images.values() if image.shard == str(path)][-1]
-    with pytest.raises(DataError, match="is truncated: it ends before image"):
-        last.read()
-    with pytest.raises(ImageError, match="shard-00001.tar"):
-        load_image(last)
+def test_two_processes_see_each_query_once_in_the_order_of_the_folder(written, data):
+    """Map-style: sampler, workers and seed decide the order, not where the images lie."""
+
+    def seen(sources, splits, rank: int) -> list:
+        pixels = torchvision.transforms.functional.pil_to_tensor
+        triplets, gallery = splits["train"]
+        dataset = TripletDataset("folder", "train", triplets, gallery, ImageStore(sources, pixels), train=True)
+        sampler = DistributedSampler(dataset, num_replicas=2, rank=rank, seed=3, drop_last=True)
+        sampler.set_epoch(1)
+        loader = DataLoader(dataset, batch_size=2, sampler=sampler, num_workers=2, collate_fn=dataset.collater)
+        return [
+            (query, image.tobytes())
+            for batch in loader
+            for query, image in zip(batch["query_id"], batch["target_image"].numpy(), strict=True)
+        ]
+
+    parts = [seen(*shards.read_shards(written), rank) for rank in (0, 1)]
+    assert parts == [seen(*data, rank) for rank in (0, 1)]
+    queries = [query for part in parts for query, _ in part]
+    total = len(data[1]["train"][0])
+    assert len(set(queries)) == len(queries) == total - total % 2
 
 
-def test_changed_bytes_are_found_by_verify(written, capsys):
-    path = written / "shard-00000.tar"
-    raw = bytearray(path.read_bytes())
-    raw[600] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(DataError, match="its content has changed"):
-        shards.verify(written, progress=False)
-    assert cli.main(["shards", "--verify", "--out", str(written)]) == 2
-    assert "its content has changed" in capsys.readouterr().err
+def test_the_command_leaves_out_what_is_missing_only_when_asked(data, tmp_path, monkeypatch, capsys):
+    """A published data set with a picture that cannot be had any more, as FashionIQ has them."""
+    paths, splits = data
+    triplets, gallery = splits["val"]
+    gone = triplets[0].reference
+    places = tuple(tmp_path / "absent.png" if name == gone else paths[name] for name in gallery.ids)
+    reader = SimpleNamespace(
+        TITLE="Shoes",
+        ROOT_VARIABLE="X",
+        SPLITS=("val", "test"),
+        WITH_TARGETS=("val",),
+        annotations=lambda split: (),
+        read=lambda root, split: (triplets, Gallery(gallery.ids, places)),
+        sources=lambda root: "from the shop",
+        image_folder=lambda root, split: "images/",
+    )
+    monkeypatch.setitem(published.READERS, "shoes", reader)
+    arguments = ["shards", "shoes", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 2
+    assert "images/: 1 of 24 images of val" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert cli.main([*arguments, "--missing", "skip"]) == 0
+    needed = [t for t in triplets if gone == t.reference or t.targets == (gone,)]
+    assert f"val: 1 images have no file, {len(needed)} queries left out" in capsys.readouterr().out
+    images, found = shards.read_shards(tmp_path / "out")
+    assert set(images) == set(paths) - {gone} and len(found["val"][0]) == len(triplets) - len(needed)
+    plain = json.loads((tmp_path / "out" / "triplets-val.json").read_text())
+    assert plain["left_out"] == {"missing_images": 1, "skipped_queries": len(needed), "files": ["absent.png"]}
+    assert cli.main([*arguments, "--splits", "vall"]) == 2
+    assert "Shoes has no split 'vall'; allowed: val, test" in capsys.readouterr().err
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-@pytest.mark.parametrize(
-    "name", ["000000.pyd", "000000.pkl", "x.pickle", "../000000.png", "/tmp/000000.png", "a/0.pth"]
-)
-def test_hostile_members_are_neither_decoded_nor_written(written, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    path = written / "shard-00000.tar"
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        info = tarfile.TarInfo(name)
-        data = pickle.dumps(Bomb())
-        info.size = len(data)
-        archive.addfile(info, io.BytesIO(data))
-    path.write_bytes(stream.getvalue())
-    image = {"name": "a", "offset": 512, "size": len(data)}
-    shard = {"file": path.name, "bytes": path.stat().st_size, "images": [image]}
-    edit_index(written, lambda index: index.update(shards=[shard], splits={}))
-    with pytest.raises(DataError, match="which is no member of ours"):
-        list(shards.stream(written))
-    assert not (tmp_path / "exploded").exists() and sorted(os.listdir(tmp_path)) == ["out"]
-
-
-@pytest.mark.parametrize("given", ["pipe:cat x", "http://x/y", "s3://bucket"])
-def test_only_folders_are_read(given):
-    with pytest.raises(DataError, match="shards are read from a folder"):
-        shards.read_shards(given)
-
-
-def test_names_are_labels(tmp_path, data):
-    """A data set may call its images what it likes: no such path is made."""
-    path = next(iter(data[0].values()))
-    paths = {"../../evil": path, "/etc/passwd": path, "a b/é": path}
-    gallery = Gallery(tuple(paths), tuple(paths.values()))
-    split = [Triplet("1", "../../evil", "x", ("/etc/passwd",))]
-    shards.write_shards(tmp_path / "deep" / "out", "x", paths, {"val": (split, gallery)}, progress=False)
-    images, found = shards.read_shards(tmp_path / "deep" / "out")
-    assert list(images) == list(paths) and found["val"][0] == split
-    assert sorted(os.listdir(tmp_path)) == ["deep"] and os.listdir(tmp_path / "deep") == ["out"]
+def test_the_command_writes_references_outside_the_gallery(shapes_root, tmp_path, capsys):
+    """A split that ranks a few images only still needs the pictures that its queries start from."""
+    root = tmp_path / "root"
+    shutil.copytree(shapes_root, root)
+    entries = json.loads((root / "val.json").read_text())
+    right = sorted({entry["target"] for entry in entries})
+    (root / "gallery.val.json").write_text(json.dumps(right[:3]))
+    entries = [entry for entry in entries if entry["target"] in right[:3]]
+    (root / "val.json").write_text(json.dumps(entries))
+    assert {entry["reference"] for entry in entries} - set(right[:3])
+    out = tmp_path / "out"
+    assert cli.main(["shards", "folder", "--root", str(root), "--out", str(out), "--splits", "val"]) == 0
+    images, found = shards.read_shards(out)
+    assert set(images) == set(right[:3]) | {entry["reference"] for entry in entries}
+    assert found["val"][1].ids == tuple(right[:3])
 
 
 def test_the_command_writes_what_training_reads(tmp_path, shapes_root, capsys, tiny_config):
@@ -247,3 +384,17 @@ def test_the_command_writes_what_training_reads(tmp_path, shapes_root, capsys, t
         losses[kind] = [json.loads(line)["train_loss"] for line in log if "train_loss" in line]
     assert losses["images"] == losses["shards"] and len(losses["images"]) == 2
     assert torch.tensor(losses["images"]).isfinite().all()
+
+
+def test_the_benchmark_reads_every_image_in_each_form(tmp_path):
+    place = Path(__file__).resolve().parent.parent / "benchmarks" / "data.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_data", place)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    paths = benchmark.generate(tmp_path / "images", 9)
+    split = ([], Gallery(tuple(paths), tuple(paths.values())))
+    shards.write_shards(tmp_path / "shards", "x", paths, {"train": split}, max_bytes=90_000, progress=False)
+    read = {form: list(benchmark.open_form(form, tmp_path, decode=False)) for form in benchmark.FORMS}
+    assert read["folder"] == read["shards"] and sorted(read["folder"]) == sorted(read["stream"])
+    assert sorted(read["folder"]) == sorted(path.stat().st_size for path in paths.values())
+    assert list(benchmark.open_form("stream", tmp_path, decode=True)) == [320] * 9

@@ -1,6 +1,7 @@
 """neucore shards: a data set as tar shards, or a check of shards that are there."""
 
 import argparse
+import os
 from pathlib import Path
 
 from neucore_plugin.commands.data import PUBLISHED
@@ -17,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="default: all that can be trained on or evaluated")
     parser.add_argument("--max-mb", type=int, default=256, help="size of a shard in MiB (default 256)")
     parser.add_argument("--workers", type=int, default=4, help="shards written at a time (default 4)")
+    parser.add_argument(
+        "--missing",
+        choices=("error", "skip"),
+        default="error",
+        help="skip: leave images without a file out, with the queries that need them; the shards keep the counts",
+    )
     parser.add_argument("--verify", action="store_true", help="read every byte of the shards in --out and check them")
 
 
@@ -31,22 +38,34 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"which data set? Give one of {', '.join((*PUBLISHED, 'folder'))}, or --verify")
     if arguments.max_mb < 1 or arguments.workers < 1:
         raise ConfigError(f"--max-mb {arguments.max_mb}, --workers {arguments.workers}: give at least 1")
+    lost = {}
     if arguments.name == "folder":
         if arguments.root is None:
             raise ConfigError("--root is needed: the folder with the images and their annotations")
         known = folder.images(arguments.root)
         names = arguments.splits or folder.splits(arguments.root)
         splits = {split: folder.load_split(arguments.root, split, known) for split in names}
+        named = {name for _, gallery in splits.values() for name in gallery.ids}
+        named |= {name for triplets, _ in splits.values() for t in triplets for name in (t.reference, *t.targets)}
+        paths = {name: path for name, path in known.items() if name in named}
     else:
         reader = published.reader(arguments.name)
         names = arguments.splits or list(reader.WITH_TARGETS)
         unknown = [split for split in names if split not in reader.SPLITS]
         if unknown:
             raise ConfigError(f"{reader.TITLE} has no split {unknown[0]!r}; allowed: {', '.join(reader.SPLITS)}")
-        _, splits = published.locate(arguments.name, arguments.root, names)
-    paths = {}
-    for _, gallery in splits.values():
-        paths |= dict(zip(gallery.ids, gallery.paths, strict=True))
+        skip = arguments.missing == "skip"
+        root, splits = published.locate(arguments.name, arguments.root, names, need_images=not skip)
+        if skip:
+            splits, rows = published.without_absent(splits)
+            lost = {
+                split: {**row, "files": [os.path.relpath(file, root) for file in row["files"]]}
+                for split, row in rows.items()
+                if row["missing_images"]
+            }
+        paths = {}
+        for _, gallery in splits.values():
+            paths |= dict(zip(gallery.ids, gallery.paths, strict=True))
     index = shards.write_shards(
         arguments.out,
         arguments.name,
@@ -54,7 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
         splits,
         max_bytes=arguments.max_mb << 20,
         workers=arguments.workers,
+        lost=lost,
     )
     print(f"{index}: {len(paths):,} images, {', '.join(splits)}")
+    for split, row in lost.items():
+        print(f"{split}: {row['missing_images']:,} images have no file, {row['skipped_queries']:,} queries left out")
     print(f"train from them: --options datasets.{arguments.name}.data_type=shards ", end="")
     print(f"datasets.{arguments.name}.build_info.root={arguments.out}")

@@ -1,79 +1,44 @@
-"""Tar shards in webdataset's layout: every image once, triplets as JSON, an index. Knows no host and no model.
+"""Tar shards of a data set; this file writes them: in parallel, continued after a kill, equal content as equal bytes.
 
-A folder of shards holds
-    shard-00000.tar ...     members 000000.jpg, 000001.png, ...: the image files, byte for byte
-    triplets-{split}.json   the queries and the gallery of a split
-    index.json              counts, fingerprints, each shard's size and SHA-256, each image's name, shard and place
-
-A training sample needs two images that lie anywhere, so shards are read by place, as a map-style data set: order,
-resume, workers and processes are those of a folder. `stream` reads them from end to end with webdataset, for encoding.
-
-Shards come from elsewhere, so nothing in them is trusted: names are labels and never paths, members are bytes and never
-decoded by their suffix (webdataset's own `decode` unpickles .pyd, .pkl and .pth), nothing but local files is opened.
+What a folder of shards holds, and what is never done with it, is told in `shard_reader.py`. Knows no host, no model.
 """
 
+import contextlib
 import dataclasses
-import hashlib
+import fcntl
 import io
 import json
 import os
 import re
+import stat
 import tarfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from neucore_plugin.datasets.annotations import read_json
+from neucore_plugin.datasets.shard_reader import (
+    FORMAT,
+    INDEX,
+    SPLIT_NAME,
+    ShardImage,
+    left_out,
+    open_index,
+    read_shards,
+    split_sum,
+    stream,
+    verify,
+)
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 from neucore_plugin.errors import DataError
-from neucore_plugin.files import atomic_write, sha256_text, write_json
+from neucore_plugin.files import atomic_write, sha256_file, sha256_text, write_json
 from neucore_plugin.images import IMAGE_SUFFIXES
 
-FORMAT = "neucore-shards-1"
-INDEX = "index.json"
-_SHARD = re.compile(r"shard-\d{5}\.tar")
-_SPLIT = re.compile(r"[A-Za-z0-9_.-]{1,80}")
-_MEMBER = re.compile(rf"\d{{6,12}}({'|'.join(map(re.escape, (*IMAGE_SUFFIXES, '.img')))})")
-_FIELDS = {field.name for field in dataclasses.fields(Triplet)}
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardImage:
-    """An image inside a shard: `load_image` takes it as it takes a path."""
-
-    shard: str
-    offset: int
-    size: int
-    name: str
-
-    def read(self) -> bytes:
-        """The bytes of the image file. Raises DataError where the shard ends before them."""
-        try:
-            data = os.pread(_descriptor(self.shard, os.getpid()), self.size, self.offset)
-        except OSError as error:
-            raise DataError(
-                f"{self.shard} cannot be read ({error.strerror}); is the folder of shards complete?"
-            ) from None
-        if len(data) != self.size:
-            raise DataError(f"{self.shard} is truncated: it ends before image {self.name!r}; copy the shard again")
-        return data
-
-    def __str__(self) -> str:
-        return f"{self.shard}:{self.name}"
-
-
-@lru_cache(maxsize=256)
-def _descriptor(shard: str, process: int) -> int:
-    """One descriptor a shard and process; reading by place needs no seek, so threads may share it."""
-    return os.open(shard, os.O_RDONLY)
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
+__all__ = ["FORMAT", "INDEX", "ShardImage", "left_out", "read_shards", "stream", "verify", "write_shards"]
+_UNFINISHED = re.compile(r"\.(shard-[0-9]+\.(tar|json)|triplets-.+\.json|index\.json|writing\.json)\..+\.tmp")
 
 
 def write_shards(
@@ -85,31 +50,103 @@ def write_shards(
     max_bytes: int = 256 << 20,
     workers: int = 2,
     progress: bool = True,
+    lost: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write a data set as shards of about `max_bytes`; returns the path of the index.
 
-    paths: image files by name, each written once; splits: as readers give them. Finished shards of an interrupted call
-    are kept; a complete folder is left alone. Raises DataError for missing image files, or a folder of other content.
+    paths: image files by name, each written once; splits: as readers give them; lost: by split, what missing images
+    cost (`published.without_absent`), kept for the results. Finished shards of an interrupted call are kept; a complete
+    folder is left alone. Raises DataError for missing image files, or a folder of other content.
     """
     out = Path(out).expanduser()
-    missing = [str(path) for path in paths.values() if not Path(path).is_file()]
+    if max_bytes < 1 or workers < 1:
+        raise DataError(f"max_bytes {max_bytes}, workers {workers}: give at least 1")
+    content = {
+        split: {
+            "triplets": [dataclasses.asdict(triplet) for triplet in triplets],
+            "gallery": list(gallery.ids),
+            "left_out": dict((lost or {}).get(split, {})),
+        }
+        for split, (triplets, gallery) in splits.items()
+    }
+    facts = _facts(paths, content)
+    sizes = [(image, Path(path).suffix.lower(), facts[image].st_size) for image, path in paths.items()]
+    key = sha256_text(json.dumps([FORMAT, name, max_bytes, sizes, content], ensure_ascii=False, sort_keys=True))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            return _write(out, name, paths, facts, content, key, max_bytes, workers, progress)
+    except OSError as error:  # of the output: errors of images are told where they are read
+        raise DataError(
+            f"{out}: cannot be written ({error.strerror or error}); what is finished is kept: mend this, then give the "
+            "same command again"
+        ) from error
+
+
+def _facts(paths: Mapping[str, Path], content: Mapping[str, Any]) -> dict[str, os.stat_result]:
+    """Size and times of each image file. DataError for what cannot become shards."""
+    bad = [split for split in content if not SPLIT_NAME.fullmatch(split)]
+    if bad or not content:
+        raise DataError(f"splits {bad}: names of letters, digits, '.', '_' and '-' are wanted, at least one")
+    facts = {}
+    missing = []
+    for name, path in paths.items():
+        try:
+            name.encode()
+            facts[name] = os.stat(path)
+        except UnicodeEncodeError:
+            raise DataError(f"image {name!r}: its name is no text in UTF-8; rename it") from None
+        except OSError:
+            missing.append(str(path))
+            continue
+        if not stat.S_ISREG(facts[name].st_mode):
+            missing.append(str(path))
     if missing:
         raise DataError(f"{len(missing):,} images have no file, such as {missing[0]}; see `neucore data check`")
-    bad = [split for split in splits if not _SPLIT.fullmatch(split)]
-    if bad or not splits:
-        raise DataError(f"splits {bad}: names of letters, digits, '.', '_' and '-' are wanted, at least one")
-    plan = _plan(paths, max_bytes)
-    content = {split: _plain_split(triplets, gallery) for split, (triplets, gallery) in splits.items()}
-    sizes = [(image, Path(path).suffix.lower(), os.path.getsize(path)) for image, path in paths.items()]
-    key = sha256_text(json.dumps([FORMAT, name, max_bytes, sizes, content], ensure_ascii=False, sort_keys=True))
-    out.mkdir(parents=True, exist_ok=True)
+    if not paths:
+        raise DataError("there are no images to write; does the gallery of a split name any?")
+    for split, plain in content.items():
+        named = (*plain["gallery"], *(triplet["reference"] for triplet in plain["triplets"]))
+        unknown = [name for name in named if name not in facts]
+        if unknown:
+            raise DataError(f"split {split!r} names {len(unknown):,} images that are not given, such as {unknown[0]!r}")
+    return facts
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Only one process writes into a folder; it is told by a lock that ends with the process, however that ends."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network drives lock no folders
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{out}: another process writes shards here; wait for it") from None
+        yield
+    finally:
+        os.close(folder)
+
+
+def _write(
+    out: Path,
+    name: str,
+    paths: Mapping[str, Path],
+    facts: Mapping[str, os.stat_result],
+    content: Mapping[str, Any],
+    key: str,
+    max_bytes: int,
+    workers: int,
+    progress: bool,
+) -> Path:
     _claim(out, key)
+    plan = _plan(paths, facts, max_bytes)
     jobs = [(out / f"shard-{number:05d}.tar", names) for number, names in enumerate(plan)]
     with (
-        ThreadPoolExecutor(max(1, workers)) as pool,
+        ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(paths), desc="writing shards", unit="image", disable=not progress) as bar,
     ):
-        shards = list(pool.map(lambda job: _write_shard(*job, paths, key, bar), jobs))
+        shards = list(pool.map(lambda job: _write_shard(*job, paths, facts, bar), jobs))
     for split, plain in content.items():
         write_json(out / f"triplets-{split}.json", plain, indent=None)
     index = {
@@ -118,7 +155,7 @@ def write_shards(
         "content": key,
         "images": len(paths),
         "splits": {
-            split: {"queries": len(plain["triplets"]), "gallery": len(plain["gallery"]), "sha256": _sum(plain)}
+            split: {"queries": len(plain["triplets"]), "gallery": len(plain["gallery"]), "sha256": split_sum(plain)}
             for split, plain in content.items()
         },
         "shards": shards,
@@ -130,20 +167,14 @@ def write_shards(
     return out / INDEX
 
 
-def _plain_split(triplets: Sequence[Triplet], gallery: Gallery) -> dict[str, Any]:
-    return {"triplets": [dataclasses.asdict(triplet) for triplet in triplets], "gallery": list(gallery.ids)}
-
-
-def _sum(plain: Mapping[str, Any]) -> str:
-    return sha256_text(json.dumps(plain, ensure_ascii=False, sort_keys=True))
-
-
-def _plan(paths: Mapping[str, Path], max_bytes: int) -> list[list[tuple[str, str]]]:
+def _plan(
+    paths: Mapping[str, Path], facts: Mapping[str, os.stat_result], max_bytes: int
+) -> list[list[tuple[str, str]]]:
     """(image name, member name) of each shard, in order."""
     shards: list[list[tuple[str, str]]] = [[]]
     filled = 0
     for number, (name, path) in enumerate(paths.items()):
-        size = os.path.getsize(path) + 1536  # header and padding
+        size = facts[name].st_size + 1536  # header and padding
         if filled and filled + size > max_bytes:
             shards.append([])
             filled = 0
@@ -155,6 +186,9 @@ def _plan(paths: Mapping[str, Path], max_bytes: int) -> list[list[tuple[str, str
 
 def _claim(out: Path, key: str) -> None:
     """The folder is empty, or holds (a part of) the same content; else DataError. A finished index is kept."""
+    for path in out.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            path.unlink()  # a former call was killed
     for note in (out / INDEX, out / "writing.json"):
         if note.is_file():
             if read_json(note, dict, "the shards").get("content") != key:
@@ -167,193 +201,69 @@ def _claim(out: Path, key: str) -> None:
     write_json(out / "writing.json", {"content": key})
 
 
-def _write_shard(path: Path, members: Sequence[tuple[str, str]], paths: Mapping[str, Path], key: str, bar: Any) -> dict:
+def _write_shard(
+    path: Path,
+    members: Sequence[tuple[str, str]],
+    paths: Mapping[str, Path],
+    facts: Mapping[str, os.stat_result],
+    bar: Any,
+) -> dict[str, Any]:
     """One shard and a note of what is in it; both stand only when whole. What a former call finished is taken over."""
-    note = path.with_suffix(".json")
-    if path.is_file():
-        record = None
-        if note.is_file():
-            record = read_json(note, dict, "the shards")
-        elif (path.parent / INDEX).is_file():
-            index = read_json(path.parent / INDEX, dict, "the shards")
-            record = next((shard for shard in index["shards"] if shard["file"] == path.name), None)
-        if record and record["bytes"] == path.stat().st_size:
-            bar.update(len(members))
-            return record
+    if record := _finished(path, paths, facts):
+        bar.update(len(members))
+        return record
     placed = []
     with atomic_write(path) as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, member in members:
-            data = Path(paths[name]).read_bytes()
+            data = _read_file(paths[name])
+            if len(data) != facts[name].st_size:
+                raise DataError(f"{paths[name]}: was changed while the shards were written; give the command again")
             info = tarfile.TarInfo(member)  # time, owner and mode are constants: equal content gives equal bytes
             info.size = len(data)
             offset = archive.offset + 512
             archive.addfile(info, io.BytesIO(data))
             placed.append({"name": name, "offset": offset, "size": len(data)})
             bar.update(1)
-    record = {"file": path.name, "bytes": path.stat().st_size, "sha256": _file_sum(path), "images": placed}
-    write_json(note, record, indent=None)
+    record = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path), "images": placed}
+    write_json(path.with_suffix(".json"), record, indent=None)
     return record
 
 
-def _file_sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _finished(path: Path, paths: Mapping[str, Path], facts: Mapping[str, os.stat_result]) -> dict[str, Any] | None:
+    """The record of a shard that a former call finished; None: write it.
 
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_shards(folder: str | Path) -> tuple[dict[str, ShardImage], dict[str, tuple[list[Triplet], Gallery]]]:
-    """Images by name, and triplets and gallery by split. No image is read.
-
-    Raises DataError where the index is missing, altered or names places outside its shards, a shard is missing or of
-    another size than it was written with, or a split's file does not fit its sum.
+    Images that were touched since are compared with what the shard holds. Where one differs, the shard of an
+    interrupted call is written anew; a complete folder may be in use, so there it is a DataError.
     """
-    root, index = _open_index(folder)
-    images: dict[str, ShardImage] = {}
-    for shard in index["shards"]:
-        path = _shard_path(root, shard)
-        end = 0
-        for image in shard["images"]:
-            name, offset, size = (image.get(key) for key in ("name", "offset", "size"))
-            whole = all(isinstance(number, int) and not isinstance(number, bool) for number in (offset, size))
-            if (
-                not isinstance(name, str)
-                or not whole
-                or size < 0
-                or offset < end + 512
-                or offset + size > shard["bytes"]
-            ):
-                raise DataError(
-                    f"{root / INDEX}: image {str(name)[:80]!r} has no place of its own in {path.name}; {REMEDY}"
-                )
-            if name in images:
-                raise DataError(f"{root / INDEX}: image {name[:80]!r} is listed twice; {REMEDY}")
-            images[name] = ShardImage(str(path), offset, size, name)
-            end = offset + size
-    return images, {split: _read_split(root, split, row, images) for split, row in index["splits"].items()}
-
-
-REMEDY = "write the shards again with `neucore shards`"
-
-
-def _open_index(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    if "://" in str(folder) or str(folder).startswith("pipe:"):
-        raise DataError(f"{folder}: shards are read from a folder; copy or mount it, then give its path")
-    root = Path(folder).expanduser()
-    if not (root / INDEX).is_file():
-        remedy = "`neucore shards` writes one"
-        if (root / "writing.json").is_file():
-            remedy = "its writing was interrupted: give the same `neucore shards` command again"
-        raise DataError(f"{root}: has no {INDEX}, so it is no complete folder of shards; {remedy}")
-    index = read_json(root / INDEX, dict, "the shards")
-    if index.get("format") != FORMAT:
-        raise DataError(f"{root / INDEX}: has the format {index.get('format')!r}, not {FORMAT!r}; {REMEDY}")
-    shards, splits = index.get("shards"), index.get("splits")
-    good = isinstance(shards, list) and isinstance(splits, dict) and all(isinstance(r, dict) for r in splits.values())
-    good = good and all(
-        isinstance(shard, dict) and isinstance(shard.get("bytes"), int) and isinstance(shard.get("images"), list)
-        and all(isinstance(image, dict) for image in shard["images"])
-        for shard in shards
-    )  # fmt: skip
-    if not good:
-        raise DataError(f"{root / INDEX}: lacks its lists of shards and splits; {REMEDY}")
-    return root, index
-
-
-def _shard_path(root: Path, shard: Mapping[str, Any]) -> Path:
-    file = shard.get("file")
-    if not isinstance(file, str) or not _SHARD.fullmatch(file):
-        raise DataError(f"{root / INDEX}: {str(file)[:80]!r} is no shard of this folder (shard-NNNNN.tar); {REMEDY}")
-    path = root / file
+    note = path.with_suffix(".json")
     if not path.is_file():
-        raise DataError(f"{path} is missing; copy it again, or {REMEDY}")
-    if (found := path.stat().st_size) != shard["bytes"]:
-        raise DataError(
-            f"{path} has {found:,} bytes, not {shard['bytes']:,}: it is truncated or another file; copy it again"
-        )
-    return path
+        return None
+    if complete := not note.is_file():
+        if not (path.parent / INDEX).is_file():
+            return None
+        rows = open_index(path.parent)[1]["shards"]
+        record = next((row for row in rows if row.get("file") == path.name), None)
+    else:
+        record = read_json(note, dict, "the shards")
+    written = path.stat()
+    if not record or record["bytes"] != written.st_size:
+        return None
+    for row in record["images"]:
+        name = row["name"]
+        if max(facts[name].st_mtime, facts[name].st_ctime) < written.st_mtime:
+            continue
+        with open(path, "rb") as stream:
+            stream.seek(row["offset"])
+            if stream.read(row["size"]) == _read_file(paths[name]):
+                continue
+        if complete:
+            raise DataError(f"{path.parent}: {paths[name]} has changed since; give another --out, or empty the folder")
+        return None
+    return record
 
 
-def _read_split(
-    root: Path, split: str, row: Mapping[str, Any], images: Mapping[str, Any]
-) -> tuple[list[Triplet], Gallery]:
-    if not _SPLIT.fullmatch(split):
-        raise DataError(f"{root / INDEX}: {split[:80]!r} is no name of a split; {REMEDY}")
-    path = root / f"triplets-{split}.json"
-    plain = read_json(path, dict, "the shards")
-    if _sum(plain) != row.get("sha256"):
-        raise DataError(f"{path}: was altered since it was written; {REMEDY}")
-    ids = plain.get("gallery")
-    if not isinstance(ids, list) or any(not isinstance(name, str) or name not in images for name in ids):
-        raise DataError(f"{path}: its gallery names images that no shard holds; {REMEDY}")
-    triplets = []
-    for entry in plain.get("triplets") or []:
-        if not isinstance(entry, dict) or set(entry) - _FIELDS:
-            raise DataError(f"{path}: a triplet with fields that this version does not know; {REMEDY}")
-        triplets.append(Triplet(**{key: _tuples(value) for key, value in entry.items()}))
-    return triplets, Gallery(tuple(ids), tuple(images[name] for name in ids))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def verify(folder: str | Path, progress: bool = True) -> int:
-    """Read every byte of every shard and compare the sums; returns the number of images. Raises DataError."""
-    images, _ = read_shards(folder)
-    root, index = _open_index(folder)
-    for shard in tqdm(index["shards"], "checking shards", unit="shard", disable=not progress):
-        path = _shard_path(root, shard)
-        if _file_sum(path) != shard.get("sha256"):
-            raise DataError(f"{path}: its content has changed (SHA-256 does not fit); copy it again, or {REMEDY}")
-    return len(images)
-
-
-def stream(folder: str | Path) -> Any:
-    """A webdataset pipeline over the images, each once among all workers and processes: {"name", "bytes"}.
-
-    For reading a whole gallery from end to end. Raises DataError as `read_shards` does; a shard that ends early too.
-    """
-    import webdataset
-
-    images, _ = read_shards(folder)
-    order = {(image.shard, number): image for number, image in _numbered(images)}
-    shards = sorted({image.shard for image in images.values()})
-
-    def members(source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for entry in source:
-            yield from _members(entry["url"], order)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return webdataset.DataPipeline(
-            webdataset.SimpleShardList(shards), webdataset.split_by_node, webdataset.split_by_worker, members
-        )
-
-
-def _numbered(images: Mapping[str, ShardImage]) -> Iterator[tuple[int, ShardImage]]:
-    """Images with their number within their shard."""
-    counts: dict[str, int] = {}
-    for image in images.values():
-        yield counts.get(image.shard, 0), image
-        counts[image.shard] = counts.get(image.shard, 0) + 1
-
-
-def _members(shard: str, order: Mapping[tuple[str, int], ShardImage]) -> Iterator[dict[str, Any]]:
-    """Regular members of our form alone, as bytes; the name comes from the index."""
+def _read_file(path: Path) -> bytes:
     try:
-        with tarfile.open(shard, mode="r:") as archive:
-            for number, info in enumerate(archive):
-                if not info.isreg() or not _MEMBER.fullmatch(info.name):
-                    raise DataError(f"{shard}: holds {info.name[:80]!r}, which is no member of ours; {REMEDY}")
-                image = order.get((shard, number))
-                data = archive.extractfile(info).read()
-                if image is None or image.offset != info.offset_data or len(data) != image.size:
-                    raise DataError(f"{shard}: member {info.name} is not where the index says; {REMEDY}")
-                yield {"name": image.name, "bytes": data}
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{shard}: no whole tar file ({error}); copy it again") from None
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend it, then give the command again") from None

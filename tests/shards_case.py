@@ -1,0 +1,28 @@
+"""Small shards for the tests: the drawings of conftest in several tar files, and a way to falsify their index."""
+
+import json
+from pathlib import Path
+
+from conftest import write_shapes
+
+from neucore_plugin.datasets import folder, shards
+
+
+def shapes(root: Path) -> tuple[dict, dict]:
+    """Image files by name, and triplets and gallery of train and val."""
+    write_shapes(root)
+    paths = folder.images(root)
+    return paths, {split: folder.load_split(root, split, paths) for split in ("train", "val")}
+
+
+def write(data, out: Path, **options) -> Path:
+    paths, splits = data
+    settings = {"max_bytes": 12_000, "workers": 2, "progress": False} | options
+    return shards.write_shards(out, "folder", paths, splits, **settings)
+
+
+def edit_index(out: Path, change) -> None:
+    path = out / shards.INDEX
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
