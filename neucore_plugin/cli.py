@@ -13,7 +13,7 @@ from typing import Any
 from neucore_plugin import __version__
 from neucore_plugin.errors import ConfigError, DataError, NeucoreError
 
-COMMANDS = ("data", "vocab", "shards", "submit")  # modules of neucore_plugin.commands
+COMMANDS = ("data", "vocab", "shards", "submit", "convert")  # modules of neucore_plugin.commands
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
 EXAMPLES = """\
 examples:

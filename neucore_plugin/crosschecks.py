@@ -38,6 +38,24 @@ def _model(checker: "Checker", model: Mapping[str, Any]) -> None:
         if isinstance(size, int) and isinstance(grid, int) and grid > size // 32:
             checker.add("model.backbone.image.grid", f"got {grid}; allowed: at most image_size / 32, here {size // 32}")
     _exists(checker, "model.checkpoint", model.get("checkpoint"), "null, or the path of a checkpoint")
+    text = (model.get("backbone") or {}).get("text")
+    if not model.get("checkpoint"):  # a checkpoint brings the weights itself
+        for side, section, key in (("image", image, "weights"), ("text", text, "glove"), ("text", text, "glove_words")):
+            given = section.get(key) if isinstance(section, Mapping) else None
+            _exists(checker, f"model.backbone.{side}.{key}", given, "null, or the path of a file")
+    if model.get("form") == "released":
+        _released(checker, model, text)
+
+
+def _released(checker: "Checker", model: Mapping[str, Any], text: Any) -> None:
+    """What the authors' form needs."""
+    for section, key, needed in (("concept_alignment", "bag", "joint"), ("fusion", "mode", "mixture")):
+        given = (model.get(section) or {}).get(key)
+        if given not in (None, needed) and f"model.{section}.{key}" not in checker.bad:
+            checker.add(f"model.{section}.{key}", f"got {given!r}; model.form released needs {needed!r}")
+    width = text.get("width") if isinstance(text, Mapping) else None
+    if width is not None and width != model.get("embed_dim"):
+        checker.add("model.backbone.text.width", f"got {width}; model.form released needs model.embed_dim's")
 
 
 def _run(checker: "Checker", content: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the `model` section may say, and the sections of the backbones."""
+"""What the `model` section may say; the encoders' own sections are in `schema_backbones.py`."""
 
 from typing import Any
 
@@ -8,19 +8,6 @@ from neucore_plugin.schema_values import Flag, Probability, Section, Text, choic
 
 PARTS_OF_SPEECH = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN")
 PARTS_OF_SPEECH += ("PUNCT", "SCONJ", "SYM", "VERB", "X")  # the universal tags, as spaCy gives them
-
-
-class EfficientNetLite0Schema(Section):
-    name: Text
-    image_size: whole(32, multiple=32) = 224
-    grid: whole(1) = 4
-    freeze: Flag = True
-
-
-class MiniLMSchema(Section):
-    name: Text
-    max_words: whole(1, 510) = 64  # BERT's 512 positions less [CLS] and [SEP]
-    freeze: Flag = True
 
 
 class BackboneSchema(Section):
@@ -46,6 +33,8 @@ class FusionSchema(Section):
     head_dim: whole(1) = 64
     mlp_ratio: real(above=0) = 2.0
     dropout: Probability = 0.0
+    generator_linears: whole(1) = 2  # linear layers that generate a block's norms
+    instruction_linears: whole(1) = 2  # and of the mixture's instruction weights
 
 
 class MatchingSchema(Section):
@@ -76,6 +65,7 @@ class NeucoreSchema(Section):
     arch: Text
     model_type: Text | None = None
     checkpoint: Text | None = None
+    form: choice("default", "released") = "default"
     backbone: BackboneSchema = Field(default_factory=BackboneSchema)
     embed_dim: whole(1) = 256
     concept_alignment: ConceptAlignmentSchema = Field(default_factory=ConceptAlignmentSchema)

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import BaseModel, PlainValidator
 
 from neucore_plugin import schema_data
+from neucore_plugin.schema_backbones import BACKBONE_SCHEMAS
 from neucore_plugin.schema_data import (  # noqa: F401 - the face of the schemas
     EMOJI_SPLITS,
     PUBLISHED_DATASETS,
@@ -21,7 +22,7 @@ from neucore_plugin.schema_data import (  # noqa: F401 - the face of the schemas
     ImageProcessorSchema,
     PreprocessSchema,
 )
-from neucore_plugin.schema_model import EfficientNetLite0Schema, MiniLMSchema, NeucoreSchema
+from neucore_plugin.schema_model import NeucoreSchema
 from neucore_plugin.schema_values import Flag, Section, Text, choice, device_name, factors, real, whole, words
 
 LR_SCHEDULERS = ("linear_warmup_cosine_lr", "linear_warmup_step_lr", "constant_lr")
@@ -95,10 +96,6 @@ DATASET_SPLITS: dict[str, tuple[str, ...]] = {**PUBLISHED_SPLITS, "emoji": EMOJI
 PROCESSOR_SCHEMAS: dict[str, type[BaseModel]] = {
     "cir_image": ImageProcessorSchema,
     "cir_caption": CaptionProcessorSchema,
-}
-BACKBONE_SCHEMAS: dict[str, dict[str, type[BaseModel]]] = {
-    "image": {"efficientnet_lite0": EfficientNetLite0Schema},
-    "text": {"minilm_l6": MiniLMSchema},
 }
 
 

@@ -139,7 +139,8 @@ class ComposedImageRetrievalTask(BaseTask):
                 f"{cfg.model_cfg.concepts.min_count} times; lower model.concepts.min_count or widen model.concepts.pos"
             )
         logging.info("concept vocabulary: %d lemmas", len(vocabulary))
-        return model_class.from_config(cfg.model_cfg, vocabulary=vocabulary)
+        captions = [text for dataset in train for text in dataset.texts]
+        return model_class.from_config(cfg.model_cfg, vocabulary=vocabulary, captions=captions)
 
     def prepare(self, model: Any, datasets: Mapping[str, Any], cfg: Any, output_dir: str | Path) -> None:
         """Check every image, and run frozen encoders ahead once, into caches on disk."""

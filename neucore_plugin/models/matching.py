@@ -45,7 +45,7 @@ class Matching(nn.Module):
     """Scores query encodings against gallery encodings.
 
     terms: which of the three terms are summed; leaving one out is an ablation. temperature: natural logarithm of the
-    factor on scores in the loss, learnable or fixed; the factor never exceeds 100.
+    factor on scores in the loss, learnable or fixed; the factor never exceeds 100, but in the `released` form.
     """
 
     def __init__(
@@ -54,14 +54,16 @@ class Matching(nn.Module):
         terms: tuple[str, ...] | list[str] = TERMS,
         temperature: float = 2.65926,
         learn_temperature: bool = True,
+        released: bool = False,
     ):
         super().__init__()
         check_positive(dim=dim)
+        self.max_temperature = math.inf if released else MAX_TEMPERATURE
         terms = [terms] if isinstance(terms, str) else list(terms)
         unknown = [term for term in terms if term not in TERMS]
         if unknown or not terms or len(set(terms)) != len(terms):
             raise ConfigError(f"matching.terms is {terms}, expected one or more, each once, of: {', '.join(TERMS)}")
-        if not math.isfinite(temperature) or temperature > MAX_TEMPERATURE:
+        if not math.isfinite(temperature) or temperature > self.max_temperature:
             raise ConfigError(
                 f"matching.temperature is {temperature}; it is the logarithm of the factor on scores, at most "
                 f"log(100) = {MAX_TEMPERATURE:.3f}"
@@ -130,7 +132,7 @@ class Matching(nn.Module):
         rows = scores.shape[0]
         if scores.ndim != 2 or scores.shape[1] < rows:
             raise ValueError(f"batch scores have shape {list(scores.shape)}, expected [B,G] with G of at least B")
-        logits = scores * self.temperature.clamp(max=MAX_TEMPERATURE).exp()
+        logits = scores * self.temperature.clamp(max=self.max_temperature).exp()
         right = torch.arange(rows, device=logits.device)
         if also_right is not None:
             check_shape("also_right [B,G]", also_right, *scores.shape)

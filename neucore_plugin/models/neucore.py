@@ -5,7 +5,7 @@ B batch, N image tokens, L words, K concepts of a query, C concept vocabulary, D
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,9 +19,12 @@ from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
 from neucore_plugin.config import model_defaults
 from neucore_plugin.errors import CheckpointError, ConfigError
 from neucore_plugin.models.backbones import build_backbone
+from neucore_plugin.models.backbones.resnet_gru import word_list
 from neucore_plugin.models.concept_alignment import ConceptAlignment, ConceptAlignmentLoss
+from neucore_plugin.models.concept_maps import concept_maps
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.progressive_fusion import ProgressiveFusion
+from neucore_plugin.models.reconcile import reconciled
 from neucore_plugin.names import nearest
 from neucore_plugin.processors import CaptionProcessor, ImageProcessor
 
@@ -42,6 +45,7 @@ class NeucoreModel(BaseModel):
         mask_duplicates: batch-mates with an equally right target do not count as negatives.
         reference_negatives: the batch's reference images count as negatives, beside its targets.
         config: the model section this was built from; kept in checkpoints.
+        released: the authors' form: one linear map of the image tokens, none of the words, and the parts' own.
     """
 
     DEFAULT_TYPE = "embedded"
@@ -63,32 +67,38 @@ class NeucoreModel(BaseModel):
         reference_negatives: bool = False,
         concept_pos: Sequence[str] = ("NOUN", "VERB", "ADJ", "ADV"),
         config: Mapping[str, Any] | None = None,
+        released: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.vocabulary = dict(config or {}), vocabulary
         self.mask_duplicates, self.reference_negatives = mask_duplicates, reference_negatives
         self.query_dropout, self.concept_pos, self.trained = dict(query_dropout), tuple(concept_pos), False
         self.backbone = backbone
-        self.image_projection = nn.Sequential(
-            nn.LayerNorm(backbone.image.width), nn.Linear(backbone.image.width, embed_dim)
-        )
-        self.word_projection = nn.Sequential(
-            nn.LayerNorm(backbone.text.width), nn.Linear(backbone.text.width, embed_dim)
-        )
-        self.sentence_projection = nn.Sequential(
-            nn.LayerNorm(backbone.text.width), nn.Linear(backbone.text.width, embed_dim)
+        self.released = released
+        self.image_projection = _projection(backbone.image.width, embed_dim, released)
+        if released and backbone.text.width != embed_dim:
+            raise ConfigError(
+                f"the released form has no projection of the words: model.backbone.text gives width "
+                f"{backbone.text.width}, model.embed_dim is {embed_dim}; make them equal"
+            )
+        self.word_projection, self.sentence_projection = (
+            nn.Identity() if released else _projection(backbone.text.width, embed_dim) for _ in range(2)
         )
         self.absent_image = nn.Parameter(torch.randn(embed_dim) * 0.02)
         self.absent_word = nn.Parameter(torch.randn(embed_dim) * 0.02)
         self.absent_sentence = nn.Parameter(torch.randn(embed_dim) * 0.02)
-        self.alignment = ConceptAlignment(dim=embed_dim, word_dim=backbone.text.word_width, **alignment)
-        self.fusion = ProgressiveFusion(dim=embed_dim, **fusion)
-        self.matching = Matching(dim=embed_dim, **matching)
+        self.alignment = ConceptAlignment(
+            dim=embed_dim, word_dim=backbone.text.word_width, released=released, **alignment
+        )
+        self.fusion = ProgressiveFusion(dim=embed_dim, released=released, **fusion)
+        self.matching = Matching(dim=embed_dim, released=released, **matching)
         self.concept_loss = ConceptAlignmentLoss(**loss)
         self.image_processor = ImageProcessor(backbone.image.image_size, backbone.image.mean, backbone.image.std)
         self.caption_processor = CaptionProcessor()
         self._extractor: ConceptExtractor | None = None
-        self.register_buffer("concept_embeddings", backbone.text.embed_words(vocabulary.words).clone())
+        self.words_live = getattr(backbone.text, "words_live", False)
+        embeddings = None if self.words_live else backbone.text.embed_words(vocabulary.words).clone()
+        self.register_buffer("concept_embeddings", embeddings)
 
     # ---- building -------------------------------------------------------------------------------------------------
 
@@ -108,20 +118,35 @@ class NeucoreModel(BaseModel):
         return cls.from_config(OmegaConf.load(cls.default_config_path(model_type)).model)
 
     @classmethod
-    def from_config(cls, cfg: Any, vocabulary: ConceptVocabulary | None = None) -> "NeucoreModel":
-        """Build from a model section (defaults of its type filled in) and load `checkpoint` where it names one."""
+    def from_config(
+        cls, cfg: Any, vocabulary: ConceptVocabulary | None = None, captions: Iterable[str] = ()
+    ) -> "NeucoreModel":
+        """Build from a model section (defaults of its type filled in) and load `checkpoint` where it names one.
+
+        captions: those of the training; a text encoder with a word vocabulary of its own builds it from them.
+        """
         given = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else copy.deepcopy(dict(cfg))
         config = model_defaults(given)
         source = config.get("checkpoint")
         if source:
             return cls.from_checkpoint(source, wanted=config)
-        model = cls._build(config, vocabulary or ConceptVocabulary(()))
-        model.trained = vocabulary is not None  # with a vocabulary it is about to be
+        vocabulary = vocabulary or ConceptVocabulary(())
+        words = None
+        if config["backbone"]["text"]["name"] == "glove_bigru":
+            words = word_list(map(CaptionProcessor(), captions), vocabulary.words)
+        model = cls._build(config, vocabulary, words)
+        model.trained = bool(len(vocabulary))  # with a vocabulary it is about to be
         return model
 
     @classmethod
-    def _build(cls, config: dict[str, Any], vocabulary: ConceptVocabulary) -> "NeucoreModel":
-        backbone = build_backbone(config["backbone"])
+    def _build(
+        cls,
+        config: dict[str, Any],
+        vocabulary: ConceptVocabulary,
+        words: Sequence[str] | None = None,
+        load: bool = True,
+    ) -> "NeucoreModel":
+        backbone = build_backbone(config["backbone"], words, load)
         matching, loss = dict(config["matching"]), dict(config["loss"])
         mask_duplicates = matching.pop("mask_duplicates")
         reference_negatives = matching.pop("reference_negatives")
@@ -138,6 +163,7 @@ class NeucoreModel(BaseModel):
             reference_negatives=reference_negatives,
             concept_pos=config["concepts"]["pos"],
             config={**config, "checkpoint": None},
+            released=config["form"] == "released",
         )
 
     @classmethod
@@ -153,8 +179,9 @@ class NeucoreModel(BaseModel):
             raise CheckpointError(f"{path}: holds a model of architecture {header.get('arch')!r}, not 'neucore'")
         config = model_defaults(header["config"])
         if wanted is not None:
-            config = _reconciled(path, config, wanted)
-        model = cls._build(config, ConceptVocabulary.from_plain(header["concepts"], f"{path}: its concept vocabulary"))
+            config = reconciled(path, config, wanted)
+        vocabulary = ConceptVocabulary.from_plain(header["concepts"], f"{path}: its concept vocabulary")
+        model = cls._build(config, vocabulary, header.get("words"), load=False)
         model.image_processor = ImageProcessor(**header.get("image_processor", model.image_processor.settings))
         checkpoint.restore_model(model, stored["model"], stored["frozen"], path)
         model.trained = True
@@ -183,7 +210,12 @@ class NeucoreModel(BaseModel):
             "config": self.config,
             "concepts": self.vocabulary.to_plain(),
             "image_processor": self.image_processor.settings,
+            **({"words": list(self.backbone.text.words)} if hasattr(self.backbone.text, "words") else {}),
         }
+
+    def concept_table(self) -> Tensor:
+        """Embeddings of the concept vocabulary [C,Dw]; with gradient where the word embedding is trained."""
+        return self.backbone.text.embed_words(self.vocabulary.words) if self.words_live else self.concept_embeddings
 
     def fingerprint(self) -> str:
         """Changes with any weight that training may change and with the backbone."""
@@ -251,6 +283,8 @@ class NeucoreModel(BaseModel):
         return self.alignment.classifier.project(padded) * mask[..., None], mask
 
     def _embed_concepts(self, words: Sequence[str]) -> Tensor:
+        if self.words_live:
+            return self.backbone.text.embed_words(words)
         rows = [self.vocabulary.index(word) for word in words]
         unseen = [word for word, row in zip(words, rows, strict=True) if row is None]
         known = (
@@ -291,7 +325,7 @@ class NeucoreModel(BaseModel):
         both = self.alignment.encode(torch.cat([reference, target]))
         r, t = ({key: value.chunk(2)[side] for key, value in both.items()} for side in (0, 1))
         bag = self.alignment.align(r, t, reference, target)
-        logits = self.alignment.classifier(bag["pooled"], self.concept_embeddings)  # [B,C]
+        logits = self.alignment.classifier(bag["pooled"], self.concept_table())  # [B,C]
         loss_concept = self.concept_loss(logits, self.concept_labels(samples["concept_words"]))
         loss_matching = self._matching_loss(self._query(r, text, concept_words), r, t, samples)
         return {"loss": loss_matching + loss_concept, "loss_matching": loss_matching, "loss_concept": loss_concept}
@@ -322,7 +356,9 @@ class NeucoreModel(BaseModel):
             labels[row, columns] = 1.0
         return labels
 
-    def _query(self, reference: dict[str, Tensor], text: dict[str, Tensor], concept_words) -> dict[str, Tensor]:
+    def _query(
+        self, reference: dict[str, Tensor], text: dict[str, Tensor], concept_words, alone: bool = False
+    ) -> dict[str, Tensor]:
         concepts, concept_mask = self.query_concepts(concept_words)
         fused = self.fusion(
             reference_tokens=reference["tokens"],
@@ -332,6 +368,7 @@ class NeucoreModel(BaseModel):
             words=text["words"],
             word_mask=text["word_mask"],
             sentence=text["sentence"],
+            alone=alone,
         )["fused"]
         return self.matching.query(fused, text["sentence"], reference["bg"])
 
@@ -375,66 +412,22 @@ class NeucoreModel(BaseModel):
         elif concept_words is None:
             concept_words = self.extract_concepts(texts)
         text = self.text_features(texts, text_features if has_text else None)
-        return self._query(self.alignment.encode(reference), text, concept_words)
+        return self._query(self.alignment.encode(reference), text, concept_words, alone=True)
 
     def score(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
         """Scores [Q,G], higher is better, in matrix products over chunks of queries."""
         return self.matching.score(query, gallery, chunk=chunk)
 
     def concept_maps(self, pixels: Tensor, texts: Sequence[str], candidates: Tensor) -> list[list[dict[str, Any]]]:
-        """Where each concept of a query lies in its reference and in a candidate image.
+        """Where each concept of a query lies in its reference and in a candidate image; see `models/concept_maps.py`.
 
         Args: pixels, candidates [Q,3,H,W]; texts of length Q.
-        Returns: a list a query of {"concept", "reference": [h,w], "candidate": [h,w]}, values in [0,1] on one scale a
-            concept: the token's share of the pooled concept logit, negative shares cut to 0.
         """
-        rows, columns = self.backbone.image.grid
-        sides = []
-        for images in (pixels, candidates):
-            encoded = self.alignment.encode(self.image_tokens(images))
-            sides.append(encoded["tokens"] * encoded["fg_weights"][..., None])
         concept_words = self.extract_concepts(texts)
         concepts, _ = self.query_concepts(concept_words)
-        maps = []
-        for query, words in enumerate(concept_words):
-            entries = []
-            for position, word in enumerate(words):
-                pair = [(side[query] @ concepts[query, position])[-rows * columns :].clamp_min(0) for side in sides]
-                top = torch.stack(pair).max().clamp_min(1e-12)
-                reference, candidate = ((values / top).reshape(rows, columns).cpu() for values in pair)
-                entries.append({"concept": word, "reference": reference, "candidate": candidate})
-            maps.append(entries)
-        return maps
+        sides = [self.alignment.encode(self.image_tokens(images)) for images in (pixels, candidates)]
+        return concept_maps(sides, concept_words, concepts, self.backbone.image.grid)
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "model") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}.{key}") if isinstance(value, Mapping) else {f"{prefix}.{key}": value}
-    return flat
-
-
-_TRAINING_KEYS = ("model.loss", "model.query_dropout", "model.matching.mask_duplicates", "model.matching.reference_neg")
-_IGNORED_KEYS = ("model.checkpoint", "model.model_type", "model.concepts.min_count")
-
-
-def _reconciled(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored model section with the training settings of `wanted`. Raises CheckpointError on other differences."""
-    theirs, mine = _flat(stored), _flat(wanted)
-    problems = [
-        f"{key}: {theirs.get(key)!r} in the checkpoint, {mine.get(key)!r} in the config"
-        for key in sorted(theirs.keys() | mine.keys())
-        if theirs.get(key) != mine.get(key) and not key.startswith(_TRAINING_KEYS + _IGNORED_KEYS)
-    ]
-    if problems:
-        listed = "\n  ".join(problems)
-        raise CheckpointError(
-            f"{path} was trained with other settings; give the config the same, or train anew\n  {listed}"
-        )
-    matching = {key: wanted["matching"][key] for key in ("mask_duplicates", "reference_negatives")}
-    return {
-        **stored,
-        "loss": wanted["loss"],
-        "query_dropout": wanted["query_dropout"],
-        "matching": {**stored["matching"], **matching},
-    }
+def _projection(width: int, dim: int, released: bool = False) -> nn.Module:
+    return nn.Linear(width, dim) if released else nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))

@@ -7,6 +7,8 @@ Shapes: B batch, N reference tokens, L words, K concepts of a query, D width, E 
 released form's instruction types), M = 1 + N + K tokens of an executor. Masks are true where a token is valid.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,13 @@ from neucore_plugin.models.concept_alignment import (
 )
 
 MODES = ("progressive", "mixture")
+
+
+def stacked(widths: list[int]) -> nn.Sequential:
+    """Linear layers of these widths, in to out, with a ReLU between two."""
+    check_positive(linears=len(widths) - 1)
+    linears = [nn.Linear(before, after) for before, after in pairwise(widths)]
+    return nn.Sequential(*[part for linear in linears for part in (linear, nn.ReLU())][:-1])
 
 
 class AttendedEntities(nn.Module):
@@ -64,11 +73,11 @@ class InstructionWeights(nn.Module):
     The sentence vector gets no gradient from here. With `gumbel`, noise is added in training, never in evaluation.
     """
 
-    def __init__(self, dim: int, layers: int, steps: int, gumbel: bool = False):
+    def __init__(self, dim: int, layers: int, steps: int, gumbel: bool = False, linears: int = 2):
         super().__init__()
         check_positive(dim=dim, layers=layers, steps=steps)
         self.layers, self.steps, self.gumbel = layers, steps, gumbel
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, layers * steps))
+        self.mlp = stacked([dim] * linears + [layers * steps])
 
     def forward(self, sentence: Tensor) -> Tensor:
         logits = self.mlp(sentence.detach()).view(-1, self.layers, self.steps)
@@ -81,18 +90,20 @@ class AdaptiveInstanceNorm(nn.Module):
     """Instance norm whose scale and shift come from outside: x [B,M,D], scale and shift [B,D] -> [B,M,D].
 
     Mean and biased variance of each sample and channel are taken over its valid tokens, or over all of them, padding
-    included, without `masked_statistics` (the released form).
+    included, without `masked_statistics` (the released form); `masked` overrules it in one call.
     """
 
     def __init__(self, masked_statistics: bool = True, eps: float = 1e-6):
         super().__init__()
         self.masked_statistics, self.eps = masked_statistics, eps
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor | None = None, masked: bool | None = None
+    ) -> Tensor:
         dtype = x.dtype
         if dtype in (torch.float16, torch.bfloat16):
             x = x.float()  # sums of squares need the range
-        if mask is None or not self.masked_statistics:
+        if mask is None or not (self.masked_statistics if masked is None else masked):
             variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
         else:
             invalid = ~mask[..., None]
@@ -121,6 +132,7 @@ class Executor(nn.Module):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         released: bool = False,
+        linears: int = 2,
     ):
         super().__init__()
         check_positive(dim=dim, entity_dim=entity_dim, module_depth=depth, heads=heads, head_dim=head_dim)
@@ -131,12 +143,10 @@ class Executor(nn.Module):
             for _ in range(depth)
         )
         self.mlp = nn.ModuleList(FeedForward(dim, int(dim * mlp_ratio), dropout) for _ in range(depth))
-        self.generator = nn.Sequential(
-            nn.Linear(entity_dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, 2 * depth * 2 * dim)
-        )
+        self.generator = stacked([entity_dim] + [4 * dim] * (linears - 1) + [2 * depth * 2 * dim])
         if not released:
-            nn.init.normal_(self.generator[2].weight, std=0.02)
-            nn.init.zeros_(self.generator[2].bias)
+            nn.init.normal_(self.generator[-1].weight, std=0.02)
+            nn.init.zeros_(self.generator[-1].bias)
 
     def instantiate(self, entity: Tensor) -> Tensor:
         """[B,E] -> [B, 2 depth, 2, D]: for each norm (attention, MLP, attention, ...) its shift, then its scale."""
@@ -146,7 +156,8 @@ class Executor(nn.Module):
             return parameters
         return parameters + parameters.new_tensor([0.0, 1.0])[:, None]
 
-    def forward(self, x: Tensor, entity: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, entity: Tensor, mask: Tensor | None = None, alone: bool = False) -> Tensor:
+        """`alone`: padding stays out of the statistics in the released form as well."""
         check_shape("executor input [B,M,D]", x, entity.shape[0], None, self.dim)
         if mask is not None:
             check_shape("executor mask [B,M]", mask, *x.shape[:2])
@@ -156,8 +167,8 @@ class Executor(nn.Module):
         norms = self.instantiate(entity).unbind(dim=1)  # each [B,2,D]
         for index, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
             first, second = norms[2 * index], norms[2 * index + 1]
-            x = x + attention(self.norm(x, first[:, 1], first[:, 0], mask), mask)
-            x = x + mlp(self.norm(x, second[:, 1], second[:, 0], mask))
+            x = x + attention(self.norm(x, first[:, 1], first[:, 0], mask, alone or None), mask)
+            x = x + mlp(self.norm(x, second[:, 1], second[:, 0], mask, alone or None))
         return x if mask is None or self.released else x.masked_fill(~mask[..., None], 0.0)
 
 
@@ -182,6 +193,8 @@ class ProgressiveFusion(nn.Module):
         dropout: float = 0.0,
         released: bool = False,
         gumbel: bool = False,
+        generator_linears: int = 2,
+        instruction_linears: int = 2,
     ):
         super().__init__()
         if mode not in MODES:
@@ -191,10 +204,13 @@ class ProgressiveFusion(nn.Module):
         check_positive(dim=dim, steps=steps, layers=layers)
         self.dim, self.mode, self.released = dim, mode, released
         self.attend = AttendedEntities(dim, steps)
-        self.instructions = InstructionWeights(dim, layers, steps, gumbel) if mode == "mixture" else None
+        self.instructions = None
+        if mode == "mixture":
+            self.instructions = InstructionWeights(dim, layers, steps, gumbel, instruction_linears)
         self.executors = nn.ModuleList(
             nn.ModuleList(
-                Executor(dim, dim, module_depth, heads, head_dim, mlp_ratio, dropout, released) for _ in range(steps)
+                Executor(dim, dim, module_depth, heads, head_dim, mlp_ratio, dropout, released, generator_linears)
+                for _ in range(steps)
             )
             for _ in range(layers)
         )
@@ -210,12 +226,14 @@ class ProgressiveFusion(nn.Module):
         word_mask: Tensor | None,
         sentence: Tensor,
         reference_mask: Tensor | None = None,
+        alone: bool = False,
     ) -> dict[str, Tensor]:
         """-> fused [B,D], entities [B,S,D], word_weights [B,S,L]; of a mixture also instruction_weights [B,T,S].
 
         reference_tokens [B,N,D] (encoded), reference_fg [B,D], concepts [B,K,D] (projected; K may be 0),
         concept_mask [B,K], words [B,L,D], word_mask [B,L], sentence [B,D], reference_mask [B,N].
-        A query without a valid reference token is read from the reference_fg slot instead.
+        A query without a valid reference token is read from the reference_fg slot instead. `alone`: a query's result is
+        that of the query by itself, in the released form too, where padding otherwise enters the norms.
         """
         check_shape("reference tokens [B,N,D]", reference_tokens, None, None, self.dim)
         batch, count, _ = reference_tokens.shape
@@ -236,22 +254,22 @@ class ProgressiveFusion(nn.Module):
         mask = torch.cat([reference_mask.new_ones(batch, 1), reference_mask, concept_mask], dim=1)  # [B,M]
         result = {"entities": entities, "word_weights": word_weights}
         if self.mode == "progressive":
-            x = self._chain(x, entities, mask)
+            x = self._chain(x, entities, mask, alone)
         else:
             result["instruction_weights"] = self.instructions(sentence)  # [B,T,S]
-            x = self._mixture(x, entities, mask, result["instruction_weights"])
+            x = self._mixture(x, entities, mask, result["instruction_weights"], alone)
         return {"fused": self.output(self._mean(x[:, : count + 1], reference_mask)), **result}
 
-    def _chain(self, x: Tensor, entities: Tensor, mask: Tensor) -> Tensor:
+    def _chain(self, x: Tensor, entities: Tensor, mask: Tensor, alone: bool) -> Tensor:
         for layer in self.executors:
             for executor, entity in zip(layer, entities.unbind(dim=1), strict=True):
-                x = executor(x, entity, mask)
+                x = executor(x, entity, mask, alone)
         return x
 
-    def _mixture(self, x: Tensor, entities: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    def _mixture(self, x: Tensor, entities: Tensor, mask: Tensor, weights: Tensor, alone: bool) -> Tensor:
         for layer, weight in zip(self.executors, weights.unbind(dim=1), strict=True):  # weight [B,S]
             outputs = [
-                executor(x, entity, mask) for executor, entity in zip(layer, entities.unbind(dim=1), strict=True)
+                executor(x, entity, mask, alone) for executor, entity in zip(layer, entities.unbind(dim=1), strict=True)
             ]
             x = torch.einsum("bs,sbmd->bmd", weight, torch.stack(outputs))
         return x

@@ -12,7 +12,7 @@ A text encoder is an `nn.Module` with
 - `forward(texts) -> {"words": [B,L,Dt], "mask": [B,L] bool, "sentence": [B,Dt]}`, L may be 0,
 - `embed_words(words) -> [n,Dw]`: one embedding a concept word, for any word,
 - `fingerprint`,
-- `trains_words` (False where absent): whether `embed_words` has a gradient, so that nothing may be remembered of it.
+- `words_live` (False where absent): `embed_words` is cheap and its weights may change, so nothing is remembered of it.
 An encoder with `trainable` takes `frozen` (hold the weights as buffers) and `load` (read the file of its weights).
 """
 
@@ -82,5 +82,7 @@ def build_backbone(config: dict[str, Any], words: Sequence[str] | None = None, l
         try:
             sides[side] = (encoder(**settings), freeze)
         except ValueError as error:
-            raise error if isinstance(error, NeucoreError) else ConfigError(f"model.backbone.{side}: {error}") from error
+            raise (
+                error if isinstance(error, NeucoreError) else ConfigError(f"model.backbone.{side}: {error}")
+            ) from error
     return Backbone(sides["image"][0], sides["text"][0], freeze_image=sides["image"][1], freeze_text=sides["text"][1])

@@ -32,6 +32,8 @@ def hold_as_buffers(module: nn.Module) -> None:
             if value is not None:
                 del part._parameters[name]
                 part.register_buffer(name, value.detach())
+        if isinstance(part, nn.RNNBase):
+            part.to(value.dtype)  # it keeps a list of its weights, which only this renews
 
 
 class Features(nn.Module):
@@ -152,7 +154,7 @@ class GloveBiGRU(nn.Module):
         freeze_words: the embedding is not trained. frozen: nothing is. load: whether to read `glove`.
     """
 
-    trainable = True
+    trainable = words_live = True
 
     def __init__(
         self,
@@ -179,8 +181,7 @@ class GloveBiGRU(nn.Module):
         self.words_found = 0
         if glove is not None and load:
             self.words_found = read_word_vectors(glove, glove_words, self._rows, self.embedding.weight.data)
-        self.trains_words = not (frozen or freeze_words)
-        for part, held in ((self.embedding, not self.trains_words), (self.gru, frozen)):
+        for part, held in ((self.embedding, frozen or freeze_words), (self.gru, frozen)):
             if held:
                 hold_as_buffers(part)
 
