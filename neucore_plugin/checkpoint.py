@@ -123,9 +123,17 @@ def _group_fingerprints(entries: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _frozen_names(model: nn.Module) -> set[str]:
-    """Entries of the modules that own parameters, all frozen; their buffers (batch norm) count as frozen with them."""
-    names = set()
+    """Entries of the modules that own parameters, all frozen; their buffers (batch norm) count as frozen with them.
+
+    A module with `in_checkpoint` is an exception, with all below it: nobody could get its weights again.
+    """
+    names: set[str] = set()
+    kept: list[str] = []
     for prefix, module in model.named_modules(remove_duplicate=False):
+        if getattr(module, "in_checkpoint", False):
+            kept.append(f"{prefix}." if prefix else "")
+        if prefix.startswith(tuple(kept)) or f"{prefix}." in kept:
+            continue
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         if own and not any(parameter.requires_grad for parameter in own):
             entries = {**module._parameters, **module._buffers}

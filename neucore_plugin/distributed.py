@@ -34,6 +34,11 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def own_first(parts: list[Result]) -> list[Result]:
+    """The parts of all processes, by rank -> this process's part first, then the next ranks' in turn."""
+    return parts[rank() :] + parts[: rank()]
+
+
 def on_main(function: Callable[[], Result]) -> Result:
     """Run `function` in the main process alone; every process gets its result, or raises its exception."""
     if world_size() == 1:

@@ -70,7 +70,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimiser groups {"name", "params", "weight_decay", "lr_scale"} of all trainable parameters, each exactly once.
 
-    The names come from `model.parameter_groups()` where there is one; parameters it leaves out form the group `other`,
+    The names come from `model.parameter_groups()` where there is one, whose groups may have an `lr_scale` of their own
+    (layer-wise decay) and share a name; parameters it leaves out form the group `other`,
     and a model without it has the one group `all`. Each is split in two: matrices decay, vectors (biases, norms) and
     whatever is named ln or bn do not, as in the host.
 
@@ -89,22 +90,23 @@ def parameter_groups(
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
             raise ConfigError(f"run.lr_scales.{name} is {factor!r}; it must be a number of 0 or more")
     groups = []
-    for name, names in members.items():
-        for decays in (True, False):
-            chosen = [trainable[key] for key in names if _decays(key, trainable[key]) == decays]
-            if chosen:
-                decay = float(weight_decay) if decays else 0.0
-                scale = float(scales.get(name, 1.0))
-                groups.append({"name": name, "params": chosen, "weight_decay": decay, "lr_scale": scale})
+    for name, parts in members.items():
+        for own_scale, names in parts.items():
+            for decays in (True, False):
+                chosen = [trainable[key] for key in names if _decays(key, trainable[key]) == decays]
+                if chosen:
+                    decay = float(weight_decay) if decays else 0.0
+                    scale = float(scales.get(name, 1.0)) * own_scale
+                    groups.append({"name": name, "params": chosen, "weight_decay": decay, "lr_scale": scale})
     return groups
 
 
-def _named_members(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> dict[str, list[str]]:
-    """{group: names of trainable parameters}, from the model's own groups."""
+def _named_members(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> dict[str, dict[float, list[str]]]:
+    """{group: {its own factor on the rate: names of trainable parameters}}, from the model's own groups."""
     if not hasattr(model, "parameter_groups"):
-        return {"all": list(trainable)}
+        return {"all": {1.0: list(trainable)}}
     names_of = {id(parameter): name for name, parameter in trainable.items()}
-    members: dict[str, list[str]] = {}
+    members: dict[str, dict[float, list[str]]] = {}
     taken: dict[str, str] = {}
     for group in model.parameter_groups():
         for parameter in _parameters(group["params"]):
@@ -114,10 +116,10 @@ def _named_members(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> d
             if name in taken:
                 raise ConfigError(f"parameter {name} is in two groups, {taken[name]!r} and {group['name']!r}")
             taken[name] = group["name"]
-            members.setdefault(group["name"], []).append(name)
+            members.setdefault(group["name"], {}).setdefault(float(group.get("lr_scale", 1.0)), []).append(name)
     rest = [name for name in trainable if name not in taken]
     if rest:
-        members.setdefault("other", []).extend(rest)
+        members.setdefault("other", {}).setdefault(1.0, []).extend(rest)
     return members
 
 

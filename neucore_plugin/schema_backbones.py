@@ -29,6 +29,9 @@ class EfficientNetLite0Schema(Section):
     image_size: whole(32, multiple=32) = 224
     grid: whole(1) = 4
     freeze: Flag = True
+    train_blocks: whole(1) | None = None
+    layer_decay: real(above=0, high=1) = 1.0
+    checkpoint_activations: Flag = False
 
 
 class FeaturesSchema(Section):
@@ -58,10 +61,8 @@ class GloveBiGRUSchema(Section):
     freeze: Flag = False
 
 
-class MiniLMSchema(Section):
-    name: Text
+class MiniLMSchema(EncoderSchema):
     max_words: whole(1, 510) = 64  # BERT's 512 positions less [CLS] and [SEP]
-    freeze: Flag = True
 
 
 BACKBONE_SCHEMAS: dict[str, dict[str, type[BaseModel]]] = {

@@ -283,7 +283,8 @@ class ComposedImageRetrievalTask(BaseTask):
     def _encode_queries(model: Any, samples: Mapping[str, Any], row: str) -> dict[str, torch.Tensor]:
         inputs: dict[str, Any] = {}
         if row != "text_only":
-            inputs = {"pixels": samples.get("reference_image"), "tokens": samples.get("reference_tokens")}
+            cached = {key: samples.get(f"reference_{key}") for key in ("tokens", "pooled")}
+            inputs = {"pixels": samples.get("reference_image"), **cached}
         if row != "image_only":
             cached = {key: samples[key] for key in ("words", "word_mask", "sentence")} if "words" in samples else None
             inputs |= {
@@ -305,7 +306,7 @@ class ComposedImageRetrievalTask(BaseTask):
         )
         parts = []
         for batch in tqdm(batches, "encoding gallery", unit="batch", leave=False, disable=_quiet()):
-            encoded = model.encode_image(batch.get("image"), tokens=batch.get("tokens"))
+            encoded = model.encode_image(batch.get("image"), tokens=batch.get("tokens"), pooled=batch.get("pooled"))
             parts.append({name: value.cpu() for name, value in encoded.items()})
         own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
         encoding = {name: value.to(model.device) for name, value in _interleave(own).items()}

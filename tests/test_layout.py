@@ -15,7 +15,7 @@ HOST_LINE = {  # only these may import lavis
     "runner_state.py",
     "task.py",
     "datasets/builders.py",
-    "models/neucore.py",
+    "models/cir_model.py",
 }
 
 

@@ -213,8 +213,12 @@ class ConceptClassifier(nn.Module):
         return pooled @ self.project(vocabulary).T
 
 
-def focal_concept_loss(logits: Tensor, labels: Tensor, alpha: float = 0.5, gamma: float = 1.0) -> Tensor:
-    """Focal loss, mean over B and C, of logits [B,C] against labels [B,C] of 0 and 1; not weighted.
+def focal_concept_loss(
+    logits: Tensor, labels: Tensor, alpha: float = 0.5, gamma: float = 1.0, reduce: bool = True
+) -> Tensor:
+    """Focal loss, mean over B and C (with `reduce`; else [B], mean over C), of logits [B,C] against labels [B,C].
+
+    Labels are 0 and 1; the loss is not weighted.
 
     With p = sigmoid(logit), a label 1 costs -alpha (1-p)^gamma log p, a label 0 costs -(1-alpha) p^gamma log(1-p).
     """
@@ -227,7 +231,8 @@ def focal_concept_loss(logits: Tensor, labels: Tensor, alpha: float = 0.5, gamma
     # Powers are taken as exponentials of logarithms: finite, with finite gradients, at any logit and any gamma >= 0.
     positive = alpha * torch.exp(gamma * log_not_p) * log_p
     negative = (1.0 - alpha) * torch.exp(gamma * log_p) * log_not_p
-    return -(labels * positive + (1.0 - labels) * negative).mean()
+    rows = -(labels * positive + (1.0 - labels) * negative).mean(dim=1)
+    return rows.mean() if reduce else rows
 
 
 class ConceptAlignmentLoss(nn.Module):
@@ -242,8 +247,8 @@ class ConceptAlignmentLoss(nn.Module):
             )
         self.weight, self.alpha, self.gamma = weight, alpha, gamma
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.weight * focal_concept_loss(logits, labels, self.alpha, self.gamma)
+    def forward(self, logits: Tensor, labels: Tensor, reduce: bool = True) -> Tensor:
+        return self.weight * focal_concept_loss(logits, labels, self.alpha, self.gamma, reduce)
 
 
 class ConceptAlignment(nn.Module):

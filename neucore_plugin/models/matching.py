@@ -143,15 +143,17 @@ class Matching(nn.Module):
 
     def _check(self, query: dict[str, Tensor], gallery: dict[str, Tensor]) -> tuple[dict, dict]:
         """The entries that the terms need, their shapes checked."""
-        needed = ["fused", "background"] + (["text", "attention"] if "explicit" in self.terms else [])
-        missing = [k for k in needed if k not in query] + [k for k in ("fg", "bg") if k not in gallery]
+        needed = ["fused", *(["background"] if "background" in self.terms else [])]
+        needed += ["text", "attention"] if "explicit" in self.terms else []
+        images = ["fg", *(["bg"] if "background" in self.terms else [])]
+        missing = [k for k in needed if k not in query] + [k for k in images if k not in gallery]
         if missing:
             raise ValueError(f"encodings lack {', '.join(missing)}; make them with query() and gallery()")
         for key in needed:
             check_shape(f"query {key} [Q,D]", query[key], query["fused"].shape[0], self.dim)
-        for key in ("fg", "bg"):
+        for key in images:
             check_shape(f"gallery {key} [G,D]", gallery[key], gallery["fg"].shape[0], self.dim)
-        return {key: query[key] for key in needed}, {key: gallery[key] for key in ("fg", "bg")}
+        return {key: query[key] for key in needed}, {key: gallery[key] for key in images}
 
     def _query_side(self, query: dict[str, Tensor]) -> dict[str, Tensor]:
         """Factors of the products: cosines [q, D or 2D]; weighted (u/|u|) * a and squares a * a, both [q,D]."""

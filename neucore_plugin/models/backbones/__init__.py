@@ -1,88 +1,150 @@
-"""Backbones: frozen or trainable encoders behind one protocol, built by name with lazy imports.
+"""Backbones: frozen or trained encoders behind one protocol, built by name with lazy imports.
 
-B batch, N image tokens, L words, Di / Dt / Dw widths of image tokens, words and concept embeddings.
+B batch, N image tokens, L words, Di / Dp / Dt / Dw widths of image tokens, pooled image, words and concept embeddings.
 
 An image encoder is an `nn.Module` with
-- `width` (Di), `grid` (rows, columns of the map that the last rows*columns tokens form), `num_tokens` (N),
+- `width` (Di), `num_tokens` (N), `grid`: rows, columns of the map that the last rows*columns tokens form, or None where
+  tokens have no place; `pooled_width` (Dp; Di where absent),
 - `image_size`, `mean`, `std`: what its pixels must look like,
-- `forward(pixels [B,3,H,W]) -> {"tokens": [B,N,Di], "pooled": [B,Di]}`,
-- `fingerprint`: a text that changes whenever its output may change (weights, size, pooling).
+- `forward(pixels [B,3,H,W]) -> {"tokens": [B,N,Di], "pooled": [B,Dp]}`.
 A text encoder is an `nn.Module` with
 - `width` (Dt, words and sentence) and `word_width` (Dw),
 - `forward(texts) -> {"words": [B,L,Dt], "mask": [B,L] bool, "sentence": [B,Dt]}`, L may be 0,
 - `embed_words(words) -> [n,Dw]`: one embedding a concept word, for any word,
-- `fingerprint`,
 - `words_live` (False where absent): `embed_words` is cheap and its weights may change, so nothing is remembered of it.
-An encoder with `trainable` takes `frozen` (hold the weights as buffers) and `load` (read the file of its weights).
+Both have
+- `fingerprint`: a text that changes whenever the output may change (weights, size, pooling),
+- `in_checkpoint` (False where absent): frozen weights travel in our checkpoints, since nobody could fetch them again,
+- and, to be tuned in part, `blocks` (first to last), `tail` (modules or parameters after them) and `lora_targets` (last
+  parts of the names of linear layers).
+Of `frozen`, `load` (whether to read the file of weights), `words` (a word vocabulary) and `shared` (the part of the
+image encoder named by `shares`, when both sides are one model) a constructor gets what it takes.
 """
 
-from collections.abc import Sequence
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from neucore_plugin.errors import ConfigError, NeucoreError
+from neucore_plugin.models.backbones.tuning import Tuning, settle_modes
 from neucore_plugin.names import nearest
 
-IMAGE_ENCODERS = ("efficientnet_lite0", "resnet", "features")
-TEXT_ENCODERS = ("minilm_l6", "glove_bigru")
+ENCODERS = {
+    "image": {
+        "efficientnet_lite0": "embedded.EfficientNetLite0",
+        "resnet": "resnet_gru.ResNet",
+        "features": "resnet_gru.Features",
+        "blip": "blip.BlipImage",
+        "albef": "albef.AlbefImage",
+        "blip2": "blip2.Blip2Image",
+        "clip": "clip.ClipImage",
+        "registered": "registered.RegisteredImage",
+    },
+    "text": {
+        "minilm_l6": "embedded.MiniLM",
+        "glove_bigru": "resnet_gru.GloveBiGRU",
+        "blip": "blip.BlipText",
+        "albef": "albef.AlbefText",
+        "blip2": "blip2.Blip2Text",
+        "clip": "clip.ClipText",
+        "registered": "registered.RegisteredText",
+    },
+}
+SIDES = tuple(ENCODERS)
 
 
 class Backbone(nn.Module):
-    """An image encoder and a text encoder side by side; `freeze_*` keeps a side in eval mode and out of training."""
+    """An image encoder and a text encoder side by side, each tuned as its `Tuning` says.
 
-    def __init__(self, image: nn.Module, text: nn.Module, freeze_image: bool = True, freeze_text: bool = True) -> None:
+    A side that is frozen stays in eval mode and out of training, and so does whatever is frozen below a tuned side.
+    """
+
+    def __init__(
+        self, image: nn.Module, text: nn.Module, image_tuning: Tuning | None = None, text_tuning: Tuning | None = None
+    ) -> None:
         super().__init__()
         self.image, self.text = image, text
-        self.freeze_image, self.freeze_text = freeze_image, freeze_text
-        for encoder, frozen in ((image, freeze_image), (text, freeze_text)):
-            encoder.requires_grad_(not frozen)
+        self.tuning = {"image": image_tuning or Tuning(), "text": text_tuning or Tuning()}
+        for side, tuning in self.tuning.items():
+            tuning.apply(getattr(self, side), f"model.backbone.{side}")
         self.train(self.training)
 
+    @property
+    def freeze_image(self) -> bool:
+        """Whether nothing of the image side is trained, so that its features can be cached."""
+        return self.tuning["image"].freeze
+
+    @property
+    def freeze_text(self) -> bool:
+        """Whether nothing of the text side is trained."""
+        return self.tuning["text"].freeze
+
     def train(self, mode: bool = True) -> "Backbone":
-        """Frozen sides stay in eval mode, so that no dropout acts and no statistics move."""
+        """Frozen parts stay in eval mode, so that no dropout acts and no statistics move."""
         super().train(mode)
-        if self.freeze_image:
-            self.image.eval()
-        if self.freeze_text:
-            self.text.eval()
+        for side, tuning in self.tuning.items():
+            settle_modes(getattr(self, side), tuning.freeze)
         return self
 
 
-def build_backbone(config: dict[str, Any], words: Sequence[str] | None = None, load: bool = True) -> Backbone:
+def build_backbone(
+    config: Mapping[str, Any], words: Sequence[str] | None = None, load: bool | Mapping[str, bool] = True
+) -> Backbone:
     """Build from `{"image": {"name", "freeze", ...}, "text": {...}}`; raises ConfigError on what cannot be.
 
-    words: word vocabulary of an encoder that has one. load: whether encoders with a weight file read it; a checkpoint
-    brings the weights itself.
+    words: word vocabulary of an encoder that has one. load: whether encoders read their files of weights, for both
+    sides or a side; a checkpoint may bring the weights itself.
     """
-    from neucore_plugin.models.backbones import embedded, resnet_gru
-
-    classes = {
-        "efficientnet_lite0": embedded.EfficientNetLite0,
-        "features": resnet_gru.Features,
-        "resnet": resnet_gru.ResNet,
-        "minilm_l6": embedded.MiniLM,
-        "glove_bigru": resnet_gru.GloveBiGRU,
-    }
-    sides = {}
-    for side, known in (("image", IMAGE_ENCODERS), ("text", TEXT_ENCODERS)):
+    built: dict[str, nn.Module] = {}
+    tuned: dict[str, Tuning] = {}
+    for side in SIDES:
         settings = dict(config[side])
-        name, freeze = settings.pop("name"), settings.pop("freeze", True)
-        if name not in known:
-            raise ConfigError(f"model.backbone.{side}.name: {name!r} is no {side} encoder.{nearest(name, known)}")
-        encoder = classes[name]
-        if name == "glove_bigru" and words is not None:
-            settings["words"] = words
-        if getattr(encoder, "trainable", False):
-            settings |= {"frozen": freeze, "load": load}
-        elif not freeze:
-            raise ConfigError(
-                f"model.backbone.{side}.freeze: false is not supported yet by {name}; it is used frozen. Leave it true"
-            )
+        name = settings.pop("name")
+        tuned[side] = Tuning.taken_from(settings)
+        encoder = encoder_class(side, name)
+        offered = {
+            "frozen": tuned[side].freeze,
+            "load": load if isinstance(load, bool) else load[side],
+            "words": words,
+            "shared": _shared(config, encoder, built.get("image"), tuned),
+        }
+        takes = inspect.signature(encoder).parameters
+        settings |= {key: value for key, value in offered.items() if key in takes and value is not None}
         try:
-            sides[side] = (encoder(**settings), freeze)
+            built[side] = encoder(**settings)
         except ValueError as error:
             raise (
                 error if isinstance(error, NeucoreError) else ConfigError(f"model.backbone.{side}: {error}")
             ) from error
-    return Backbone(sides["image"][0], sides["text"][0], freeze_image=sides["image"][1], freeze_text=sides["text"][1])
+    return Backbone(built["image"], built["text"], tuned["image"], tuned["text"])
+
+
+def encoder_class(side: str, name: str) -> type[nn.Module]:
+    """The class of an encoder, imported now. Raises ConfigError for an unknown name."""
+    known = ENCODERS[side]
+    if name not in known:
+        raise ConfigError(f"model.backbone.{side}.name: {name!r} is no {side} encoder.{nearest(name, known)}")
+    module, _, kind = known[name].rpartition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), kind)
+
+
+def _shared(
+    config: Mapping[str, Any], encoder: type[nn.Module], image: nn.Module | None, tuned: Mapping[str, Tuning]
+) -> nn.Module | None:
+    """What the text side takes over from the image side: both are one model, with the same weights."""
+    part = getattr(encoder, "shares", None)
+    if part is None or image is None or config["image"]["name"] != config["text"]["name"]:
+        return None
+    sides = [config[side] for side in SIDES]
+    if any(sides[0].get(key) != sides[1].get(key) for key in encoder.same_for_both):
+        return None
+    shared = getattr(image, part, None)
+    if shared is not None and tuned["image"] != tuned["text"]:
+        raise ConfigError(
+            f"model.backbone: image and text are one {config['image']['name']} model, so freeze, train_blocks, "
+            "layer_decay and lora must be the same on both sides"
+        )
+    return shared

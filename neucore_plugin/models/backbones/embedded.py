@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from neucore_plugin.checkpoint import fingerprint
 from neucore_plugin.errors import CheckpointError
 from neucore_plugin.files import sha256_file
 
@@ -57,6 +58,7 @@ class EfficientNetLite0(nn.Module):
     width = 1280
     mean = (0.5, 0.5, 0.5)
     std = (0.5, 0.5, 0.5)
+    lora_targets = ()  # its layers are convolutions
 
     def __init__(self, image_size: int = 224, grid: int = 7) -> None:
         super().__init__()
@@ -81,7 +83,21 @@ class EfficientNetLite0(nn.Module):
         network.load_state_dict(dict(zip(names, source, strict=True)), strict=False)
         network.classifier = nn.Identity()
         self.network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
-        self.fingerprint = f"efficientnet_lite0:{EFFICIENTNET_SHA256}:{image_size}:{grid}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights as they are now, and the settings."""
+        return f"efficientnet_lite0:{self.image_size}:{self.grid[0]}:{fingerprint(self.state_dict())}"
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Its stages, first to last."""
+        return list(self.network.blocks)
+
+    @property
+    def tail(self) -> list[nn.Module]:
+        """The last convolution and its norm."""
+        return [self.network.conv_head, self.network.bn2]
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """pixels [B,3,H,W], H = W = image_size -> tokens [B,N,1280], pooled [B,1280]."""
@@ -105,6 +121,8 @@ class MiniLM(nn.Module):
 
     width = 384
     word_width = 384
+    tail = ()
+    lora_targets = ("query", "value")
 
     def __init__(self, max_words: int = 64) -> None:
         super().__init__()
@@ -123,8 +141,23 @@ class MiniLM(nn.Module):
         problems = self.network.load_state_dict(weights, strict=False)
         if problems.unexpected_keys or problems.missing_keys:
             raise CheckpointError(f"{path}: does not fit BertModel: {problems}. transformers 4.25 or 4.26 is needed")
-        self.fingerprint = f"minilm_l6:{MINILM_SHA256}:{max_words}"
-        self._words: dict[str, Tensor] = {}  # embeddings of single words; valid only while frozen, see embed_words
+        self._words: dict[str, Tensor] = {}  # embeddings of single words, while the weights are those of `_words_of`
+        self._words_of: tuple[int, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights as they are now, and the settings."""
+        return f"minilm_l6:{self.max_words}:{fingerprint(self.state_dict())}"
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Its transformer layers, first to last."""
+        return list(self.network.encoder.layer)
+
+    @property
+    def words_live(self) -> bool:
+        """Whether the embeddings of words change in training."""
+        return any(parameter.requires_grad for parameter in self.network.parameters())
 
     def forward(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """texts -> words [B,L,384], mask [B,L], sentence [B,384]; an empty text has no word and a zero sentence."""
@@ -146,8 +179,11 @@ class MiniLM(nn.Module):
 
     def embed_words(self, words: Sequence[str]) -> Tensor:
         """words -> [n,384], each encoded by itself; remembered while the encoder is frozen."""
-        if any(parameter.requires_grad for parameter in self.network.parameters()):
+        if self.words_live:
             return self(words)["sentence"]
+        weights = tuple(parameter._version for parameter in self.network.parameters())
+        if weights != self._words_of:  # a checkpoint has been loaded since
+            self._words, self._words_of = {}, weights
         device = self.network.embeddings.word_embeddings.weight.device
         with torch.no_grad():
             for word in words:

@@ -1,0 +1,129 @@
+"""How an encoder is trained: not at all, in part, whole, or by low-rank adapters. Knows torch and no host."""
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from neucore_plugin.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Training mode of an encoder.
+
+    Attributes:
+        freeze: nothing is trained.
+        train_blocks: without `freeze`, only the last blocks and what follows them; None means everything.
+        layer_decay: learning rate of a block over that of the next one; what comes before the first counts as one.
+        checkpoint_activations: the blocks' activations are computed again in the backward pass.
+        lora: {"rank", "alpha", "dropout"} of low-rank adapters (Hu et al., 2022), which alone are trained then.
+    """
+
+    freeze: bool = True
+    train_blocks: int | None = None
+    layer_decay: float = 1.0
+    checkpoint_activations: bool = False
+    lora: tuple[tuple[str, Any], ...] | None = None
+
+    @classmethod
+    def taken_from(cls, settings: dict[str, Any]) -> "Tuning":
+        """Take our keys out of an encoder's section."""
+        found = {field.name: settings.pop(field.name) for field in fields(cls) if field.name in settings}
+        if found.get("lora") is not None:
+            found["lora"] = tuple(sorted(dict(found["lora"]).items()))
+        return cls(**found)
+
+    def apply(self, encoder: nn.Module, setting: str) -> None:
+        """Set what is trained; raises ConfigError for what this encoder cannot do (`setting` names it)."""
+        if self.freeze:
+            if self.train_blocks is not None or self.lora is not None:
+                raise ConfigError(f"{setting}: train_blocks and lora need freeze: false")
+            encoder.requires_grad_(False)
+            return
+        blocks = list(getattr(encoder, "blocks", ()))
+        special = [name for name in ("train_blocks", "lora") if getattr(self, name) is not None]
+        special += ["layer_decay"] * (self.layer_decay != 1.0)
+        special += ["checkpoint_activations"] * self.checkpoint_activations
+        if special and not blocks:
+            raise ConfigError(f"{setting}: {', '.join(special)} cannot be had: this encoder has no blocks to name")
+        if self.lora is not None:
+            if self.train_blocks is not None:
+                raise ConfigError(f"{setting}: give train_blocks or lora, not both")
+            add_adapters(encoder, blocks, dict(self.lora), setting)
+        elif self.train_blocks is not None:
+            if self.train_blocks > len(blocks):
+                raise ConfigError(f"{setting}.train_blocks is {self.train_blocks}; the encoder has {len(blocks)}")
+            encoder.requires_grad_(False)
+            for part in (*blocks[-self.train_blocks :], *getattr(encoder, "tail", ())):
+                part.requires_grad_(True)
+        if not any(parameter.requires_grad for parameter in encoder.parameters()):
+            raise ConfigError(f"{setting}.freeze is false, but the encoder has nothing that could be trained")
+        if self.checkpoint_activations:
+            for block in blocks:
+                if not isinstance(block.forward, _Recomputed):  # else shared with the other side, which did it
+                    block.forward = _Recomputed(block.forward)
+
+
+class _Recomputed:
+    """A block's forward whose inner activations are not kept for the backward pass."""
+
+    def __init__(self, forward: Any) -> None:
+        functools.update_wrapper(self, forward)
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.forward.__self__
+        if not module.training or not any(parameter.requires_grad for parameter in module.parameters()):
+            return self.forward(*args, **kwargs)
+        return recompute(self.forward, *args, use_reentrant=False, **kwargs)
+
+
+def add_adapters(encoder: nn.Module, blocks: Iterable[nn.Module], lora: dict[str, Any], setting: str) -> None:
+    """Freeze the encoder and put low-rank adapters beside the `lora_targets` of its blocks, with `peft`."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError(
+            f"{setting}.lora needs peft ({error}); run: pip install 'neucore-plugin[lora]', or set lora: null"
+        ) from error
+    encoder.requires_grad_(False)
+    targets = list(encoder.lora_targets)
+    for block in blocks:
+        if any("lora_" in name for name, _ in block.named_parameters()):  # shared with the other side, which did it
+            for name, parameter in block.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+            continue
+        config = LoraConfig(
+            r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=targets
+        )
+        inject_adapter_in_model(config, block)
+
+
+def settle_modes(encoder: nn.Module, frozen: bool) -> None:
+    """Put into eval mode what holds no trained parameter; parts without parameters (dropout) follow their owner."""
+    own = list(encoder.parameters())
+    frozen = not any(parameter.requires_grad for parameter in own) if own else frozen
+    if frozen:
+        encoder.eval()
+        return
+    for child in encoder.children():
+        settle_modes(child, frozen)
+
+
+def rate_scales(encoder: nn.Module, decay: float) -> Iterator[tuple[nn.Parameter, float]]:
+    """Each trained parameter with the factor on its learning rate: decay ** (blocks from the end)."""
+    scale_of: dict[int, float] = {}
+    blocks = list(getattr(encoder, "blocks", ()))
+    for place, block in enumerate(reversed(blocks)):
+        scale_of |= {id(parameter): decay ** (place + 1) for parameter in block.parameters()}
+    for part in getattr(encoder, "tail", ()):
+        members: Iterable[Tensor] = part.parameters() if isinstance(part, nn.Module) else [part]
+        scale_of |= {id(parameter): 1.0 for parameter in members}
+    before = decay ** (len(blocks) + 1)
+    for parameter in encoder.parameters():
+        if parameter.requires_grad:
+            yield parameter, scale_of.get(id(parameter), before)
