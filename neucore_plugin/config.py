@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from neucore_plugin import schemas
 from neucore_plugin.errors import ConfigError
 from neucore_plugin.names import nearest
+from neucore_plugin.schema_backbones import pixels_of
 from neucore_plugin.schemas import (  # noqa: F401 - the face of this module
     DATASET_SPLITS,
     register_backbone_schema,
@@ -297,7 +298,8 @@ def _processors(checker: Checker, path: str, section: dict[str, Any], tables: Ta
                     section[kind][side] = checker.section(where, given, schema)
 
 
-def _datasets(checker: Checker, given: Any, tables: Tables) -> dict[str, Any]:
+def _datasets(checker: Checker, given: Any, tables: Tables, pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked section `datasets`; `pixels`: what the image encoder wants, where the file does not say otherwise."""
     if not isinstance(given, Mapping) or not given:
         checker.add("datasets", f"got {_short(given)}; allowed: a mapping of at least one data set")
         return {}
@@ -313,6 +315,9 @@ def _datasets(checker: Checker, given: Any, tables: Tables) -> dict[str, Any]:
         defaults = {}
         if files and checker.name(f"{path}.type", kind, files, f"type of {name}"):
             defaults = (read_yaml(files[kind]).get("datasets") or {}).get(name) or {}
+        if name in schemas.DATASET_SCHEMAS and pixels:
+            wanted = {"name": "cir_image", **pixels}
+            defaults = merge(defaults, {"vis_processor": {"train": wanted, "eval": wanted}})
         checked[name] = merge(defaults, section or {})
         if name in schemas.DATASET_SCHEMAS:
             checked[name] = checker.section(path, checked[name], schemas.DATASET_SCHEMAS[name])
@@ -347,7 +352,9 @@ def check(content: Mapping[str, Any], tables: Tables, source: str) -> dict[str, 
     if "model" in content:
         result["model"], preprocess = _model(checker, content["model"], tables)
     if "datasets" in content:
-        result["datasets"] = _datasets(checker, content["datasets"], tables)
+        image = (result["model"].get("backbone") or {}).get("image")
+        pixels = pixels_of(image) if isinstance(image, Mapping) else {}
+        result["datasets"] = _datasets(checker, content["datasets"], tables, pixels)
     if "run" in content:
         result["run"] = _run(checker, content["run"], tables)
     preprocess = merge(preprocess, content.get("preprocess") or {})

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from neucore_plugin import schemas
 from neucore_plugin.names import nearest
+from neucore_plugin.schema_backbones import pixels_of
 
 if TYPE_CHECKING:
     from neucore_plugin.config import Checker, Tables
@@ -95,15 +96,18 @@ def _dataset(checker: "Checker", name: str, dataset: Mapping[str, Any], model: M
     own_check = name in schemas.PUBLISHED_DATASETS
     if isinstance(root, str) and not own_check and not Path(root).expanduser().is_dir():
         checker.add(f"{path}.build_info.root", f"folder {root!r} does not exist; give the data set's root folder")
-    image = (model.get("backbone") or {}).get("image") if isinstance(model.get("backbone"), Mapping) else None
-    wanted = image.get("image_size") if isinstance(image, Mapping) else None
+    backbone = model.get("backbone")
+    image = backbone.get("image") if isinstance(backbone, Mapping) else None
+    wanted = pixels_of(image) if isinstance(image, Mapping) else {}
     for side, processor in (dataset.get("vis_processor") or {}).items():
-        size = processor.get("image_size") if isinstance(processor, Mapping) else None
-        if wanted is not None and size is not None and size != wanted:
-            checker.add(
-                f"{path}.vis_processor.{side}.image_size",
-                f"got {size}, but model.backbone.image.image_size is {wanted}; give both the same",
-            )
+        if not isinstance(processor, Mapping) or processor.get("name") != "cir_image":
+            continue
+        for key, value in wanted.items():
+            if processor.get(key) not in (None, value) and f"model.backbone.image.{key}" not in checker.bad:
+                checker.add(
+                    f"{path}.vis_processor.{side}.{key}",
+                    f"got {processor[key]}, but the image encoder {image['name']} takes {value}; leave it out",
+                )
 
 
 def _exists(checker: "Checker", path: str, given: Any, allowed: str) -> None:

@@ -15,6 +15,11 @@ HOST_LINE = {  # only these may import lavis
     "runner_state.py",
     "task.py",
     "datasets/builders.py",
+    "models/backbones/blip.py",
+    "models/backbones/blip2.py",
+    "models/backbones/clip.py",
+    "models/backbones/host_model.py",
+    "models/backbones/registered.py",
     "models/cir_model.py",
 }
 

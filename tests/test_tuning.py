@@ -252,3 +252,12 @@ def test_a_checkpoint_tells_the_frozen_encoder_it_needs(tmp_path):
     model.backbone.text.in_checkpoint = True  # as an encoder of random weights has it
     state = saved(model, tmp_path / "b.pth")
     assert any(name.startswith("backbone.text.") for name in state)
+
+
+def test_batch_norms_are_not_counted_twice_and_convolutions_have_no_adapters():
+    with pytest.raises(ConfigError, match="has batch norms, whose statistics would count each batch twice"):
+        Tuning(freeze=False, checkpoint_activations=True).apply(Tower(), "x")
+    tower = Tower()
+    tower.lora_targets = ()
+    with pytest.raises(ConfigError, match="x.lora: this encoder has no linear layers"):
+        Tuning(freeze=False, lora=(("alpha", 1.0), ("dropout", 0.0), ("rank", 1))).apply(tower, "x")

@@ -4,12 +4,14 @@ B batch, N image tokens, L words, K concepts of a query, C concept vocabulary, D
 """
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel, all_gather_with_grad
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -50,6 +52,9 @@ class CirModel(BaseModel):
         reference_negatives: the batch's reference images count as negatives, beside its targets.
         config: the model section this was built from; kept in checkpoints.
         projected: whether words and sentences are projected to the width D, and images normalised before.
+        query_reads: what queries read of the backbone: tokens or pooled (of the reference), words, sentence. Only that
+            gets projections and stand-ins, so that no parameter is idle.
+        gallery_reads: what gallery images are encoded from, tokens or pooled.
     """
 
     arch: ClassVar[str]
@@ -69,25 +74,33 @@ class CirModel(BaseModel):
         concept_pos: Sequence[str] = ("NOUN", "VERB", "ADJ", "ADV"),
         config: Mapping[str, Any] | None = None,
         projected: bool = True,
+        query_reads: Sequence[str] = ("tokens", "words", "sentence"),
+        gallery_reads: str = "tokens",
     ) -> None:
         super().__init__()
         self.config, self.vocabulary = dict(config or {}), vocabulary
         self.mask_duplicates, self.reference_negatives = mask_duplicates, reference_negatives
         self.query_dropout, self.concept_pos, self.trained = dict(query_dropout), tuple(concept_pos), False
         self.backbone = backbone
-        self.image_projection = projection(backbone.image.width, embed_dim, projected)
-        if not projected and backbone.text.width != embed_dim:
+        self.reference_reads = next((name for name in ("tokens", "pooled") if name in query_reads), None)
+        self.gallery_reads = gallery_reads
+        image, text, read = backbone.image, backbone.text, {*query_reads, gallery_reads}
+        pooled_width = getattr(image, "pooled_width", image.width)
+        self.image_projection = projection(image.width, embed_dim, projected) if "tokens" in read else None
+        self.pooled_projection = projection(pooled_width, embed_dim, projected) if "pooled" in read else None
+        if not projected and text.width != embed_dim:
             raise ConfigError(
                 f"the released form has no projection of the words: model.backbone.text gives width "
-                f"{backbone.text.width}, model.embed_dim is {embed_dim}; make them equal"
+                f"{text.width}, model.embed_dim is {embed_dim}; make them equal"
             )
         self.word_projection, self.sentence_projection = (
-            projection(backbone.text.width, embed_dim) if projected else nn.Identity() for _ in range(2)
+            (projection(text.width, embed_dim) if projected else nn.Identity()) if name in read else None
+            for name in ("words", "sentence")
         )
-        self.absent_image = nn.Parameter(torch.randn(embed_dim) * 0.02)
-        self.absent_word = nn.Parameter(torch.randn(embed_dim) * 0.02)
-        self.absent_sentence = nn.Parameter(torch.randn(embed_dim) * 0.02)
-        self.image_processor = ImageProcessor(backbone.image.image_size, backbone.image.mean, backbone.image.std)
+        stand_ins = {"absent_image": self.reference_reads, "absent_word": "words", "absent_sentence": "sentence"}
+        for name, part in stand_ins.items():
+            setattr(self, name, nn.Parameter(torch.randn(embed_dim) * 0.02) if part in query_reads else None)
+        self.image_processor = ImageProcessor(image.image_size, image.mean, image.std)
         self.caption_processor = CaptionProcessor()
         self._extractor: ConceptExtractor | None = None
 
@@ -116,7 +129,8 @@ class CirModel(BaseModel):
     @classmethod
     def from_pretrained(cls, model_type: str | None = None) -> "CirModel":
         """The model of a type: real encoders, a head of random weights."""
-        return cls.from_config(OmegaConf.load(cls.default_config_path(model_type)).model)
+        cls.default_config_path(model_type)  # refuses an unknown type
+        return cls.from_config({"model_type": model_type or cls.DEFAULT_TYPE})
 
     @classmethod
     def from_config(
@@ -127,7 +141,7 @@ class CirModel(BaseModel):
         captions: those of the training; a text encoder with a word vocabulary of its own builds it from them.
         """
         given = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else copy.deepcopy(dict(cfg))
-        config = model_defaults(given)
+        config = model_defaults({"arch": cls.arch, **given})
         source = config.get("checkpoint")
         if source:
             return cls.from_checkpoint(source, wanted=config)
@@ -153,14 +167,19 @@ class CirModel(BaseModel):
     def from_checkpoint(cls, path: str | Path, wanted: Mapping[str, Any] | None = None) -> "CirModel":
         """A model as a checkpoint describes it, with its weights and concept vocabulary. Raises CheckpointError.
 
+        Of a subclass the checkpoint must be its own; CirModel itself takes those of all registered subclasses.
         `wanted`: a model section. What it says of the training (loss, query_dropout, which negatives) is followed; what
         decides the architecture or the concepts must be the checkpoint's, a clear error otherwise.
         """
         stored = checkpoint.load(path)
         header = stored.get("architecture") or {}
-        if header.get("arch") != cls.arch or not {"config", "concepts"} <= set(header):
-            raise CheckpointError(f"{path}: holds a model of architecture {header.get('arch')!r}, not {cls.arch!r}")
+        known = {cls.arch: cls} if cls is not CirModel else registered_models()
+        cls = known.get(header.get("arch"))
+        if cls is None or not {"config", "concepts"} <= set(header):
+            names = " or ".join(map(repr, known))
+            raise CheckpointError(f"{path}: holds a model of architecture {header.get('arch')!r}, not {names}")
         config = model_defaults(header["config"])
+        _refuse_imports(path, config, wanted)
         if wanted is not None:
             config = reconciled(path, config, wanted)
         vocabulary = ConceptVocabulary.from_plain(header["concepts"], f"{path}: its concept vocabulary")
@@ -209,7 +228,7 @@ class CirModel(BaseModel):
 
     @property
     def device(self) -> torch.device:
-        return self.absent_image.device
+        return self.matching.temperature.device
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Named groups for `run.lr_scales`: backbone_image, backbone_text, head; only what is trained.
@@ -227,44 +246,62 @@ class CirModel(BaseModel):
 
     # ---- inputs ---------------------------------------------------------------------------------------------------
 
+    def image_features(
+        self, names: Iterable[str], pixels: Tensor | None, tokens: Tensor | None = None, pooled: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """pixels [B,3,H,W], or cached backbone outputs -> those of `names`, projected: tokens [B,N,D], pooled [B,D]."""
+        names, found = tuple(names), {"tokens": tokens, "pooled": pooled}
+        if any(found[name] is None for name in names):
+            if pixels is None:
+                raise ValueError(f"give an image as pixels, or its cached {' and '.join(names)}")
+            found = self.backbone.image(pixels.to(self.device))
+        layers = {"tokens": self.image_projection, "pooled": self.pooled_projection}
+        return {name: layers[name](found[name].to(self.device)) for name in names}
+
     def image_tokens(self, pixels: Tensor | None, tokens: Tensor | None = None) -> Tensor:
         """pixels [B,3,H,W], or cached backbone tokens [B,N,Di] -> projected tokens [B,N,D]."""
-        if tokens is None:
-            tokens = self.backbone.image(pixels.to(self.device))["tokens"]
-        return self.image_projection(tokens.to(self.device))
+        return self.image_features(["tokens"], pixels, tokens)["tokens"]
 
     def text_features(self, texts: Sequence[str], features: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """texts, or cached backbone features -> words [B,L,D], word_mask [B,L], sentence [B,D]."""
+        """texts, or cached backbone features -> words [B,L,D], word_mask [B,L], sentence [B,D]: what queries read."""
+        if self.word_projection is None and self.sentence_projection is None:
+            return {}
         if features is None:
             encoded = self.backbone.text([self.caption_processor(text) for text in texts])
             features = {"words": encoded["words"], "word_mask": encoded["mask"], "sentence": encoded["sentence"]}
         mask = features["word_mask"].to(self.device)
-        words = self.word_projection(features["words"].to(self.device)) * mask[..., None]
-        result = {
-            "words": words,
-            "word_mask": mask,
-            "sentence": self.sentence_projection(features["sentence"].to(self.device)),
-        }
+        result = {}
+        if self.word_projection is not None:
+            words = self.word_projection(features["words"].to(self.device)) * mask[..., None]
+            result |= {"words": words, "word_mask": mask}
+        if self.sentence_projection is not None:
+            result["sentence"] = self.sentence_projection(features["sentence"].to(self.device))
         return self._stand_in_text(result, ~mask.any(1))
 
     def _stand_in_text(self, text: dict[str, Tensor], absent: Tensor) -> dict[str, Tensor]:
         """Rows where `absent` [B] get the learned stand-in: one word and a sentence."""
-        words, mask = text["words"], text["word_mask"]
-        if words.shape[1] == 0:
-            words, mask = words.new_zeros(len(words), 1, self.absent_word.shape[0]), mask.new_zeros(len(mask), 1)
-        first = torch.arange(words.shape[1], device=words.device) == 0
-        stand_in = torch.where(first[:, None], self.absent_word, torch.zeros_like(self.absent_word))
-        return {
-            "words": torch.where(absent[:, None, None], stand_in, words),
-            "word_mask": torch.where(absent[:, None], first, mask),
-            "sentence": torch.where(absent[:, None], self.absent_sentence, text["sentence"]),
-        }
+        result = {}
+        if "words" in text:
+            words, mask = text["words"], text["word_mask"]
+            if words.shape[1] == 0:
+                words, mask = words.new_zeros(len(words), 1, self.absent_word.shape[0]), mask.new_zeros(len(mask), 1)
+            first = torch.arange(words.shape[1], device=words.device) == 0
+            stand_in = torch.where(first[:, None], self.absent_word, torch.zeros_like(self.absent_word))
+            result["words"] = torch.where(absent[:, None, None], stand_in, words)
+            result["word_mask"] = torch.where(absent[:, None], first, mask)
+        if "sentence" in text:
+            result["sentence"] = torch.where(absent[:, None], self.absent_sentence, text["sentence"])
+        return result
 
     def extract_concepts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
         """Concepts of relative captions, as lemmas of the configured parts of speech."""
         if self._extractor is None:
             self._extractor = ConceptExtractor(self.concept_pos)
         return self._extractor([self.caption_processor(text) for text in texts])
+
+    def concept_maps(self, pixels: Tensor, texts: Sequence[str], candidates: Tensor) -> list[list[dict[str, Any]]]:
+        """Where each concept of a query lies in its two images (see `models/concept_maps.py`): none in this base."""
+        return [[] for _ in texts]
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -301,19 +338,32 @@ class CirModel(BaseModel):
     def training_inputs(self, samples: Mapping[str, Any]) -> dict[str, Any]:
         """A batch's inputs, with stand-ins for what `query_dropout` takes away.
 
-        -> reference, target [B,N,D] (projected tokens), text (see `text_features`), concept_words.
+        -> reference (what queries read of it: projected tokens [B,N,D], pooled [B,D], or None), target (what the
+        gallery reads), negative (the reference as the gallery reads it, None unless references are negatives), text
+        (see `text_features`), concept_words.
         """
-        reference = self.image_tokens(samples.get("reference_image"), samples.get("reference_tokens"))  # [B,N,D]
-        target = self.image_tokens(samples.get("target_image"), samples.get("target_tokens"))
+        given = {
+            side: [samples.get(f"{side}_{key}") for key in ("image", "tokens", "pooled")]
+            for side in ("reference", "target")
+        }
+        names = {self.reference_reads, self.gallery_reads if self.reference_negatives else None} - {None}
+        seen = self.image_features(sorted(names), *given["reference"])
+        reference, negative = seen.get(self.reference_reads), None
+        if self.reference_negatives:
+            negative = seen[self.gallery_reads]
+        target = self.image_features([self.gallery_reads], *given["target"])[self.gallery_reads]
         cached = {key: samples[key] for key in ("words", "word_mask", "sentence")} if "words" in samples else None
         text = self.text_features(samples["text_input"], cached)
         concept_words = list(samples["concept_words"])
         if self.training:
-            no_image, no_text = self._dropped(len(reference))
-            reference = torch.where(no_image[:, None, None], self.absent_image, reference)
+            no_image, no_text = self._dropped(len(target))
+            if reference is not None:
+                rows = no_image.view(-1, *[1] * (reference.ndim - 1))
+                reference = torch.where(rows, self.absent_image, reference)
             text = self._stand_in_text(text, no_text)
             concept_words = [() if gone else words for words, gone in zip(concept_words, no_text.tolist(), strict=True)]
-        return {"reference": reference, "target": target, "text": text, "concept_words": concept_words}
+        images = {"reference": reference, "target": target, "negative": negative}
+        return {**images, "text": text, "concept_words": concept_words}
 
     def _dropped(self, size: int) -> tuple[Tensor, Tensor]:
         """Which queries of a training batch lose their image, and which their text; never both."""
@@ -330,17 +380,21 @@ class CirModel(BaseModel):
         tokens: Tensor | None,
         text_features: Mapping[str, Tensor] | None,
         concept_words: Sequence[Sequence[str]] | None,
+        pooled: Tensor | None = None,
     ) -> dict[str, Any]:
-        """What `encode_query` takes -> reference [Q,N,D], text, concept_words, with stand-ins for what is not given."""
-        has_image, has_text = pixels is not None or tokens is not None, texts is not None
+        """What `encode_query` takes -> reference (see `training_inputs`), text, concept_words, with stand-ins for what
+        is not given."""
+        images = [given for given in (pixels, tokens, pooled) if given is not None]
+        has_image, has_text, name = bool(images), texts is not None, self.reference_reads
         if not has_image and not has_text:
             raise ValueError("a query needs a reference image, a text, or both")
-        if has_image:
-            reference = self.image_tokens(pixels, tokens)
-            count = len(reference)
-        else:
-            count = len(texts)
-            reference = self.absent_image.expand(count, self.backbone.image.num_tokens, -1)
+        count = len(images[0]) if has_image else len(texts)
+        reference = None
+        if name is not None and has_image:
+            reference = self.image_features([name], pixels, tokens, pooled)[name]
+        elif name is not None:
+            shape = (self.backbone.image.num_tokens,) if name == "tokens" else ()
+            reference = self.absent_image.expand(count, *shape, -1)
         texts = list(texts) if has_text else [""] * count
         if len(texts) != count:
             raise ValueError(f"{count} reference images but {len(texts)} texts")
@@ -354,6 +408,23 @@ class CirModel(BaseModel):
     def score(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
         """Scores [Q,G], higher is better, in matrix products over chunks of queries."""
         return self.matching.score(query, gallery, chunk=chunk)
+
+
+def _refuse_imports(path: str | Path, config: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> None:
+    """A checkpoint may not decide what is imported: it may only ask for what the caller has imported, or names."""
+    for side in SIDES:
+        module = config["backbone"][side].get("module")
+        given = None if wanted is None else wanted["backbone"][side].get("module")
+        if module is not None and module not in sys.modules and module != given:
+            raise CheckpointError(
+                f"{path}: its {side} encoder is a model of the module {module!r}; import that first, if you trust it"
+            )
+
+
+def registered_models() -> dict[str, type[CirModel]]:
+    """{arch: class} of the models of this kind in the host's registry."""
+    known = registry.mapping["model_name_mapping"].items()
+    return {arch: model for arch, model in known if issubclass(model, CirModel)}
 
 
 def projection(width: int, dim: int, normalised: bool = True) -> nn.Module:

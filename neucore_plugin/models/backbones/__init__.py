@@ -15,8 +15,8 @@ A text encoder is an `nn.Module` with
 Both have
 - `fingerprint`: a text that changes whenever the output may change (weights, size, pooling),
 - `in_checkpoint` (False where absent): frozen weights travel in our checkpoints, since nobody could fetch them again,
-- and, to be tuned in part, `blocks` (first to last), `tail` (modules or parameters after them) and `lora_targets` (last
-  parts of the names of linear layers).
+- and, to be tuned in part, `blocks` (first to last), `tail` (modules or parameters after them), `idle` (parameters in
+  them that nothing here uses) and `lora_targets` (last parts of the names of linear layers).
 Of `frozen`, `load` (whether to read the file of weights), `words` (a word vocabulary) and `shared` (the part of the
 image encoder named by `shares`, when both sides are one model) a constructor gets what it takes.
 """

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
 from neucore_plugin.errors import ConfigError
@@ -60,9 +61,16 @@ class Tuning:
             encoder.requires_grad_(False)
             for part in (*blocks[-self.train_blocks :], *getattr(encoder, "tail", ())):
                 part.requires_grad_(True)
+            for parameter in getattr(encoder, "idle", ()):
+                parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in encoder.parameters()):
             raise ConfigError(f"{setting}.freeze is false, but the encoder has nothing that could be trained")
         if self.checkpoint_activations:
+            if any(isinstance(part, _BatchNorm) for block in blocks for part in block.modules()):
+                raise ConfigError(
+                    f"{setting}.checkpoint_activations: this encoder has batch norms, whose statistics would count "
+                    "each batch twice; set it to false"
+                )
             for block in blocks:
                 if not isinstance(block.forward, _Recomputed):  # else shared with the other side, which did it
                     block.forward = _Recomputed(block.forward)
@@ -90,8 +98,10 @@ def add_adapters(encoder: nn.Module, blocks: Iterable[nn.Module], lora: dict[str
         raise ConfigError(
             f"{setting}.lora needs peft ({error}); run: pip install 'neucore-plugin[lora]', or set lora: null"
         ) from error
-    encoder.requires_grad_(False)
     targets = list(encoder.lora_targets)
+    if not targets:
+        raise ConfigError(f"{setting}.lora: this encoder has no linear layers for adapters; use train_blocks")
+    encoder.requires_grad_(False)
     for block in blocks:
         if any("lora_" in name for name, _ in block.named_parameters()):  # shared with the other side, which did it
             for name, parameter in block.named_parameters():

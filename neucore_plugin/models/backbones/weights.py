@@ -111,24 +111,36 @@ def read_state(path: str | Path, archive: bool = False) -> dict[str, Tensor]:
     return state
 
 
-def fit(module: nn.Module, state: Mapping[str, Tensor], path: str | Path, absent: Iterable[str] = ()) -> None:
+def fit(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    absent: Iterable[str] = (),
+    prefix: str = "",
+    whole: bool = False,
+) -> None:
     """Put `state` into `module`, every weight of it; further entries of the file are left. Raises CheckpointError.
 
-    absent: beginnings of names that the file may lack.
+    absent: beginnings of the module's names that the file may lack. prefix: what the file puts before these names.
+    whole: further entries are an error (the file of a deeper network).
     """
-    own = module.state_dict()
-    missing = [name for name in own if name not in state and not name.startswith(tuple(absent))]
+    own = {f"{prefix}{name}": value for name, value in module.state_dict().items()}
+    allowed = tuple(f"{prefix}{name}" for name in absent)
+    missing = [name for name in own if name not in state and not name.startswith(allowed)]
     shapes = [
         f"{name} {list(state[name].shape)}, expected {list(own[name].shape)}"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    problems = [f"{title}: {_some(names)}" for title, names in (("missing", missing), ("other shape", shapes)) if names]
+    more = [name for name in state if name not in own] if whole else []
+    found = (("missing", missing), ("other shape", shapes), ("unknown to the network", more))
+    problems = [f"{title}: {_some(names)}" for title, names in found if names]
     if problems:
         raise CheckpointError(
             f"{path} holds weights of another network.\n  " + "\n  ".join(problems) + f"\n  It has {_some(list(state))}"
         )
-    module.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
+    fitting = {name.removeprefix(prefix): state[name] for name in own if name in state}
+    module.load_state_dict(fitting, strict=False)
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -136,19 +148,28 @@ def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def resized_positions(table: Tensor, grid: tuple[int, int], extra: int = 1) -> Tensor:
+def resized_positions(
+    table: Tensor,
+    grid: tuple[int, int],
+    extra: int = 1,
+    *,
+    align_corners: bool = False,
+    path: str | Path = "the file",
+) -> Tensor:
     """A table of positions [..., extra + P, D] of a square of patches for another grid (rows, columns), bicubic.
 
-    The first `extra` rows (class token) stay as they are.
+    The first `extra` rows (class token) stay as they are. path: named in the CheckpointError of another table.
     """
     kept, patches = table[..., :extra, :], table[..., extra:, :]
     side = round(patches.shape[-2] ** 0.5)
     if side * side != patches.shape[-2]:
-        raise CheckpointError(f"a table of {patches.shape[-2]} positions is no square of patches; it cannot be resized")
+        raise CheckpointError(
+            f"{path}: its table of {patches.shape[-2]} positions is no square of patches; it cannot be resized"
+        )
     if (side, side) == tuple(grid):
         return table
     square = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
-    square = F.interpolate(square, size=tuple(grid), mode="bicubic", align_corners=False)
+    square = F.interpolate(square, size=tuple(grid), mode="bicubic", align_corners=align_corners)
     rows = square.permute(0, 2, 3, 1).reshape(*table.shape[:-2], grid[0] * grid[1], table.shape[-1])
     return torch.cat([kept, rows.to(table.dtype)], dim=-2)
 
