@@ -1,5 +1,6 @@
 """What `model.backbone.image` and `model.backbone.text` may say, a schema an encoder. Knows neither torch nor lavis."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -215,7 +216,18 @@ PIXELS: dict[str, dict[str, list[float]]] = {
 }
 
 
+def clip_size(image: Mapping[str, Any]) -> Any:
+    """Side of the pictures of a CLIP architecture, by its config or by its name."""
+    if isinstance(image.get("config"), Mapping):
+        return (image["config"].get("vision_cfg") or {}).get("image_size")
+    name = str(image.get("arch"))
+    size = re.search(r"-(\d{3})(-quickgelu)?$", name)
+    return int(size[1]) if size else {"RN50x4": 288, "RN50x16": 384}.get(name, 224)
+
+
 def pixels_of(image: Mapping[str, Any]) -> dict[str, Any]:
     """What a section `model.backbone.image` says of its pixels: image_size, mean, std, as far as it is known."""
     own = {key: image.get(key) for key in ("image_size", "mean", "std")}
+    if image.get("name") == "clip" and own["image_size"] is None:
+        own["image_size"] = clip_size(image)
     return {**PIXELS.get(image.get("name"), {}), **{key: value for key, value in own.items() if value is not None}}

@@ -47,7 +47,7 @@ class NeucoreModel(CirModel):
         released: bool = False,
         **shared: Any,
     ) -> None:
-        super().__init__(backbone, vocabulary, embed_dim, projected=not released, **shared)
+        super().__init__(vocabulary, backbone=backbone, embed_dim=embed_dim, projected=not released, **shared)
         self.released = released
         self.alignment = ConceptAlignment(
             dim=embed_dim, word_dim=backbone.text.word_width, released=released, **alignment
@@ -193,8 +193,10 @@ class NeucoreModel(CirModel):
     def concept_maps(self, pixels: Tensor, texts: Sequence[str], candidates: Tensor) -> list[list[dict[str, Any]]]:
         """Where each concept of a query lies in its reference and in a candidate image; see `models/concept_maps.py`.
 
-        Args: pixels, candidates [Q,3,H,W]; texts of length Q.
+        Args: pixels, candidates [Q,3,H,W]; texts of length Q. No maps where the backbone's tokens have no place.
         """
+        if self.backbone.image.grid is None:
+            return [[] for _ in texts]
         concept_words = self.extract_concepts(texts)
         concepts, _ = self.query_concepts(concept_words)
         sides = [self.alignment.encode(self.image_tokens(images)) for images in (pixels, candidates)]

@@ -8,7 +8,10 @@ from neucore_plugin.errors import CheckpointError
 
 # Settings of the training: the config's are taken.
 _TRAINING = ("loss", "query_dropout", "matching.mask_duplicates", "matching.reference_negatives", "fusion.gumbel")
-_TRAINING += ("backbone.image.freeze", "backbone.text.freeze", "backbone.text.freeze_words")
+_TUNING = ("freeze", "freeze_words", "train_blocks", "layer_decay", "checkpoint_activations")
+_TRAINING += tuple(f"backbone.{side}.{key}" for side in ("image", "text") for key in _TUNING)
+# Where frozen weights that the checkpoint leaves out are found: the config's are taken where it names a place.
+_PLACES = tuple(f"backbone.{side}.{key}" for side in ("image", "text") for key in ("pretrained", "vit_pretrained"))
 # No part of the architecture: where weights came from, and how the vocabulary was counted.
 _IGNORED = ("checkpoint", "model_type", "concepts.min_count", "backbone.image.weights", "backbone.text.glove")
 _IGNORED += ("backbone.text.glove_words",)
@@ -20,7 +23,7 @@ def reconciled(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str,
     problems = [
         f"model.{key}: {theirs.get(key)!r} in the checkpoint, {mine.get(key)!r} in the config"
         for key in sorted(theirs.keys() | mine.keys())
-        if theirs.get(key) != mine.get(key) and not _within(key, _TRAINING + _IGNORED)
+        if theirs.get(key) != mine.get(key) and not _within(key, _TRAINING + _PLACES + _IGNORED)
     ]
     if problems:
         listed = "\n  ".join(problems)
@@ -29,7 +32,8 @@ def reconciled(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str,
         )
     result = _copied(stored)
     for key, value in mine.items():
-        if _within(key, _TRAINING):
+        elsewhere = _within(key, _PLACES) and value is not None and theirs.get(key) != "none"
+        if _within(key, _TRAINING) or elsewhere:
             _put(result, key, value)
     return result
 

@@ -161,7 +161,14 @@ class MiniLM(nn.Module):
 
     def forward(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """texts -> words [B,L,384], mask [B,L], sentence [B,384]; an empty text has no word and a zero sentence."""
-        device = self.network.embeddings.word_embeddings.weight.device
+        weight = self.network.embeddings.word_embeddings.weight
+        device = weight.device
+        if not len(texts):
+            return {
+                "words": weight.new_zeros(0, 0, self.width),
+                "mask": torch.zeros(0, 0, dtype=torch.bool, device=device),
+                "sentence": weight.new_zeros(0, self.width),
+            }
         batch = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_words + 2, return_tensors="pt"
         ).to(device)

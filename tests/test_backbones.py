@@ -1,0 +1,271 @@
+"""Every backbone end to end in the host: tiny random encoders, one epoch, checkpoint, evaluation; training modes."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from conftest import COLOURS, FORMS, draw_shape
+
+import neucore_plugin
+
+neucore_plugin.register()
+
+from neucore_plugin import checkpoint, config, host, schema_backbones  # noqa: E402
+from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
+from neucore_plugin.errors import CheckpointError, ConfigError  # noqa: E402
+from neucore_plugin.models.backbones import ENCODERS, build_backbone, encoder_class, weights  # noqa: E402
+from neucore_plugin.models.cir_model import model_types  # noqa: E402
+from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
+from neucore_plugin.retrieval import GalleryIndex  # noqa: E402
+
+VIT, BERT = {"width": 32, "depth": 2, "heads": 2}, {"width": 32, "layers": 2, "heads": 2}
+CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+CLIP_VIT = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16}
+CLIP_RN = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}
+QFORMER = {"query_width": 32, "query_layers": 2, "query_heads": 2}
+
+
+def clip(vision):
+    return {"config": {"embed_dim": 32, "vision_cfg": vision, "text_cfg": CLIP_TEXT}, "pretrained": "none"}
+
+
+def sides(name, image, text):
+    return {"image": {"name": name, **image}, "text": {"name": name, **text}}
+
+
+TINY = {
+    "blip": sides(
+        "blip",
+        {"image_size": 32, "architecture": VIT, "pretrained": "none"},
+        {"architecture": BERT, "pretrained": "none"},
+    ),
+    "clip": sides("clip", clip(CLIP_VIT), clip(CLIP_VIT)),
+    "clip_rn": sides("clip", clip(CLIP_RN), clip(CLIP_RN)),
+    "albef": sides(
+        "albef",
+        {"image_size": 32, "architecture": VIT, "pretrained": "none"},
+        {"architecture": BERT, "pretrained": "none"},
+    ),
+    "blip2": sides(
+        "blip2",
+        {"vit": "clip_L", "image_size": 28, "queries": 4, "architecture": {**VIT, **QFORMER}}
+        | {"pretrained": "none", "vit_pretrained": "none"},
+        {"architecture": BERT, "pretrained": "none"},
+    ),
+    # the image side of one model, the text side of another
+    "mixed": {
+        "image": {"name": "clip", **clip(CLIP_VIT)},
+        "text": {"name": "minilm_l6"},
+    },
+}
+DEFAULT = ("blip", "clip", "mixed")
+ALL = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+
+
+def quiet(function, *arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*arguments)
+
+
+def chosen(name, **tuning):
+    backbone = {side: {**settings, **tuning} for side, settings in TINY[name].items()}
+
+    def change(content):
+        content["model"]["backbone"] = backbone
+        content["datasets"]["folder"].pop("vis_processor")  # size, mean and deviation follow from the encoder
+        content["run"] |= {"max_epoch": 1, "valid_splits": [], "test_splits": ["test"], "report": False}
+
+    return change
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "tuned"])
+def test_an_epoch_a_checkpoint_and_its_evaluation(name, freeze, tiny_config, tmp_path, shapes_root):
+    path = tiny_config(chosen(name, freeze=freeze))
+    metrics = quiet(host.run, path)["test"]
+    best = next((tmp_path / "output").glob("*/checkpoint_best.pth"))
+    results = json.loads((tmp_path / "output" / "results.json").read_text())
+    assert results["test"]["neucore"]["queries"] == 21
+    options = [f"model.checkpoint={best}", f"run.output_dir={tmp_path / 'again'}"]
+    again = quiet(host.run, path, options, True)["test"]
+    assert again["R@1"] == metrics["R@1"] and again["R@10"] == metrics["R@10"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # nothing is random any more
+        model = neucore_plugin.load_model(best)
+    assert model.backbone.freeze_image == model.backbone.freeze_text == freeze
+    index = GalleryIndex.build(model, shapes_root / "images", progress=False)
+    hits = index.search(draw_shape(FORMS[0], COLOURS[0]), "make it blue", k=3)
+    assert len(hits) == 3
+    maps = model.concept_maps(*(torch.zeros(1, 3, model.backbone.image.image_size, model.backbone.image.image_size)
+                                if place != 1 else ["make it blue"] for place in range(3)))  # fmt: skip
+    grid = model.backbone.image.grid
+    assert [entry["reference"].shape for entry in maps[0]] == ([torch.Size(grid)] if grid else [])
+
+
+@pytest.mark.parametrize("name", ["blip", "clip"])
+def test_tuning_moves_what_it_names_and_nothing_else(name):
+    backbone = quiet(build_backbone, _complete(TINY[name], freeze=False, train_blocks=1, layer_decay=0.5))
+    moving = {n.split(".")[0] + ":" + str(p.requires_grad) for n, p in backbone.named_parameters()}
+    assert moving == {"image:True", "image:False", "text:True", "text:False"}
+    trained = {id(p) for p in backbone.parameters() if p.requires_grad}
+    expected = set()
+    for encoder in (backbone.image, backbone.text):
+        for part in (encoder.blocks[-1], *encoder.tail):
+            expected |= {id(p) for p in part.parameters()} if isinstance(part, torch.nn.Module) else {id(part)}
+    assert trained == expected
+
+
+@pytest.mark.parametrize("name", ["blip", "clip"])
+def test_adapters_on_the_hosts_encoders(name):
+    pytest.importorskip("peft")
+    lora = {"rank": 2, "alpha": 4.0, "dropout": 0.0}
+    backbone = quiet(build_backbone, _complete(TINY[name], freeze=False, lora=lora)).train()
+    names = [n for n, p in backbone.named_parameters() if p.requires_grad]
+    assert names and all("lora_" in n for n in names)
+    assert {n.split(".")[0] for n in names} == {"image", "text"}
+    pixels = torch.rand(2, 3, backbone.image.image_size, backbone.image.image_size)
+    text = backbone.text(["a red dress", "blue"])
+    (backbone.image(pixels)["tokens"].square().sum() + text["words"].square().sum() + text["sentence"].sum()).backward()
+    assert all(p.grad is not None for n, p in backbone.named_parameters() if p.requires_grad)
+
+
+def test_one_q_former_serves_both_sides_of_blip2():
+    backbone = quiet(build_backbone, _complete(TINY["blip2"]))
+    for own, other in zip(backbone.text.blocks, backbone.image.qformer.bert.encoder.layer, strict=True):
+        assert own.attention is other.attention
+    config_ = _complete(TINY["blip2"])
+    config_["text"]["freeze"] = False
+    with pytest.raises(ConfigError, match="image and text are one blip2 model"):
+        quiet(build_backbone, config_)
+
+
+def test_random_frozen_weights_travel_in_the_checkpoint_and_fetched_ones_do_not(tmp_path, monkeypatch):
+    section = {"arch": "neucore", "model_type": "blip", "embed_dim": 16, "concept_alignment": {"heads": 2}}
+    model = quiet(NeucoreModel.from_config, {**section, "backbone": TINY["blip"]})
+    state, frozen = checkpoint.model_state(model)
+    assert any(name.startswith("backbone.image.") for name in state) and "backbone.image" not in frozen
+    model.backbone.image.in_checkpoint = False
+    state, frozen = checkpoint.model_state(model)
+    assert not any(name.startswith("backbone.image.") for name in state) and "backbone.image" in frozen
+
+
+def test_weights_that_cannot_be_fetched_are_told_before_anything_is_encoded(tmp_path, tiny_config, monkeypatch):
+    def refuse(url, target, **_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+
+    def change(content):
+        content["model"] = {"arch": "neucore", "model_type": "blip_cirr", "concepts": {"min_count": 1}}
+        content["datasets"]["folder"].pop("vis_processor")
+
+    with pytest.raises(CheckpointError) as caught:
+        host.run(tiny_config(change))
+    text = str(caught.value)
+    assert "https://" in text and str(tmp_path / "hub") in text and "'none'" in text and "no network" in text
+
+
+def test_every_encoder_has_a_schema_and_says_the_pixels_that_its_schema_says():
+    for side, known in ENCODERS.items():
+        assert set(known) == set(schema_backbones.BACKBONE_SCHEMAS[side])
+        for name in known:
+            kind = encoder_class(side, name)
+            if side == "image" and name in schema_backbones.PIXELS and name != "registered":
+                stated = schema_backbones.PIXELS[name]
+                assert [list(kind.mean), list(kind.std)] == [stated["mean"], stated["std"]], name
+
+
+def test_sizes_of_clips_pictures_are_the_hosts():
+    from lavis.models.clip_models.model import _MODEL_CONFIGS
+
+    for name, content in _MODEL_CONFIGS.items():
+        if "timm_model_name" not in content["vision_cfg"]:
+            size = content["vision_cfg"]["image_size"]
+            assert schema_backbones.pixels_of({"name": "clip", "arch": name})["image_size"] == size, name
+
+
+@pytest.mark.parametrize("model_type", sorted(model_types()))
+def test_every_model_type_is_a_valid_section_named_by_its_file(model_type):
+    section = config.model_defaults({"arch": "neucore", "model_type": model_type})
+    content = config.read_yaml(model_types()[model_type])
+    assert content["model"]["model_type"] == model_type
+    wanted = schema_backbones.pixels_of(section["backbone"]["image"])
+    for processor in content["preprocess"]["vis_processor"].values():
+        assert {key: processor.get(key, wanted[key]) for key in wanted} == wanted
+    assert section["embed_dim"] % section["concept_alignment"]["heads"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": {"name": "blipp"}}, r"'blipp' is no image encoder. Did you mean 'blip'"),
+        ({"image": {"name": "blip", "image_size": 100}}, r"image_size"),
+        ({"text": {"name": "blip", "max_wrods": 4}}, r"max_wrods: unknown key .* Did you mean 'max_words'"),
+        ({"image": {"name": "clip", "arch": "ViT-B-23", "pretrained": "none"}}, r"Did you mean 'ViT-B-32'"),
+    ],
+)
+def test_a_backbone_that_cannot_be_is_refused(change, message):
+    section = {"arch": "neucore", "model_type": "blip", "backbone": {**TINY["blip"], **change}}
+    with pytest.raises(ConfigError, match=message):
+        quiet(NeucoreModel.from_config, section)
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(tmp_path):
+    section = {"arch": "neucore", "model_type": "blip", "embed_dim": 16, "concept_alignment": {"heads": 2}}
+    model = quiet(NeucoreModel.from_config, {**section, "backbone": TINY["blip"]})
+    state, frozen = checkpoint.model_state(model)
+    path = tmp_path / "blip.pth"
+    checkpoint.save({"architecture": model.checkpoint_header(), "model": state, "frozen": frozen}, path)
+    with pytest.raises(CheckpointError, match=r"backbone.image.name: 'blip' in the checkpoint, 'clip' in the config"):
+        NeucoreModel.from_config({**section, "backbone": TINY["clip"], "checkpoint": str(path)})
+    broken = {name: value for name, value in state.items() if "blocks.1." not in name}
+    checkpoint.save({"architecture": model.checkpoint_header(), "model": broken, "frozen": frozen}, path)
+    with pytest.raises(CheckpointError, match="missing in the file|frozen weights"):
+        NeucoreModel.from_checkpoint(path)
+
+
+def _complete(backbone, **tuning):
+    section = {"arch": "neucore", "model_type": "blip", "backbone": backbone}
+    filled = config.model_defaults(section)["backbone"]
+    return {side: {**settings, **tuning} for side, settings in filled.items()}
+
+
+def test_the_word_none_is_the_one_for_random_weights():
+    assert weights.NONE == "none"
+
+
+def test_frozen_weights_may_lie_elsewhere_when_a_checkpoint_is_used(tmp_path, monkeypatch):
+    """A checkpoint of an encoder from a URL: the same file is taken from the hub's folder, or where the config says."""
+    section = {"arch": "neucore", "model_type": "blip", "embed_dim": 16, "concept_alignment": {"heads": 2}}
+    tiny = {side: {k: v for k, v in settings.items() if k != "pretrained"} for side, settings in TINY["blip"].items()}
+    source = quiet(build_backbone, _complete(TINY["blip"]))
+    published = {f"visual_encoder.{k.removeprefix('visual_encoder.')}": v for k, v in source.image.state_dict().items()}
+    published |= {f"text_encoder.{k.removeprefix('text_encoder.')}": v for k, v in source.text.state_dict().items()}
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    name = "https://example.org/tiny.pth"
+    file = weights.cached_path(name)
+    file.parent.mkdir(parents=True)
+    torch.save({"model": published}, file)
+    fetched = {side: {**settings, "pretrained": name} for side, settings in tiny.items()}
+    model = NeucoreModel.from_config({**section, "backbone": fetched}, vocabulary=ConceptVocabulary(["red"]))
+    state, frozen = checkpoint.model_state(model)
+    assert {"backbone.image", "backbone.text"} <= set(frozen)
+    path = tmp_path / "trained.pth"
+    checkpoint.save({"architecture": model.checkpoint_header(), "model": state, "frozen": frozen}, path)
+    assert torch.equal(NeucoreModel.from_checkpoint(path).backbone.image.visual_encoder.cls_token,
+                       source.image.visual_encoder.cls_token)  # fmt: skip
+    moved = file.rename(tmp_path / "moved.pth")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(CheckpointError, match="cannot fetch https://example.org/tiny.pth"):
+        NeucoreModel.from_checkpoint(path)
+    local = {side: {**settings, "pretrained": str(moved)} for side, settings in tiny.items()}
+    again = NeucoreModel.from_config({**section, "backbone": local, "checkpoint": str(path)})
+    assert again.fingerprint() != "" and torch.equal(again.backbone.image.visual_encoder.cls_token,
+                                                      source.image.visual_encoder.cls_token)  # fmt: skip
+    published["visual_encoder.cls_token"] = published["visual_encoder.cls_token"] + 1
+    torch.save({"model": published}, moved)
+    with pytest.raises(CheckpointError, match="missing in the file: backbone.image|frozen weights that are not those"):
+        NeucoreModel.from_config({**section, "backbone": local, "checkpoint": str(path)})
