@@ -188,7 +188,7 @@ class MiniLM(nn.Module):
         """words -> [n,384], each encoded by itself; remembered while the encoder is frozen."""
         if self.words_live:
             return self(words)["sentence"]
-        weights = tuple(parameter._version for parameter in self.network.parameters())
+        weights = tuple(0 if p.is_inference() else p._version for p in self.network.parameters())
         if weights != self._words_of:  # a checkpoint has been loaded since
             self._words, self._words_of = {}, weights
         device = self.network.embeddings.word_embeddings.weight.device
