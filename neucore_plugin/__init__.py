@@ -33,7 +33,8 @@ def load_model(
     device: "str | torch.device" = "cpu",
     is_eval: bool = True,
 ) -> Any:
-    """The model of a checkpoint that training wrote, in eval mode; without one, `model_type` with an untrained head.
+    """The model of a checkpoint that training wrote, in eval mode, NEUCORE or a baseline; without one, NEUCORE's
+    `model_type` with an untrained head.
 
     The host's `load_model("neucore", checkpoint=...)` gives the same, but builds an untrained one first.
     Raises `CheckpointError` where the file is missing, damaged or of another architecture, `ConfigError` where the type
@@ -41,11 +42,12 @@ def load_model(
     """
     register()
     from neucore_plugin.errors import ConfigError
+    from neucore_plugin.models.cir_model import CirModel
     from neucore_plugin.models.neucore import NeucoreModel
 
     if checkpoint is not None and model_type is not None:
         raise ConfigError(f"a checkpoint knows its model type; leave out model_type={model_type!r}")
-    model = NeucoreModel.from_pretrained(model_type) if checkpoint is None else NeucoreModel.from_checkpoint(checkpoint)
+    model = NeucoreModel.from_pretrained(model_type) if checkpoint is None else CirModel.from_checkpoint(checkpoint)
     return model.train(not is_eval).to(device)
 
 
@@ -54,6 +56,7 @@ MEMBERS = (
     "neucore_plugin.processors",
     "neucore_plugin.datasets.builders",
     "neucore_plugin.models.neucore",
+    "neucore_plugin.models.baselines",
     "neucore_plugin.task",
     "neucore_plugin.runner",
 )

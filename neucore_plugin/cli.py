@@ -216,7 +216,9 @@ def _report(arguments: argparse.Namespace) -> None:
             stream.write(results_chart_svg(results))
     if arguments.html:
         from neucore_plugin.retrieval import write_report
+        from neucore_plugin.retrieval.charts import row_label
 
-        title = f"NEUCORE: {arguments.folder.resolve().name}"
+        rows = next(iter(results.values()), {})
+        title = f"{row_label(next(iter(rows), 'results'))}: {arguments.folder.resolve().name}"
         write_report(arguments.html, title, results, settings=content, per_change=per_change)
         print(f"page: {arguments.html}", file=sys.stderr)

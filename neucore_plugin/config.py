@@ -28,7 +28,7 @@ from neucore_plugin.schemas import (  # noqa: F401 - the face of this module
 )
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-DEFAULT_TYPES = {"neucore": "embedded"}
+DEFAULT_TYPES = {"neucore": "embedded", "cir_baseline": "embedded"}
 SECTIONS = ("model", "datasets", "run", "preprocess")
 # Keys of the host that are called otherwise here, or that people take from elsewhere.
 KNOWN_BY_OTHER_NAMES = {
@@ -64,7 +64,8 @@ def package_tables() -> Tables:
     """What this package alone knows, without the host."""
     models = {path.stem: str(path) for path in sorted((CONFIGS / "models").glob("*.yaml"))}
     datasets = {path.stem: {"default": str(path)} for path in sorted((CONFIGS / "datasets").glob("*.yaml"))}
-    return Tables(models={"neucore": models}, datasets=datasets)
+    shared = {name: path for name, path in models.items() if not name.startswith("official_")}
+    return Tables(models={"neucore": models, "cir_baseline": shared}, datasets=datasets)
 
 
 class Config:
@@ -214,6 +215,11 @@ class Checker:
         key = ".".join([path, *map(str, loc)])
         if item["type"] == "extra_forbidden":
             known = _keys_at(schema, loc[:-1])
+            owner = _owner(schema, loc)
+            if owner is not None:
+                what = ", ".join(known)
+                self.add(key, f"is a setting of {owner[0]}, not of {owner[1]}; take it out. Allowed here: {what}")
+                return
             alias = KNOWN_BY_OTHER_NAMES.get(str(loc[-1]))
             hint = f" Did you mean {alias!r}?" if alias in known else nearest(str(loc[-1]), known)
             if "?" in hint:  # the list of all keys would only bury the one that is meant
@@ -254,6 +260,17 @@ def _keys_at(schema: Any, loc: tuple) -> list[str]:
     return list(schema.model_fields)
 
 
+def _owner(schema: Any, loc: tuple) -> tuple[str, str] | None:
+    """(another model that has the key, the model of `schema`), where `schema` is a model's and another has it."""
+    arch = next((name for name, one in schemas.MODEL_SCHEMAS.items() if one is schema), None)
+    others = [
+        name
+        for name, one in schemas.MODEL_SCHEMAS.items()
+        if arch and one is not schema and loc[-1] in _keys_at(one, loc[:-1])
+    ]
+    return (others[0], arch) if others else None
+
+
 def _model(checker: Checker, given: Any, tables: Tables) -> tuple[dict[str, Any], dict[str, Any]]:
     """Checked section `model` and the default `preprocess` of its type."""
     given = given if isinstance(given, Mapping) else checker.section("model", given, schemas.NeucoreSchema)
@@ -266,12 +283,27 @@ def _model(checker: Checker, given: Any, tables: Tables) -> tuple[dict[str, Any]
         defaults = read_yaml(types[model_type])
     elif DEFAULT_TYPES.get(arch) in types:
         defaults, model_type = read_yaml(types[DEFAULT_TYPES[arch]]), DEFAULT_TYPES[arch]
-    merged = {**merge(defaults.get("model") or {}, given), "model_type": model_type}
     schema = schemas.MODEL_SCHEMAS.get(arch)
+    section = defaults.get("model") or {}
+    if schema is not None and section.get("arch") not in (None, arch):  # the file of another model of ours is shared
+        section = _shared(section, schema)
+    merged = {**merge(section, given), "model_type": model_type}
     if schema is not None:
         merged = checker.section("model", merged, schema)
         _backbone(checker, merged)
     return merged, defaults.get("preprocess") or {}
+
+
+def _shared(section: Mapping[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
+    """What of a default section `schema` knows too, section by section; values without a schema of theirs whole."""
+    kept = {}
+    for key, value in section.items():
+        inner = schema.model_fields[key].annotation if key in schema.model_fields else None
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel):
+            kept[key] = _shared(value, inner)
+        elif inner is not None:
+            kept[key] = value
+    return kept
 
 
 def _backbone(checker: Checker, model: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from neucore_plugin import schemas
 from neucore_plugin.names import nearest
 from neucore_plugin.schema_backbones import pixels_of
+from neucore_plugin.schema_model import WITH_DROPOUT
 
 if TYPE_CHECKING:
     from neucore_plugin.config import Checker, Tables
@@ -46,6 +47,8 @@ def _model(checker: "Checker", model: Mapping[str, Any]) -> None:
             _exists(checker, f"model.backbone.{side}.{key}", given, "null, or the path of a file")
     if model.get("form") == "released":
         _released(checker, model, text)
+    if model.get("arch") == "cir_baseline" and "model.method" not in checker.bad:
+        _baseline(checker, model, text)
 
 
 def _released(checker: "Checker", model: Mapping[str, Any], text: Any) -> None:
@@ -57,6 +60,18 @@ def _released(checker: "Checker", model: Mapping[str, Any], text: Any) -> None:
     width = text.get("width") if isinstance(text, Mapping) else None
     if width is not None and width != model.get("embed_dim"):
         checker.add("model.backbone.text.width", f"got {width}; model.form released needs model.embed_dim's")
+
+
+def _baseline(checker: "Checker", model: Mapping[str, Any], text: Any) -> None:
+    """What a method of the baselines has no use for, or needs."""
+    method, width = model.get("method"), model.get("embed_dim")
+    if model.get("dropout") is not None and method not in WITH_DROPOUT:
+        checker.add("model.dropout", f"got {model['dropout']}; {method} has none, only {' and '.join(WITH_DROPOUT)}")
+    heads = (model.get("cross_attention") or {}).get("heads")
+    if method == "cross_attention" and isinstance(width, int) and isinstance(heads, int) and width % heads:
+        checker.add("model.cross_attention.heads", f"got {heads}; allowed: a divisor of model.embed_dim ({width})")
+    if method == "image_only" and isinstance(text, Mapping) and text.get("freeze") is False:
+        checker.add("model.backbone.text.freeze", "got false; image_only reads no text, so that nothing would train it")
 
 
 def _run(checker: "Checker", content: Mapping[str, Any]) -> None:
@@ -84,7 +99,12 @@ def _splits(checker: "Checker", content: Mapping[str, Any], tables: "Tables") ->
     if not names or any(name not in tables.splits for name in names):
         return
     known = {split for name in names for split in tables.splits[name]}
-    for key in ("train_splits", "valid_splits", "test_splits"):
+    keys = (
+        ("valid_splits", "test_splits")
+        if content["run"].get("evaluate")
+        else ("train_splits", "valid_splits", "test_splits")
+    )
+    for key in keys:
         for split in content["run"].get(key) or ():
             if split not in known:
                 checker.add(f"run.{key}", f"{split!r} is no split of {', '.join(names)}.{nearest(split, known)}")

@@ -1,6 +1,6 @@
 """The few exchanges between processes that training needs; each is a no-op in one process. Knows no host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -55,8 +55,23 @@ def on_main(function: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
+@torch.no_grad()
+def from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite tensors with those of the main process, in one exchange a number type."""
+    if world_size() == 1:
+        return
+    kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    for members in kinds.values():
+        flat = torch.cat([tensor.flatten() for tensor in members])
+        dist.broadcast(flat, src=0)
+        for tensor, part in zip(members, flat.split([tensor.numel() for tensor in members]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
 def wrap_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """`model` with its gradients averaged over the processes; itself where there is one process.
+    """`model` with the main process's weights, and gradients averaged over the processes; itself where there is one.
 
     A parameter that some batch does not use gets no gradient there; without `find_unused_parameters` the processes
     would wait for it for ever. With it, a parameter that no process used keeps no gradient, as in one process.

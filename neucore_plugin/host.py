@@ -19,6 +19,8 @@ from typing import Any
 from neucore_plugin import MEMBERS, config
 from neucore_plugin.errors import ConfigError, NeucoreError
 
+JOIN_TIMEOUT = timedelta(minutes=30)  # how long a process waits for the others to start
+WORK_TIMEOUT = timedelta(hours=12)  # and later, while the first renders drawings or fills a feature cache
 STOCK_CACHE_ROOT = "/export/home/.cache/lavis"
 _busy = [False]
 
@@ -241,6 +243,19 @@ def registry_tables() -> config.Tables:
     )
 
 
+def model_of(path: str | Path) -> list[str]:
+    """Options that make a config ask for the kind of model that a checkpoint of ours holds: its arch and method.
+
+    None for a file that is not there, which the check of the config tells. Raises `CheckpointError` for a bad one.
+    """
+    from neucore_plugin import checkpoint
+
+    if not Path(path).is_file():
+        return []
+    held = (checkpoint.load(path).get("architecture") or {}).get("config") or {}
+    return [f"model.{key}={held[key]}" for key in ("arch", "method") if key in held]
+
+
 # --- processes, log ----------------------------------------------------------------------------------------------
 
 
@@ -248,7 +263,8 @@ def init_distributed(run_cfg: Any) -> None:
     """Join the process group that torchrun or srun announces, and settle the device.
 
     Sets run_cfg.{distributed, rank, world_size, gpu, device, dist_backend}. gloo on a CPU, nccl on CUDA; the stock
-    function knows nccl alone. Raises `ConfigError` where CUDA is demanded and not there.
+    function knows nccl alone. Raises `ConfigError` where CUDA is demanded and not there, `NeucoreError` where the
+    announcement is incomplete or the others cannot be met.
     """
     import torch
 
@@ -269,15 +285,40 @@ def init_distributed(run_cfg: Any) -> None:
         return
     backend = str(run_cfg.get("dist_backend") or "auto")
     run_cfg.dist_backend = ("nccl" if kind == "cuda" else "gloo") if backend == "auto" else backend
+    if run_cfg.dist_backend == "nccl" and kind != "cuda":
+        raise ConfigError("run.dist_backend is nccl, which joins GPUs, but the device is cpu; use auto or gloo")
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            backend=run_cfg.dist_backend,
-            init_method=str(run_cfg.get("dist_url") or "env://"),
-            world_size=world_size,
-            rank=rank,
-            timeout=timedelta(hours=12),  # the others wait while the first renders drawings or fills a feature cache
-        )
+        _join(run_cfg.dist_backend, str(run_cfg.get("dist_url") or "env://"), rank, world_size)
     torch.distributed.barrier()
+
+
+def _join(backend: str, url: str, rank: int, world_size: int) -> None:
+    import torch.distributed as dist
+
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if url == "env://" and not os.environ.get(name)]
+    if missing:
+        raise NeucoreError(
+            f"process {rank} of {world_size} is to join the others, but lacks {' and '.join(missing)}. Start with "
+            "`torchrun --nproc_per_node=N -m lavis.train ...`, which sets them, or give run.dist_url a meeting place "
+            "(tcp://HOST:PORT or file://PATH); for one process unset RANK and WORLD_SIZE"
+        )
+    try:
+        if url.startswith("file://") and not Path(url.removeprefix("file://")).parent.is_dir():
+            raise FileNotFoundError("the file's folder does not exist")  # torch would wait for it
+        store, rank, world_size = next(iter(dist.rendezvous(url, rank, world_size, timeout=JOIN_TIMEOUT)))
+        store.set(f"joined/{rank}", "")
+        store.wait(
+            [f"joined/{other}" for other in range(world_size)], JOIN_TIMEOUT
+        )  # the group itself would not give up
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=WORK_TIMEOUT)
+        store.set_timeout(WORK_TIMEOUT)
+    except (RuntimeError, ValueError, OSError) as error:
+        place = ":".join(os.environ[key] for key in ("MASTER_ADDR", "MASTER_PORT")) if url == "env://" else url
+        reason = str(error).strip().splitlines()[0][:200] or type(error).__name__
+        raise NeucoreError(
+            f"process {rank} of {world_size} could not meet the others at {place} ({reason}). Check that all "
+            f"{world_size} processes were started with the same address and a free port, one of each rank"
+        ) from error
 
 
 def pick_device(wanted: str) -> str:
@@ -295,14 +336,24 @@ def pick_device(wanted: str) -> str:
 
 
 def _announced_ranks() -> tuple[int, int, int]:
+    """Rank, number of processes, rank on this machine. Raises `NeucoreError` for half an announcement."""
     environment = os.environ
-    if "RANK" in environment and "WORLD_SIZE" in environment:  # torchrun
-        rank = int(environment["RANK"])
-        return rank, int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", rank))
-    if "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:  # srun of several tasks
-        rank = int(environment["SLURM_PROCID"])
-        return rank, int(environment.get("SLURM_NTASKS", 1)), int(environment.get("SLURM_LOCALID", 0))
-    return 0, 1, 0
+    if "RANK" in environment or "WORLD_SIZE" in environment:  # torchrun
+        defaults = {"RANK": None, "WORLD_SIZE": None, "LOCAL_RANK": environment.get("RANK")}
+    elif "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:  # srun of several tasks
+        defaults = {"SLURM_PROCID": None, "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    else:
+        return 0, 1, 0
+    given = {name: environment.get(name, default) for name, default in defaults.items()}
+    if all(value is not None and value.isdecimal() for value in given.values()):
+        rank, world_size, local_rank = (int(value) for value in given.values())
+        if rank < world_size:
+            return rank, world_size, local_rank
+    shown = ", ".join(f"{name} {'not set' if value is None else repr(value)}" for name, value in given.items())
+    raise NeucoreError(
+        f"the environment announces several processes, but not properly: {shown}. Ranks are whole numbers below the "
+        "number of processes. Start with `torchrun --nproc_per_node=N -m lavis.train ...`; for one process unset these"
+    )
 
 
 def setup_logging(is_main: bool = True) -> None:
@@ -330,11 +381,16 @@ def new_job_id() -> str:
 def run(cfg_path: str | Path, options: list[str] | None = None, evaluate: bool | None = None) -> Any:
     """Train (or evaluate) what a config file describes; returns what the runner returned.
 
-    `evaluate=True` sets run.evaluate. The config is checked whole before data or weights are touched: `ConfigError`.
+    `evaluate=True` sets run.evaluate; a checkpoint that the options name then decides the model's arch and method, so
+    that a config of NEUCORE evaluates a baseline too. The config is checked whole before data or weights are touched:
+    `ConfigError`.
     A file whose arch, task and runner are the host's own goes the host's stock way, unchecked where it is not ours.
     """
     config.read_yaml(cfg_path)  # a missing or broken file is told before the seconds that importing the host takes
-    chosen = [*config.dotlist(options), *(["run.evaluate=true"] if evaluate else [])]
+    chosen = config.dotlist(options)
+    if evaluate:
+        named = [option.partition("=")[2] for option in chosen if option.startswith("model.checkpoint=")]
+        chosen = [*(model_of(named[-1]) if named else []), *chosen, "run.evaluate=true"]
     register_all()
     import torch
     from lavis.common.registry import registry

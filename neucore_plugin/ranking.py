@@ -9,7 +9,7 @@ from torch import Tensor
 from neucore_plugin.datasets.triplets import TripletDataset
 from neucore_plugin.retrieval.metrics import image_ranks, subset_ranks, target_ranks, topk
 
-ROWS = ("neucore", "text_only", "image_only")
+LESS = ("text_only", "image_only")  # rows of a result: the model's own, then the same model that sees less of a query
 SHOWN = 10  # retrieved images kept a query, for the report
 
 

@@ -14,6 +14,7 @@ from neucore_plugin.datasets.protocols import describe
 from neucore_plugin.datasets.triplets import TripletDataset
 from neucore_plugin.files import atomic_write, write_json
 from neucore_plugin.images import load_image
+from neucore_plugin.retrieval.charts import row_label
 from neucore_plugin.retrieval.metrics import (
     PRECISION_AT,
     RECALL_AT,
@@ -97,12 +98,14 @@ def table_lines(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> lis
     subset += [name for name in (f"mAP@{k}" for k in PRECISION_AT) if name in held]
     heads = " ".join([*(f"{name:>6}" for name in columns), *(f"{name:>10}" for name in subset)])
     wide = max([12, *(len(split) for split in results)])
-    lines = [f"{'split':<{wide}} {'query':<11} {heads}  median  queries" + ("  protocol" if "protocol" in held else "")]
+    named = max([11, *(len(row) for rows in results.values() for row in rows)])
+    head = f"{'split':<{wide}} {'query':<{named}} {heads}  median  queries"
+    lines = [head + ("  protocol" if "protocol" in held else "")]
     for split, rows in results.items():
         for row, values in rows.items():
             recalls = " ".join(f"{values[name]:6.2f}" for name in columns)
             recalls += "".join(f" {values[name]:10.2f}" if name in values else f" {'–':>10}" for name in subset)
-            line = f"{split:<{wide}} {row:<11} {recalls} {values['median_rank']:7.1f} {values['queries']:8d}"
+            line = f"{split:<{wide}} {row:<{named}} {recalls} {values['median_rank']:7.1f} {values['queries']:8d}"
             skipped = f" ({values['skipped_queries']} skipped)" if values.get("skipped_queries") else ""
             lines.append(f"{line}{'  ' + values['protocol'] if 'protocol' in values else ''}{skipped}")
     return lines
@@ -142,7 +145,7 @@ def write_results(
         datasets = [found["dataset"] for found in evaluated.values()]
         write_report(
             page,
-            title=f"NEUCORE on {', '.join(sorted({dataset.name for dataset in datasets}))}",
+            title=f"{row_label(model.title)} on {', '.join(sorted({dataset.name for dataset in datasets}))}",
             results=results,
             examples=[example for found in evaluated.values() for example in _examples(found, model)],
             settings=provenance,
@@ -191,7 +194,7 @@ def _example(dataset: TripletDataset, index: int, found: Mapping[str, Any], mode
         "reference": reference,
         "caption": dataset.texts[index],
         "change": triplet.change,
-        "rank": int(found["ranks"]["neucore"][index]),
+        "rank": int(found["ranks"][found["title"]][index]),
         "targets": list(triplet.targets),
         "target": {"id": ids[target], "path": paths[target]},
         "retrieved": [

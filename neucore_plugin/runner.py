@@ -68,10 +68,11 @@ class RunnerCir(RunnerState):
         while self.progress.iteration < self.max_iters:
             started = time.time()
             self.train_round()
-            better = self._validate()
-            self.progress.seconds += time.time() - started
-            if better:
-                self._save_checkpoint(self.epoch, is_best=True)
+            with self._averaged():
+                better = self._validate()
+                self.progress.seconds += time.time() - started
+                if better:
+                    self._save_checkpoint(self.epoch, is_best=True)
             self._save_checkpoint(self.epoch)
         self._batches, self._train_loader = iter(()), None  # lets the workers go
         return self.evaluate()
@@ -132,6 +133,9 @@ class RunnerCir(RunnerState):
             self.progress.iteration += 1
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.precision.step(self.optimizer, parameters, self._run("clip_grad_norm"))
+        distributed.from_main(self._statistics)
+        if self._average:
+            self._average.update()
         self.progress.step += 1
 
     def _on_device(self, samples: Any) -> Any:

@@ -11,6 +11,7 @@ from lavis.runners.runner_base import RunnerBase
 
 from neucore_plugin import checkpoint, distributed
 from neucore_plugin.errors import ConfigError
+from neucore_plugin.grad_cache import GradCache
 from neucore_plugin.loaders import BatchLoader, datasets_by_split
 from neucore_plugin.names import nearest
 from neucore_plugin.precision import Precision
@@ -54,8 +55,12 @@ class RunnerParts(RunnerBase):
             self._whole(key, default)
         for key in ("num_workers", "seed", "warmup_steps"):
             self._whole(key, 0, least=0)
-        if self._run("checkpoint_every_iters") is not None:
-            self._whole("checkpoint_every_iters")
+        for key in ("checkpoint_every_iters", "grad_cache_chunk"):
+            if self._run(key) is not None:
+                self._whole(key)
+        decay = self._run("ema_decay")
+        if decay is not None and not (isinstance(decay, (int, float)) and 0 < decay < 1):
+            raise ConfigError(f"run.ema_decay is {decay!r}; it must lie between 0 and 1, or be null for no average")
         kind = str(self._run("lr_sched", "constant_lr"))
         if kind not in SCHEDULES:
             raise ConfigError(f"run.lr_sched is {kind!r}.{nearest(kind, SCHEDULES)}")
@@ -128,20 +133,23 @@ class RunnerParts(RunnerBase):
 
     @property
     def model(self) -> torch.nn.Module:
-        """The model on its device; with several processes wrapped, so that gradients are averaged."""
+        """The model on its device, as it is trained: in chunks if asked for, its gradients averaged over processes."""
         if self._wrapped_model is None:
-            self._model = self._model.to(self.device)
-            trains = not self.evaluate_only and any(p.requires_grad for p in self._model.parameters())
-            self._wrapped_model = distributed.wrap_model(self._model, self.device) if trains else self._model
+            self._model = self._wrapped_model = self._model.to(self.device)
+            if not self.evaluate_only and any(p.requires_grad for p in self._model.parameters()):
+                chunk = self._run("grad_cache_chunk")
+                stepped = GradCache(self._model, self._whole("grad_cache_chunk")) if chunk else self._model
+                self._wrapped_model = distributed.wrap_model(stepped, self.device)
         return self._wrapped_model
 
     def unwrap_dist_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+        return self.bare_model if model is self.model else model
 
     @property
     def bare_model(self) -> torch.nn.Module:
         """The model itself, on its device."""
-        return self.unwrap_dist_model(self.model)
+        self.model  # noqa: B018 - puts it there
+        return self._model
 
     # ---- optimisation -----------------------------------------------------------------------
 

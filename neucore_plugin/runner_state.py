@@ -1,5 +1,6 @@
 """The state of a training: where it stands, its checkpoints, and how it is taken up again after a kill."""
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,11 +11,13 @@ import torch
 from lavis.common.logger import MetricLogger
 
 from neucore_plugin import checkpoint, distributed
+from neucore_plugin.batch_norm import running_statistics
 from neucore_plugin.errors import CheckpointError, ConfigError, NeucoreError
 from neucore_plugin.files import sha256_text
 from neucore_plugin.randomness import random_state, restore_random_state, seed_everything
 from neucore_plugin.run_folder import BEST, LAST, newest_run
 from neucore_plugin.runner_parts import RunnerParts
+from neucore_plugin.weight_average import WeightAverage
 
 
 @dataclass
@@ -31,18 +34,27 @@ class Progress:
 
 
 class RunnerState(RunnerParts):
-    """Writes checkpoint_last.pth (all that continuing needs) and checkpoint_best.pth (weights); reads them exactly."""
+    """Writes checkpoint_last.pth (all that continuing needs) and checkpoint_best.pth (weights); reads them exactly.
+
+    With `run.ema_decay` the best are averaged weights; the last has those of the optimiser, the average beside them.
+    """
 
     def __init__(self, cfg: Any, task: Any, model: torch.nn.Module, datasets: Mapping[str, Any], job_id: str) -> None:
         super().__init__(cfg, task, model, datasets, job_id)
         self.progress = Progress()
         self._frozen: dict[str, str] | None = None
         self._same: dict[str, Any] | None = None
+        self._average: WeightAverage | None = None  # while training with run.ema_decay
+        self._statistics: list[torch.Tensor] = []  # what forward passes change of the model
 
     @property
     def epoch(self) -> int:
         """Number of the round that is under way, or was done last; from 0."""
         return max(0, -(-self.progress.iteration // self.round_iters) - 1)
+
+    def _averaged(self) -> contextlib.AbstractContextManager:
+        """The model has its averaged weights within, where `run.ema_decay` asks for them."""
+        return self._average.applied() if self._average else contextlib.nullcontext()
 
     # ---- checkpoints ------------------------------------------------------------------------
 
@@ -59,6 +71,7 @@ class RunnerState(RunnerParts):
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": {"step": self.progress.step, **asdict(self.lr_scheduler)},
                 "scaler": self.scaler.state_dict() if self.scaler else None,
+                "average": self._average.state_dict() if self._average else None,
             }
         path = self.output_dir / (BEST if is_best else LAST)
         # Proving that nothing frozen has changed costs a look at all frozen weights: not at every small checkpoint.
@@ -99,6 +112,9 @@ class RunnerState(RunnerParts):
 
     def _resume_or_begin(self) -> None:
         path = self.output_dir / LAST
+        self._statistics = list(running_statistics(self.bare_model).values())
+        if self._run("ema_decay") is not None:
+            self._average = WeightAverage(self.bare_model, float(self._run("ema_decay")))
         if not path.is_file():
             if self.folder.continued:
                 logging.info("%s was stopped before its first checkpoint: starting from the beginning", self.output_dir)
@@ -120,6 +136,8 @@ class RunnerState(RunnerParts):
         self.optimizer.load_state_dict(stored["optimizer"])
         if self.scaler and stored["scaler"]:
             self.scaler.load_state_dict(stored["scaler"])
+        if self._average:
+            self._average.load_state_dict(stored.get("average"))
         self.progress = Progress(**stored["progress"])
         self._adopt_best()
         distributed.on_main(lambda: self.folder.trim_log(self.progress.iteration))

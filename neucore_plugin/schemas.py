@@ -22,7 +22,7 @@ from neucore_plugin.schema_data import (  # noqa: F401 - the face of the schemas
     ImageProcessorSchema,
     PreprocessSchema,
 )
-from neucore_plugin.schema_model import NeucoreSchema
+from neucore_plugin.schema_model import CirBaselineSchema, NeucoreSchema
 from neucore_plugin.schema_values import Flag, Section, Text, choice, device_name, factors, real, whole, words
 
 LR_SCHEDULERS = ("linear_warmup_cosine_lr", "linear_warmup_step_lr", "constant_lr")
@@ -56,6 +56,8 @@ class RunSchema(Section):
     beta2: real(above=0, below=1) = 0.999
     accum_grad_iters: whole(1) = 1
     clip_grad_norm: real(above=0) | None = None
+    grad_cache_chunk: whole(1) | None = None  # pairs encoded at a time; the loss still sees the whole batch
+    ema_decay: real(above=0, below=1) | None = None  # moving average of the weights, which is validated and tested
     amp: choice(False, True, "bf16", "fp16") = False
     # data
     batch_size_train: whole(1) = 32
@@ -86,7 +88,7 @@ class RunSchema(Section):
 
 # --- registries -------------------------------------------------------------------------------------------------------
 
-MODEL_SCHEMAS: dict[str, type[BaseModel]] = {"neucore": NeucoreSchema}
+MODEL_SCHEMAS: dict[str, type[BaseModel]] = {"neucore": NeucoreSchema, "cir_baseline": CirBaselineSchema}
 DATASET_SCHEMAS: dict[str, type[BaseModel]] = {
     **{name: getattr(schema_data, f"{name.capitalize()}Schema") for name in PUBLISHED_DATASETS},
     "emoji": EmojiSchema,

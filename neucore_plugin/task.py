@@ -26,7 +26,7 @@ from neucore_plugin.features import FeatureCache, build_cache, content_fingerpri
 from neucore_plugin.files import write_json
 from neucore_plugin.images import check_images, load_image
 from neucore_plugin.names import nearest
-from neucore_plugin.ranking import ROWS, Ranking
+from neucore_plugin.ranking import LESS, Ranking
 from neucore_plugin.results import show_finished, summary, write_results
 from neucore_plugin.retrieval.metrics import topk
 
@@ -220,12 +220,13 @@ class ComposedImageRetrievalTask(BaseTask):
     ) -> dict[str, Any]:
         """Rank the gallery for this process's queries, then gather.
 
-        With `testing`, rows "text_only" and "image_only" stand beside "neucore": the same model sees less of a query.
+        The row is called by the model's `title`. With `testing`, rows "text_only" and "image_only" stand beside it: the
+        same model sees less of a query.
         The data set's protocol says what is ranked and counted (see `datasets/protocols.py`).
 
-        Returns {"dataset", "ranks": {row: LongTensor [Q]}, "subset_ranks": the same within each query's group, "soft":
-        {row: [(ranks, ranks in the group, weights) a query]}, "best": {row: LongTensor [Q,K]}, "top": LongTensor
-        [Q,10], "top_scores": [Q,10]}, the same on every process. What a data set has no use for is empty:
+        Returns {"dataset", "title", "ranks": {row: LongTensor [Q]}, "subset_ranks": the same within each query's
+        group, "soft": {row: [(ranks, ranks in the group, weights) a query]}, "best": {row: LongTensor [Q,K]}, "top":
+        LongTensor [Q,10], "top_scores": [Q,10]}, the same on every process. What a data set has no use for is empty:
         "subset_ranks" unless every query has a group, "soft" and "best" unless the protocol asks for them.
         """
         model = getattr(model, "module", model)
@@ -234,7 +235,7 @@ class ComposedImageRetrievalTask(BaseTask):
         while isinstance(dataset, Subset):
             dataset = dataset.dataset
         gallery = self._encode_gallery(model, dataset, data_loader)
-        rows = ROWS if testing else ROWS[:1]
+        rows = dict.fromkeys([model.title, *(LESS if testing else ())])  # a baseline may itself be "text_only"
         ranking = Ranking(dataset)
         found: dict[str, dict[str, dict[int, Any]]] = {}
         bar = tqdm(data_loader, f"ranking {dataset.split}", unit="batch", leave=False, disable=_quiet())
@@ -243,15 +244,15 @@ class ComposedImageRetrievalTask(BaseTask):
             for row in rows:
                 query = self._encode_queries(model, samples, row)
                 scores = model.score(query, gallery, chunk=int(self.run.get("score_chunk", 256)))
-                for kind, values in ranking(scores, indices, shown=row == ROWS[0]).items():
+                for kind, values in ranking(scores, indices, shown=row == model.title).items():
                     found.setdefault(kind, {}).setdefault(row, {}).update(zip(indices, values, strict=True))
         whole = {
             kind: {row: _in_order(_gather(values), len(dataset)) for row, values in of_rows.items()}
             for kind, of_rows in _gather_keys(found).items()
         }
-        shown = {kind: whole.pop(kind)[ROWS[0]] for kind in ("top", "top_scores")}
+        shown = {kind: whole.pop(kind)[model.title] for kind in ("top", "top_scores")}
         kinds = {kind: {} for kind in ("ranks", "subset_ranks", "soft", "best")}
-        return {"dataset": dataset, **kinds, **whole, **shown}
+        return {"dataset": dataset, "title": model.title, **kinds, **whole, **shown}
 
     @torch.inference_mode()
     def rank_for_submission(
@@ -270,7 +271,7 @@ class ComposedImageRetrievalTask(BaseTask):
         groups: list[list[int]] = []
         for samples in tqdm(loader, f"ranking {dataset.split}", unit="batch", disable=_quiet()):
             indices = samples["index"].tolist()
-            scores = model.score(self._encode_queries(model, samples, ROWS[0]), gallery).cpu()
+            scores = model.score(self._encode_queries(model, samples), gallery).cpu()
             excluded = [dataset.reference_position(index) for index in indices]
             whole += topk(scores, count, excluded).tolist()
             for row, index in enumerate(indices):
@@ -280,7 +281,7 @@ class ComposedImageRetrievalTask(BaseTask):
         return whole, groups
 
     @staticmethod
-    def _encode_queries(model: Any, samples: Mapping[str, Any], row: str) -> dict[str, torch.Tensor]:
+    def _encode_queries(model: Any, samples: Mapping[str, Any], row: str | None = None) -> dict[str, torch.Tensor]:
         inputs: dict[str, Any] = {}
         if row != "text_only":
             cached = {key: samples.get(f"reference_{key}") for key in ("tokens", "pooled")}
@@ -320,21 +321,21 @@ class ComposedImageRetrievalTask(BaseTask):
         selects the best checkpoint, is the mean of what the protocol names; without one of R@1 and R@10, or with groups
         of R@5 and R_subset@1, which is CIRR's rule.
         """
-        dataset = val_result["dataset"]
+        dataset, title = val_result["dataset"], val_result["title"]
         table = {row: summary(val_result, row) for row in val_result["ranks"]}
         changes = sorted({triplet.change for triplet in dataset.triplets} - {""})
         per_change = {
-            change: summary(val_result, ROWS[0], [t.change == change for t in dataset.triplets]) for change in changes
+            change: summary(val_result, title, [t.change == change for t in dataset.triplets]) for change in changes
         }
         self._results[split_name] = {**val_result, "table": table, "per_change": per_change}
-        metrics = dict(table[ROWS[0]])
+        metrics = dict(table[title])
         chosen_by = ("R@5", "R_subset@1") if val_result["subset_ranks"] else ("R@1", "R@10")
         select = dataset.protocol.select if dataset.protocol is not None else ()
         held = [name for name in select if name in metrics]  # a small gallery has no mAP@50
         if held and (len(held) == len(select) or dataset.protocol.precision_at):
             chosen_by = held
         metrics["agg_metrics"] = sum(metrics[name] for name in chosen_by) / len(chosen_by)
-        metrics |= {row: values for row, values in table.items() if row != ROWS[0]}
+        metrics |= {row: values for row, values in table.items() if row != title}
         if per_change:
             metrics["per_change"] = per_change
         return metrics

@@ -80,11 +80,17 @@ class TinyModel(BaseModel):
     def checkpoint_header(self) -> dict:
         return {"arch": "tiny"}
 
-    def forward(self, samples: dict) -> dict:
+    def encode_pairs(self, samples: dict) -> dict:
         assert samples["collated"]
         hidden = self.dropout(self.norm(self.hidden(self.encoder(samples["x"])).relu()))
-        loss = (self.out(hidden) - samples["y"]).square().mean()
-        return {"loss": loss, "loss_part": loss.detach(), "output": hidden}
+        return {"output": hidden, "error": self.out(hidden) - samples["y"]}
+
+    def losses(self, encoded: dict, samples: dict) -> dict:
+        loss = encoded["error"].square().mean()
+        return {"loss": loss, "loss_part": loss.detach(), "output": encoded["output"]}
+
+    def forward(self, samples: dict) -> dict:
+        return self.losses(self.encode_pairs(samples), samples)
 
 
 class TinyTask(BaseTask):
@@ -182,6 +188,7 @@ def final_state(folder) -> dict:
         "last": checkpoint.fingerprint(last["model"]),
         "best": checkpoint.fingerprint(best["model"]),
         "moments": [v.tolist() for s in last["optimizer"]["state"].values() for v in s.values()],
+        "average": checkpoint.fingerprint(last["average"]["weights"]) if last["average"] else None,
         "rng": checkpoint.fingerprint({"torch": last["rng"][0]["torch"]}),
         "progress": {k: v for k, v in last["progress"].items() if k != "seconds"},
         "log": (Path(folder) / "log.txt").read_text(),

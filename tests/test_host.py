@@ -3,9 +3,11 @@
 import importlib
 import inspect
 import os
+import socket
 import subprocess
 import sys
 import textwrap
+from datetime import timedelta
 from pathlib import Path
 
 import lavis.models
@@ -218,7 +220,7 @@ def run_config(**values):
 
 @pytest.fixture
 def alone(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "MASTER_ADDR"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -268,6 +270,58 @@ def test_two_processes_with_gloo(tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     assert [line[:6] for line in words] == [[rank, "2", "True", "gloo", "2", "3.0"] for rank in "01"]
     assert words[0][6] == words[1][6]
+
+
+def free_port() -> str:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return str(place.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "1"}, "WORLD_SIZE not set"),
+        ({"WORLD_SIZE": "2"}, r"RANK not set, WORLD_SIZE '2'.*torchrun"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "Ranks are whole numbers below the number of processes"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK 'one'"),
+        ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE '-2'"),
+        ({"SLURM_PROCID": "3", "MASTER_ADDR": "localhost"}, "SLURM_PROCID '3', SLURM_NTASKS '1'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "process 0 of 2 .* lacks MASTER_ADDR and MASTER_PORT.*torchrun"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "process 1 of 2 .* lacks MASTER_PORT"),
+    ],
+)
+def test_half_an_announcement_of_processes(alone, monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(NeucoreError, match=message):
+        host.init_distributed(run_config(device="cpu"))
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("url", ["env://", "tcp://127.0.0.1:{port}", "file://{folder}/meet"])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_others_never_come(alone, monkeypatch, tmp_path, rank, url):
+    """The first waits in vain for a second process; the second finds nobody at the address."""
+    monkeypatch.setattr(host, "JOIN_TIMEOUT", timedelta(seconds=1))
+    port = free_port()
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    place = f"{tmp_path}/meet" if url.startswith("file") else f"127.0.0.1:{port}"
+    with pytest.raises(NeucoreError, match=rf"process {rank} of 2 could not meet the others at .*{place} \(.+\)"):
+        host.init_distributed(run_config(device="cpu", dist_url=url.format(port=port, folder=tmp_path)))
+    assert not torch.distributed.is_initialized()
+
+
+def test_places_that_cannot_be_met_at(alone, monkeypatch, tmp_path):
+    monkeypatch.setattr(host, "JOIN_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for url in ("nowhere", "http://a:1", f"file://{tmp_path}/no/such/folder/meet"):
+        with pytest.raises(NeucoreError, match=f"could not meet the others at {url}"):
+            host.init_distributed(run_config(device="cpu", dist_url=url))
+    with pytest.raises(ConfigError, match="run.dist_backend is nccl, which joins GPUs, but the device is cpu"):
+        host.init_distributed(run_config(device="cpu", dist_backend="nccl"))
 
 
 def test_job_ids_differ():

@@ -120,8 +120,9 @@ def test_words_get_a_gradient_as_classes_and_none_as_concepts_of_the_query(loops
     concepts, mask = model.query_concepts([("red",)])
     assert concepts.requires_grad and mask.all()  # by the projection, which the fusion cuts:
     pixels = torch.from_numpy(maps)
-    samples = {"reference_image": pixels[:1], "target_image": pixels[2:3], "text_input": ["make it"]}
-    model({**samples, "concept_words": [("red",)], "target_key": torch.tensor([2])})["loss_matching"].backward()
+    samples = {"reference_image": pixels[:2], "target_image": pixels[2:], "text_input": ["make it", "blue"]}
+    samples |= {"concept_words": [("red",), ("dress",)], "target_key": torch.tensor([2, 3])}
+    model(samples)["loss_matching"].backward()
     assert model.alignment.classifier.projection.weight.grad is None
 
 

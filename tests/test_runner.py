@@ -321,7 +321,9 @@ def test_frozen_statistics_that_change_are_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoint", "schedule", "loaders", "run_folder", "precision", "randomness", "distributed"]
+    "name",
+    ["checkpoint", "schedule", "loaders", "run_folder", "precision", "randomness", "distributed", "batch_norm"]
+    + ["grad_cache", "weight_average"],
 )
 def test_these_files_know_no_host(name):
     source = (Path(checkpoint.__file__).parent / f"{name}.py").read_text()

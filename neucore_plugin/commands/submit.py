@@ -58,7 +58,8 @@ def _split(arguments: argparse.Namespace, split: str) -> Any:
 def _load(arguments: argparse.Namespace, split: str) -> tuple[Any, Any, Any]:
     from neucore_plugin import config, host
 
-    options = [*config.dotlist(arguments.options), f"model.checkpoint={arguments.checkpoint}", "run.evaluate=true"]
+    options = [*host.model_of(arguments.checkpoint), *config.dotlist(arguments.options)]
+    options += [f"model.checkpoint={arguments.checkpoint}", "run.evaluate=true"]
     host.register_all()
     from lavis.common.registry import registry
 

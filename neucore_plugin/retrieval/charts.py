@@ -17,6 +17,7 @@ CHART_STYLE = """
 @media (prefers-color-scheme:dark){.chart{--s0:#6ea0ff;--s1:#f0b25c;--s2:#8590a5;--s3:#4cc49a;--s4:#de7cba;
 --ink:#e8ecf3;--soft:#a3adbf;--line:#343d4d}}
 """
+_LABELS = {"neucore": "NEUCORE", "tirg": "TIRG", "artemis": "ARTEMIS", "combiner": "Combiner"}
 _COLOURS = 5
 _BAR, _GAP, _GROUP_GAP = 27, 3, 26
 _LEFT, _PLOT, _TOP, _BOTTOM = 34, 150, 42, 30
@@ -27,7 +28,7 @@ Group = tuple[str, Sequence["float | None"]]
 
 def row_label(name: str) -> str:
     """How a result row is called on a page: `text_only` -> `text only`."""
-    return "NEUCORE" if name == "neucore" else name.replace("_", " ")
+    return _LABELS.get(name, name.replace("_", " "))
 
 
 def results_chart_svg(results: Results, metrics: Sequence[str] = ("R@1", "R@10")) -> str:

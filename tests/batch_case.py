@@ -1,0 +1,184 @@
+"""One step of a contrastive model, in one process and in a group: what the tests of large batches compare."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import runner_case
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import neucore_plugin
+
+neucore_plugin.register()
+
+from neucore_plugin import distributed  # noqa: E402
+from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
+from neucore_plugin.errors import ConfigError  # noqa: E402, F401
+from neucore_plugin.grad_cache import GradCache, chunks, rows  # noqa: E402
+from neucore_plugin.models.cir_model import with_others  # noqa: E402
+from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
+
+WIDTH = 6
+
+
+class Toy(nn.Module):
+    """Queries against the targets of all processes; `rare` is used by some rows alone, `idle` by none."""
+
+    def __init__(self, dropout: float = 0.0, norm: bool = False, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.query, self.target, self.idle = nn.Linear(WIDTH, 5), nn.Linear(WIDTH, 5), nn.Linear(2, 2)
+        self.rare = nn.Parameter(torch.randn(5))
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.norm = nn.BatchNorm1d(5) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.to(dtype)
+
+    def encode_pairs(self, samples: dict) -> dict:
+        query = self.dropout(self.norm(self.query(samples["x"])).tanh())
+        flags = torch.tensor(samples["flag"])
+        if flags.any():
+            query = query + flags[:, None] * self.rare
+        return {"query": query, "target": self.target(samples["y"]), "loss_size": query.square().sum(1)}
+
+    def losses(self, encoded: dict, samples: dict) -> dict:
+        gallery = with_others({"target": encoded["target"]})["target"]
+        logits = encoded["query"] @ gallery.T * self.temperature.exp()
+        matching = F.cross_entropy(logits, torch.arange(len(logits)))
+        size = encoded["loss_size"].mean()
+        return {"loss": matching + 0.1 * size, "loss_matching": matching, "loss_size": size}
+
+    def forward(self, samples: dict) -> dict:
+        return self.losses(self.encode_pairs(samples), samples)
+
+
+def toy_pairs(count: int, dtype: torch.dtype = torch.float64) -> dict:
+    """Only the first pair has the flag: with several processes the others have `rare` idle."""
+    generator = torch.Generator().manual_seed(4)
+    x, y = torch.randn(2, count, WIDTH, generator=generator).to(dtype)
+    return {"x": x, "y": y, "flag": [number == 0 for number in range(count)], "epoch": 3}
+
+
+WORDS = ("red", "blue", "square", "dress", "long")
+TEXTS = ("make it blue", "the same but longer, in red", "square", "", "a zeppelin", "blue and red", "long", "it")
+
+
+def neucore(dtype: torch.dtype = torch.float64, train_text: bool = False, **matching: Any) -> NeucoreModel:
+    """On the embedded encoders, without anything random in it."""
+    torch.manual_seed(0)
+    text = {"name": "minilm_l6", **({"freeze": False, "train_blocks": 1} if train_text else {})}
+    config = {
+        "arch": "neucore",
+        "model_type": "embedded",
+        "backbone": {"image": {"name": "efficientnet_lite0", "image_size": 64, "grid": 2}, "text": text},
+        "embed_dim": 32,
+        "concept_alignment": {"depth": 1, "heads": 2},
+        "fusion": {"steps": 2, "heads": 2, "head_dim": 16},
+        "matching": matching,
+        "query_dropout": {"image": 0.0, "text": 0.0},
+    }
+    model = NeucoreModel.from_config(config, vocabulary=ConceptVocabulary(WORDS))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.to(dtype)
+
+
+def neucore_pairs(count: int, dtype: torch.dtype = torch.float64) -> dict:
+    """Image tokens as from a cache. Targets come twice, answers are several, references are others' targets."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randn(2, count, 4, 1280, generator=generator).to(dtype)
+    keys = torch.arange(count)
+    known = [[word for word in WORDS if word in text] for text in TEXTS]
+    return {
+        "reference_tokens": tokens[0],
+        "target_tokens": tokens[1],
+        "text_input": [TEXTS[number % len(TEXTS)] for number in range(count)],
+        "concept_words": [tuple(known[number % len(TEXTS)]) for number in range(count)],
+        "reference_key": (keys + 3) % count,
+        "target_key": keys // 2,
+        "right_keys": [(number // 2, (number // 2 + 1) % count) for number in range(count)],
+    }
+
+
+MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[..., dict]]] = {
+    "toy": (Toy, toy_pairs),
+    "neucore": (neucore, neucore_pairs),
+}
+
+
+def part_of(samples: dict, rank: int, world: int) -> dict:
+    """Every world-th row, as the loader deals them out."""
+    return {
+        key: value[rank::world] if isinstance(value, list | torch.Tensor) else value for key, value in samples.items()
+    }
+
+
+def step(kind: str, settings: dict, count: int, chunk: int | None = None, accumulate: int = 1) -> dict:
+    """Losses and gradients of this process's part of `count` pairs, in `accumulate` batches; as the runner does it."""
+    build, make = MODELS[kind]
+    model = build(**settings).train()
+    stepped = distributed.wrap_model(GradCache(model, chunk) if chunk else model, torch.device("cpu"))
+    own = part_of(make(count, settings.get("dtype", torch.float64)), distributed.rank(), distributed.world_size())
+    torch.manual_seed(9)
+    losses: dict[str, float] = {}
+    for samples in chunks(own, rows(own), rows(own) // accumulate):
+        out = stepped(samples)
+        (out["loss"] / accumulate).backward()
+        for name, value in out.items():
+            losses[name] = losses.get(name, 0.0) + value.item() / accumulate
+    grads = {name: None if p.grad is None else p.grad.numpy() for name, p in model.named_parameters()}
+    return {"losses": losses, "grads": grads, "buffers": {name: b.numpy() for name, b in model.named_buffers()}}
+
+
+def in_group(tmp_path: Any, job: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Any]:
+    """What `job(*arguments)` gives in each of `world` gloo processes, by rank."""
+    context = runner_case.clean_processes()
+    results, store = context.Queue(), tmp_path / f"store-{os.urandom(4).hex()}"
+    group = [
+        context.Process(target=_join, args=(rank, world, str(store), results, job, arguments)) for rank in range(world)
+    ]
+    for process in group:
+        process.start()
+    seen = dict(results.get(timeout=240) for _ in range(world))
+    for process in group:
+        process.join(60)
+    assert [process.exitcode for process in group] == [0] * world
+    return [seen[rank] for rank in range(world)]
+
+
+def _join(rank: int, world: int, store: str, results: Any, job: Callable[..., Any], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        results.put((rank, job(*arguments)))
+    finally:
+        dist.destroy_process_group()
+
+
+def assert_same_step(found: dict, expected: dict, tolerance: float) -> None:
+    """Losses and every gradient, against its largest entry; a parameter without gradient has none in both."""
+    # Some gradients are nothing but rounding, such as those of an attention's key bias.
+    least = 0.01 * max(np.abs(wanted).max() for wanted in expected["grads"].values() if wanted is not None)
+    assert found["losses"] == {name: _near(value, tolerance) for name, value in expected["losses"].items()}
+    for name, wanted in expected["grads"].items():
+        given = found["grads"][name]
+        assert (given is None) == (wanted is None), name
+        if wanted is not None:
+            scale = max(np.abs(wanted).max(), least)
+            np.testing.assert_allclose(given / scale, wanted / scale, rtol=0, atol=tolerance, err_msg=name)
+
+
+def _near(value: float, tolerance: float) -> Any:
+    import pytest
+
+    return pytest.approx(value, rel=tolerance, abs=tolerance)
+
+
+def mean_losses(parts: list[dict]) -> dict[str, float]:
+    """Losses averaged over the processes."""
+    return {name: sum(part["losses"][name] for part in parts) / len(parts) for name in parts[0]["losses"]}

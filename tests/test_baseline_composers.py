@@ -1,0 +1,158 @@
+"""The composers of the baselines against plain loops; ARTEMIS in matrix products against the broadcast."""
+
+import math
+
+import pytest
+import torch
+
+import neucore_plugin
+import reference
+
+neucore_plugin.register()
+
+from neucore_plugin.models.baselines import COMPOSERS  # noqa: E402
+
+D = 6
+
+
+def composer(method: str, **options):
+    torch.manual_seed(1)
+    made = COMPOSERS[method](D, **options).double().eval()
+    w = {name: value.tolist() for name, value in made.state_dict().items()}
+    return made, w
+
+
+def layer(x, w, name):
+    return reference.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def two_layers(x, w, name):
+    return layer(reference.relu(layer(x, w, f"{name}.0")), w, f"{name}.2")
+
+
+def sigmoid(z):
+    return 1.0 / (1.0 + math.exp(-z))
+
+
+def by_loop(method, w, x, t):
+    """One query of a pooled method: image vector x, sentence t."""
+    if method == "image_only":
+        return list(x)
+    if method == "text_only":
+        return list(t)
+    if method == "sum":
+        return [a + b for a, b in zip(x, t, strict=True)]
+    if method == "tirg":
+        gate, residual = (two_layers([*x, *t], w, name) for name in ("gate", "residual"))
+        kept = [sigmoid(g) * a for g, a in zip(gate, x, strict=True)]
+        return [w["gate_weight"] * k + w["residual_weight"] * r for k, r in zip(kept, residual, strict=True)]
+    both = reference.relu(layer(t, w, "text.0")) + reference.relu(layer(x, w, "image.0"))
+    mixed = layer(reference.relu(layer(both, w, "mix.0.0")), w, "mix.1")
+    share = sigmoid(layer(reference.relu(layer(both, w, "share.0.0")), w, "share.1")[0])
+    summed = [m + share * b + (1 - share) * a for m, a, b in zip(mixed, x, t, strict=True)]
+    length = math.sqrt(sum(value * value for value in summed))
+    return [value / length for value in summed]
+
+
+@pytest.mark.parametrize("method", ["image_only", "text_only", "sum", "tirg", "combiner"])
+def test_pooled_composers_are_their_formulas(method):
+    made, w = composer(method)
+    vectors = {"pooled": torch.randn(4, D).double(), "sentence": torch.randn(4, D).double()}
+    found = made(**{name: vectors[name] for name in made.reads})
+    for row in range(4):
+        expected = by_loop(method, w, vectors["pooled"][row].tolist(), vectors["sentence"][row].tolist())
+        assert found[row].tolist() == pytest.approx(expected, rel=1e-9)
+    if method == "tirg":
+        assert (w["gate_weight"], w["residual_weight"]) == (1.0, 10.0)
+    if method == "combiner":
+        assert [tuple(made.mix[0][0].weight.shape), made.share[1].out_features] == [(8 * D, 8 * D), 1]
+
+
+def layer_norm(x, w, name, eps):
+    mean = sum(x) / len(x)
+    scale = 1 / math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + eps)
+    return [
+        (v - mean) * scale * gain + shift
+        for v, gain, shift in zip(x, w[f"{name}.weight"], w[f"{name}.bias"], strict=True)
+    ]
+
+
+def attended(x, w, name, heads):
+    """Every token attends to every token; queries, keys and values lie one after the other in `qkv`."""
+    size, projected, out = D // heads, [layer(token, w, f"{name}.qkv") for token in x], []
+    for token in projected:
+        mixed = []
+        for h in range(heads):
+            part = range(h * size, (h + 1) * size)
+            logits = [sum(token[d] * other[D + d] for d in part) / math.sqrt(size) for other in projected]
+            weights = reference.softmax(logits)
+            mixed += [sum(a * other[2 * D + d] for a, other in zip(weights, projected, strict=True)) for d in part]
+        out.append(layer(mixed, w, f"{name}.proj"))
+    return out
+
+
+def test_cross_attention_is_a_transformer_whose_first_output_counts():
+    """The loops see the words alone, without padding."""
+    made, w = composer("cross_attention", depth=2, heads=2, mlp_ratio=2.0)
+    tokens, words = torch.randn(2, 3, D).double(), torch.randn(2, 4, D).double()
+    lengths = [4, 2]
+    mask = torch.arange(4)[None] < torch.tensor(lengths)[:, None]
+    found = made(tokens=tokens, words=words, word_mask=mask)
+    for row, length in enumerate(lengths):
+        x = [w["first"]]
+        x += [[a + s for a, s in zip(token, w["segments"][0], strict=True)] for token in tokens[row].tolist()]
+        x += [[a + s for a, s in zip(word, w["segments"][1], strict=True)] for word in words[row, :length].tolist()]
+        for block in ("blocks.0", "blocks.1"):
+            inner = attended([layer_norm(t, w, f"{block}.norm1", 1e-6) for t in x], w, f"{block}.attn", 2)
+            x = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(x, inner, strict=True)]
+            hidden = [layer(layer_norm(t, w, f"{block}.norm2", 1e-6), w, f"{block}.mlp.fc1") for t in x]
+            inner = [layer(reference.gelu(h), w, f"{block}.mlp.fc2") for h in hidden]
+            x = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(x, inner, strict=True)]
+        assert found[row].tolist() == pytest.approx(layer_norm(x[0], w, "norm", 1e-5), rel=1e-8)
+
+
+# ---- ARTEMIS -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def artemis():
+    made, w = composer("artemis")
+    r, m, t = (torch.randn(count, D).double() for count in (4, 4, 7))
+    r[1] = t[2] = 0.0  # a zero vector scores 0, not NaN
+    return made, w, r, m, t
+
+
+def test_artemis_is_its_formula(artemis):
+    made, w, r, m, t = artemis
+    with torch.no_grad():
+        scores = made.score(made(pooled=r, sentence=m), {"fg": t})
+    for q in range(4):
+        sentence = m[q].tolist()
+        explicit = reference.softmax(two_layers(sentence, w, "attention"))
+        implicit = reference.softmax(two_layers(sentence, w, "implicit_attention"))
+        seen = [a * b for a, b in zip(implicit, r[q].tolist(), strict=True)]
+        for g in range(7):
+            target = t[g].tolist()
+            expected = reference.explicit_score(layer(sentence, w, "transform"), explicit, target)
+            expected += reference.explicit_score(seen, implicit, target)
+            assert scores[q, g].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_artemis_in_products_equals_the_broadcast(artemis):
+    """In place, with gradient, one query alone, in chunks, and pair by pair."""
+    made, _, r, m, t = artemis
+    query = made(pooled=r, sentence=m)
+    cosine = torch.nn.functional.cosine_similarity
+    with torch.no_grad():
+        explicit = cosine(query["text"][:, None], query["attention"][:, None] * t[None], dim=-1, eps=1e-12)
+        weights = query["image_attention"][:, None]
+        naive = explicit + cosine(weights * r[:, None], weights * t[None], dim=-1, eps=1e-12)
+        stored = {name: value.detach() for name, value in query.items()}
+        for found in (made.score(stored, {"fg": t}), made.score(stored, {"fg": t}, chunk=3)):
+            torch.testing.assert_close(found, naive)
+        one = {name: value[2:3] for name, value in stored.items()}
+        torch.testing.assert_close(made.score(one, {"fg": t}), naive[2:3])
+        torch.testing.assert_close(made.score_pairs(stored, {"fg": t[:4]}), naive.diag())
+    torch.testing.assert_close(made.score(query, {"fg": t}), naive)  # the differentiable way
+    values = [x.clone().requires_grad_() for x in (r[2:], m[2:], t[3:5])]
+    assert torch.autograd.gradcheck(lambda r, m, t: made.score(made(pooled=r, sentence=m), {"fg": t}), values)

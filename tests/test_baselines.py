@@ -1,0 +1,357 @@
+"""Baselines: every method as a model, in a config, and end to end in the host."""
+
+import copy
+import json
+import math
+import warnings
+from pathlib import Path
+
+import clip_case
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import neucore_plugin
+
+neucore_plugin.register()
+
+from neucore_plugin import checkpoint, cli, config, host  # noqa: E402
+from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
+from neucore_plugin.errors import CheckpointError, ConfigError  # noqa: E402
+from neucore_plugin.models.baselines import COMPOSERS, Artemis, CirBaseline  # noqa: E402
+from neucore_plugin.models.cir_model import CirModel  # noqa: E402
+from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
+from neucore_plugin.schema_model import METHODS  # noqa: E402
+
+TEXTS = ["make it blue", "the same dress but much longer and in red", "square"]
+SECTION = {
+    "arch": "cir_baseline",
+    "backbone": {"image": {"name": "efficientnet_lite0", "image_size": 64, "grid": 2}},
+    "embed_dim": 32,
+    "cross_attention": {"depth": 2, "heads": 2},
+}
+EMOJI = Path(__file__).resolve().parent.parent / "projects" / "neucore" / "train_emoji.yaml"
+
+
+# ---- as models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built():
+    """One model a method."""
+    models = {}
+    for method in METHODS:
+        torch.manual_seed(0)
+        section = {**SECTION, "method": method}
+        models[method] = CirBaseline.from_config(section, vocabulary=ConceptVocabulary(("red", "blue")))
+    return models
+
+
+@pytest.fixture(params=METHODS)
+def model(built, request):
+    return copy.deepcopy(built[request.param]).eval()
+
+
+@pytest.fixture(scope="module")
+def pixels(built):
+    noise = np.random.default_rng(3).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+    return torch.stack([built["sum"].image_processor(Image.fromarray(values)) for values in noise])
+
+
+@pytest.fixture
+def samples(pixels):
+    return {
+        "reference_image": pixels,
+        "target_image": pixels.flip(0),
+        "text_input": TEXTS,
+        "concept_words": [(), (), ()],
+        "reference_key": torch.tensor([0, 1, 2]),
+        "target_key": torch.tensor([2, 3, 0]),
+        "right_keys": [(2,), (3,), (0,)],
+    }
+
+
+def test_the_schema_names_the_methods():
+    assert tuple(COMPOSERS) == METHODS
+
+
+def test_every_trainable_parameter_gets_a_gradient(model, samples):
+    """None is idle, so that counts are fair and processes need not wait for one another."""
+    model.train()
+    model.query_dropout = {"image": 0.4, "text": 0.4}
+    torch.manual_seed(1)
+    for _ in range(8):
+        model(samples)["loss"].backward()
+    idle = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum())]
+    assert not idle
+    names = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert ("sentence_projection" in names) is (model.title not in ("image_only", "cross_attention"))
+    assert ("absent_image" in names) is (model.title != "text_only")
+    assert {"word_projection", "image_projection", "absent_word"} <= names or model.title != "cross_attention"
+
+
+def test_the_loss_is_the_cross_entropy_of_the_scores(model, samples):
+    """Columns are the targets, then the references; the third target is the first query's reference and left out."""
+    out = model(samples)
+    with torch.no_grad():
+        query = model.encode_query(samples["reference_image"], TEXTS)
+        images = torch.cat([samples["target_image"], samples["reference_image"]])
+        logits = (model.score(query, model.encode_image(images)) * model.matching.temperature.exp()).tolist()
+    keys, total = [2, 3, 0, 0, 1, 2], 0.0
+    for row, right in enumerate((2, 3, 0)):
+        rivals = [math.exp(z) for column, z in enumerate(logits[row]) if column == row or keys[column] != right]
+        total += math.log(sum(rivals)) - logits[row][row]
+    assert out["loss_matching"].item() == out["loss"].item() == pytest.approx(total / 3, rel=1e-4)
+
+
+@torch.no_grad()
+def test_scores_do_not_depend_on_batch_mates_or_padding(model, pixels):
+    gallery = model.encode_image(pixels)
+    together = model.score(model.encode_query(pixels, TEXTS), gallery)
+    for row, text in enumerate(TEXTS):
+        alone = model.score(model.encode_query(pixels[row : row + 1], [text]), gallery)
+        assert torch.allclose(together[row], alone[0], atol=2e-5)
+    single = torch.cat([model.encode_image(image[None])["fg"] for image in pixels])
+    assert torch.allclose(single, gallery["fg"], atol=2e-5)
+    assert torch.equal(model.score(model.encode_query(pixels, TEXTS), gallery), together)
+
+
+@torch.no_grad()
+def test_a_query_may_lack_its_image_or_its_text(model, pixels):
+    gallery = model.encode_image(pixels)
+    whole, only_text, only_image = (
+        model.score(model.encode_query(image, texts), gallery)
+        for image, texts in ((pixels, TEXTS), (None, TEXTS), (pixels, None))
+    )
+    assert only_text.shape == only_image.shape == (3, 3)
+    assert torch.equal(only_text, whole) is (model.title == "text_only")
+    assert torch.equal(only_image, whole) is (model.title == "image_only")
+    empty = model.score(model.encode_query(pixels, [""] * 3), gallery)  # an empty caption is a missing caption
+    assert torch.allclose(empty, only_image, atol=1e-5)
+    with pytest.raises(ValueError, match="a reference image, a text, or both"):
+        model.encode_query(None, None)
+    with pytest.raises(ValueError, match="3 reference images but 1 texts"):
+        model.encode_query(pixels, TEXTS[:1])
+
+
+@torch.no_grad()
+def test_cached_features_give_the_same(model, samples, pixels):
+    image, text = model.backbone.image(pixels), model.backbone.text(TEXTS)
+    features = {"words": text["words"], "word_mask": text["mask"], "sentence": text["sentence"]}
+    cached = {key: value for key, value in samples.items() if "image" not in key} | features
+    cached |= {f"reference_{name}": image[name] for name in ("tokens", "pooled")}
+    cached |= {f"target_{name}": image[name].flip(0) for name in ("tokens", "pooled")}
+    assert model(cached)["loss"].item() == pytest.approx(model(samples)["loss"].item(), rel=1e-5)
+    query = model.encode_query(texts=TEXTS, **image, text_features=features)
+    scores = model.score(query, model.encode_image(**image))
+    assert torch.allclose(scores, model.score(model.encode_query(pixels, TEXTS), model.encode_image(pixels)), atol=1e-5)
+    with pytest.raises(ValueError, match="give an image as pixels, or its cached pooled"):
+        model.encode_image(tokens=image["tokens"])
+
+
+def test_no_encoder_runs_for_what_a_method_does_not_read(built, pixels, samples):
+    for method, side in (("image_only", "text"), ("text_only", "image")):
+        model = copy.deepcopy(built[method]).eval()
+        model.reference_negatives = False
+        calls = []
+        getattr(model.backbone, side).register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model.encode_query(pixels, TEXTS)
+        assert not calls
+        model(samples)
+        assert len(calls) == (0 if side == "text" else 1)  # the target alone
+
+
+def save(model, path):
+    state, frozen = checkpoint.model_state(model)
+    checkpoint.save({"architecture": model.checkpoint_header(), "model": state, "frozen": frozen}, path)
+    return path
+
+
+@torch.no_grad()
+def test_a_checkpoint_brings_the_method(model, pixels, tmp_path):
+    path = save(model, tmp_path / "best.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = neucore_plugin.load_model(path)
+    assert type(loaded) is CirBaseline and loaded.title == model.title and not loaded.training
+    scores = [m.score(m.encode_query(pixels, TEXTS), m.encode_image(pixels)) for m in (model, loaded)]
+    assert torch.equal(*scores) and loaded.fingerprint() == model.fingerprint()
+    assert loaded.concept_maps(pixels, TEXTS, pixels) == [[], [], []]
+    assert host.model_of(path) == ["model.arch=cir_baseline", f"model.method={model.title}"]
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+@pytest.mark.parametrize("method", ["tirg", "artemis", "cross_attention"])
+def test_on_other_encoders(method, tmp_path):
+    """A CLIP ResNet, whose pooled vector has a width of its own, and a text encoder that is trained with the head."""
+    image = {"name": "clip", "config": clip_case.RESNET, "pretrained": "none"}
+    text = {"name": "glove_bigru", "word_dim": 8, "width": 16}
+    section = {**SECTION, "method": method, "backbone": {"image": image, "text": text}}
+    model = CirBaseline.from_config(section, vocabulary=ConceptVocabulary(("blue",)), captions=TEXTS)
+    assert model.pooled_projection[1].in_features == 24
+    assert model.image_projection is None or model.image_projection[1].in_features == 256
+    pixels = clip_case.pixels(3, 64)
+    keys = {"reference_key": torch.arange(3), "target_key": torch.arange(3, 6), "right_keys": [(3,), (4,), (5,)]}
+    texts = {"text_input": TEXTS, "concept_words": [()] * 3}
+    model.train()({"reference_image": pixels, "target_image": pixels.flip(0), **texts, **keys})["loss"].backward()
+    assert model.backbone.text.embedding.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        loaded = neucore_plugin.load_model(save(model, tmp_path / "best.pth"))
+        assert loaded.backbone.text.words == model.backbone.text.words
+        scores = [m.score(m.encode_query(pixels, TEXTS), m.encode_image(pixels)) for m in (model.eval(), loaded)]
+    assert torch.equal(*scores)
+
+
+def test_checkpoints_of_another_model_or_method_are_refused(built, tmp_path):
+    path = save(built["tirg"], tmp_path / "best.pth")
+    with pytest.raises(CheckpointError, match="holds a model of architecture 'cir_baseline', not 'neucore'"):
+        NeucoreModel.from_checkpoint(path)
+    with pytest.raises(CheckpointError, match="other settings(?s:.)*method: 'tirg' in the checkpoint, 'sum' in"):
+        CirBaseline.from_config({**SECTION, "method": "sum", "checkpoint": str(path)})
+    changed = {**SECTION, "method": "tirg", "query_dropout": {"image": 0.5}, "checkpoint": str(path)}
+    assert CirBaseline.from_config(changed).query_dropout["image"] == 0.5
+    stored = checkpoint.load(path)
+    stored["architecture"]["arch"] = "blip"
+    checkpoint.save(stored, tmp_path / "blip.pth")
+    with pytest.raises(CheckpointError, match="architecture 'blip', not (?s:.)*'neucore' or 'cir_baseline'"):
+        CirModel.from_checkpoint(tmp_path / "blip.pth")
+
+
+def test_the_host_loads_it_by_name(built, tmp_path):
+    from lavis.models import load_model, model_zoo
+
+    assert "embedded" in dict(model_zoo)["cir_baseline"]
+    assert not [name for name in dict(model_zoo)["cir_baseline"] if name.startswith("official_")]
+    with pytest.warns(UserWarning, match="cir_baseline: projections and composer have random weights"):
+        assert load_model("cir_baseline", is_eval=True).title == "combiner"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = save(built["artemis"], tmp_path / "best.pth")
+        loaded = load_model("cir_baseline", checkpoint=str(path), is_eval=True)
+    assert loaded.title == "artemis" and type(loaded.matching) is Artemis
+
+
+# ---- in a config ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_options_make_a_job_of_neucore_a_baseline(method):
+    options = ["model.arch=cir_baseline", f"model.method={method}", "run.output_dir=output/other"]
+    found, plain = config.load_config(EMOJI, options).to_dict(), config.load_config(EMOJI).to_dict()
+    assert found["model"]["method"] == method and found["run"].pop("output_dir") == "output/other"
+    plain["run"].pop("output_dir")
+    assert {key: found[key] for key in ("run", "datasets", "preprocess")} == {
+        key: plain[key] for key in ("run", "datasets", "preprocess")
+    }
+    for key in ("backbone", "embed_dim", "query_dropout", "concepts"):
+        assert found["model"][key] == plain["model"][key]
+    plain["model"]["matching"].pop("terms")
+    assert found["model"]["matching"] == plain["model"]["matching"]
+    assert not {"fusion", "concept_alignment", "loss", "form"} & set(found["model"])
+
+
+def test_types_are_those_of_neucore_but_the_released_form():
+    tables = config.package_tables()
+    shared = {name: path for name, path in tables.models["neucore"].items() if not name.startswith("official_")}
+    assert tables.models["cir_baseline"] == shared == CirBaseline.PRETRAINED_MODEL_CONFIG_DICT
+    for name in shared:
+        section = config.model_defaults({"arch": "cir_baseline", "model_type": name})
+        assert section["backbone"] == config.model_defaults({"model_type": name})["backbone"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["method=tirgg"], r"model.method: got \"tirgg\"; allowed: one of .*combiner.*Did you mean 'tirg'"),
+        (
+            ["fusion.steps=3"],
+            "model.fusion: is a setting of neucore, not of cir_baseline; take it out. Allowed here: ",
+        ),
+        (["matching.terms=[fused]"], "model.matching.terms: is a setting of neucore, not of cir_baseline; take it out"),
+        (["metod=tirg"], "model.metod: unknown key .*Did you mean 'method'"),
+        (["model_type=official_cirr"], "'official_cirr' is no model type of cir_baseline"),
+        (["method=tirg", "dropout=0.3"], "model.dropout: got 0.3; tirg has none, only combiner and cross_attention"),
+        (
+            ["method=cross_attention", "cross_attention.heads=3"],
+            "cross_attention.heads: got 3; allowed: a divisor of",
+        ),
+        (
+            ["method=image_only", "backbone.text.name=glove_bigru"],
+            "model.backbone.text.freeze: got false; image_only reads no text",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_told(options, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load_config(EMOJI, ["model.arch=cir_baseline", *(f"model.{option}" for option in options)])
+
+
+def test_other_ways_to_a_bad_model_are_told_too(built):
+    with pytest.raises(ConfigError, match=r"model\.method: is a setting of cir_baseline, not of neucore"):
+        config.load_config(EMOJI, ["model.method=tirg"])
+    with pytest.raises(ConfigError, match="'combinner' is no baseline. Did you mean 'combiner'"):
+        CirBaseline(built["sum"].backbone, ConceptVocabulary(()), 8, "combinner", {}, query_dropout={})
+    with pytest.raises(ConfigError, match="model.dropout: got 0.1; sum has none"):
+        CirBaseline.from_config({**SECTION, "method": "sum", "dropout": 0.1})
+
+
+# ---- end to end ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(shapes_root, cache_root, tmp_path_factory):
+    """Three epochs of two methods from one yaml of NEUCORE: {method: output folder}, and that yaml."""
+    import conftest
+
+    def change(content):
+        for key in ("concept_alignment", "fusion", "loss"):
+            content["model"].pop(key)
+
+    path = conftest.write_tiny(shapes_root, cache_root, tmp_path_factory.mktemp("baselines"), change)
+    folders = {}
+    for method in ("artemis", "text_only"):
+        folders[method] = path.parent / method
+        options = ["model.arch=cir_baseline", f"model.method={method}", f"run.output_dir={folders[method]}"]
+        host.run(path, options)
+    return folders, path
+
+
+def test_results_are_named_by_the_method(runs, capsys, tmp_path):
+    folders, _ = runs
+    less = ["text_only", "image_only"]
+    for method, rows in (("artemis", ["artemis", *less]), ("text_only", less)):
+        results = json.loads((folders[method] / "results.json").read_text())
+        assert [list(results[split]) for split in ("val", "test")] == [rows, rows]
+        record = json.loads(next(folders[method].glob("*/evaluation.json")).read_text())
+        assert record["results"] == results and set(record["per_change"]["val"]) == {"colour", "form"}
+        page = (folders[method] / "report.html").read_text()
+        assert "NEUCORE" not in page and "Where each concept lies" not in page
+        title = "ARTEMIS" if method == "artemis" else "text only"
+        assert f"<title>{title} on folder</title>" in page and f">{title}</th>" in page
+    assert cli.main(["report", str(folders["artemis"]), "--html", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["val", "artemis"]
+    assert "<title>ARTEMIS: artemis</title>" in (tmp_path / "page.html").read_text()
+
+
+def test_it_learns(runs):
+    """Both terms of the query count: the two together are far above either alone (chance: R@5 of 22)."""
+    rows = json.loads((runs[0]["artemis"] / "results.json").read_text())["val"]
+    assert rows["artemis"]["R@5"] > 60 and rows["artemis"]["R@5"] > 1.5 * rows["text_only"]["R@5"]
+
+
+def test_a_config_of_neucore_evaluates_a_baseline_and_search_takes_it(runs, shapes_root, tmp_path, capsys):
+    folders, path = runs
+    best = next(folders["artemis"].glob("*/checkpoint_best.pth"))
+    content = yaml.safe_load(path.read_text())
+    content["run"]["output_dir"] = str(tmp_path / "again")
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(content))
+    assert cli.main(["evaluate", "--cfg-path", str(tmp_path / "evaluate.yaml"), "--checkpoint", str(best)]) == 0
+    again, first = ((folder / "results.json").read_bytes() for folder in (tmp_path / "again", folders["artemis"]))
+    assert again == first
+    query = ["--folder", str(shapes_root / "images"), "--image", "circle-red.png", "--text", "make it blue", "-k", "3"]
+    capsys.readouterr()
+    assert cli.main(["search", "--checkpoint", str(best), *query, "--device", "cpu", "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)
+    assert len(hits) == 3 and hits[0]["score"] >= hits[1]["score"] >= hits[2]["score"]

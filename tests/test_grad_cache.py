@@ -1,0 +1,231 @@
+"""Gradient caching: losses and gradients of the plain step, whatever the chunk; less memory; the runner with it."""
+
+import logging
+import signal
+
+import batch_case as case
+import numpy as np
+import pytest
+import runner_case
+import torch
+from torch import nn
+
+from neucore_plugin import checkpoint
+from neucore_plugin.errors import ConfigError, DataError
+from neucore_plugin.grad_cache import GradCache, chunks, rows
+
+COUNT = 12
+CHUNKS = [1, 3, 5, 8, 11, 12, 40]  # divisors of 12 and others, the batch itself, more than the batch
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_equals_the_plain_step(chunk, accumulate):
+    plain = case.step("toy", {}, COUNT, accumulate=accumulate)
+    case.assert_same_step(case.step("toy", {}, COUNT, chunk, accumulate), plain, 1e-9)
+
+
+@pytest.mark.parametrize("chunk", [2, 3])
+@pytest.mark.parametrize("reference_negatives", [True, False])
+def test_equals_the_plain_step_of_neucore(chunk, reference_negatives):
+    settings = {"reference_negatives": reference_negatives}
+    case.assert_same_step(case.step("neucore", settings, 8, chunk), case.step("neucore", settings, 8), 1e-9)
+
+
+def test_equals_the_plain_step_of_neucore_in_float32_with_a_trained_text_encoder():
+    settings = {"dtype": torch.float32, "train_text": True}
+    case.assert_same_step(case.step("neucore", settings, 8, 3), case.step("neucore", settings, 8), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["toy", "neucore"])
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_two_processes_equal_one(tmp_path, kind, chunk):
+    """The rows of a process are cut into chunks, the loss sees those of both."""
+    plain = case.step(kind, {}, 8)
+    for accumulate in (1, 2) if kind == "toy" else (1,):
+        parts = case.in_group(tmp_path, case.step, kind, {}, 8, chunk, accumulate)
+        if accumulate == 1:
+            for part in parts:
+                case.assert_same_step({**part, "losses": case.mean_losses(parts)}, plain, 1e-9)
+        else:
+            expected = case.in_group(tmp_path, case.step, kind, {}, 8, None, accumulate)
+            for part, wanted in zip(parts, expected, strict=True):
+                case.assert_same_step(part, wanted, 1e-9)
+
+
+def in_chunks(model: nn.Module, samples: dict, chunk: int) -> dict:
+    """The chunks in one graph: what has to come out where a forward pass draws random numbers."""
+    parts = [model.encode_pairs(part) for part in chunks(samples, rows(samples), chunk)]
+    return model.losses({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, samples)
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.5}, {"norm": True}, {"dropout": 0.3, "norm": True}])
+def test_both_passes_draw_the_same_and_statistics_move_once(settings, caplog):
+    samples, found = case.toy_pairs(COUNT), []
+    for wrapped in (True, False):
+        model = case.Toy(**settings).train()
+        with caplog.at_level(logging.WARNING):
+            stepped = GradCache(model, 5) if wrapped else None
+        torch.manual_seed(1)
+        out = stepped(samples) if wrapped else in_chunks(model, samples, 5)
+        after = torch.rand(3)
+        out["loss"].backward()
+        assert torch.equal(torch.rand(3), after) is False
+        found.append((out, after, torch.rand(3), model))
+    (one, first, then, cached), (other, first_again, then_again, plain) = found
+    assert torch.equal(first, first_again) and torch.equal(then, then_again)  # the generator is where it would be
+    for name, value in other.items():
+        torch.testing.assert_close(one[name], value, rtol=1e-12, atol=0)
+    for (name, value), wanted in zip(cached.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, wanted.grad, rtol=1e-9, atol=1e-12, msg=name)
+    for value, wanted in zip(cached.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=0)
+    assert ("norm and 0 other batch norms take their statistics from chunks of 5" in caplog.text) == bool(
+        settings.get("norm")
+    )
+
+
+def test_query_dropout_of_neucore_is_the_same_in_both_passes():
+    grads = []
+    for wrapped in (True, False):
+        model = case.neucore().train()
+        model.query_dropout = {"image": 0.4, "text": 0.4}
+        samples = case.neucore_pairs(8)
+        torch.manual_seed(2)
+        out = GradCache(model, 3)(samples) if wrapped else in_chunks(model, samples, 3)
+        out["loss"].backward()
+        grads.append({name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad})
+    assert np.abs(grads[1]["absent_image"]).max() > 0 and np.abs(grads[1]["absent_word"]).max() > 0
+    for name, wanted in grads[1].items():
+        np.testing.assert_allclose(grads[0][name], wanted, rtol=1e-9, atol=1e-9 * np.abs(wanted).max(), err_msg=name)
+
+
+def test_in_bfloat16_weights_still_get_their_gradients():
+    """Autocast remembers converted weights; those of a pass without graph would carry no gradient."""
+    found = []
+    for chunk in (None, 3):
+        model = case.Toy(dtype=torch.float32).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = (GradCache(model, chunk) if chunk else model)(case.toy_pairs(COUNT, torch.float32))
+        out["loss"].backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    largest = max(value.abs().max().item() for value in found[0].values())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=0.02 * largest, msg=name)
+        assert value.abs().max() > 0 and found[1][name].abs().max() > 0
+
+
+def test_a_scaled_loss_gives_scaled_gradients():
+    """What a gradient scaler does in float16."""
+    grads = []
+    for factor in (1.0, 1024.0):
+        model = case.Toy().train()
+        (GradCache(model, 5)(case.toy_pairs(COUNT))["loss"] * factor).backward()
+        grads.append(model.query.weight.grad)
+    torch.testing.assert_close(grads[1], grads[0] * 1024, rtol=1e-12, atol=0)
+
+
+def kept_bytes(stepped: nn.Module, samples: dict) -> int:
+    """Most bytes of tensors that autograd holds for the backward pass, weights left out, of a whole step."""
+    weights = {p.untyped_storage().data_ptr() for p in stepped.parameters()}
+    held, most = [0], [0]
+
+    class Held:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            own = tensor.untyped_storage().data_ptr() not in weights
+            self.tensor, self.bytes = tensor, tensor.nbytes if own else 0
+            held[0] += self.bytes
+            most[0] = max(most[0], held[0])
+
+        def __del__(self) -> None:
+            held[0] -= self.bytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda kept: kept.tensor):
+        loss = stepped(samples)["loss"]
+        plain = most[0]
+    del loss
+    return plain
+
+
+def test_fewer_activations_are_kept():
+    class Deep(case.Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [layer for _ in range(20) for layer in (nn.Linear(case.WIDTH, case.WIDTH), nn.Tanh())]
+            self.deep = nn.Sequential(*layers).double()
+
+        def encode_pairs(self, samples: dict) -> dict:
+            return super().encode_pairs({**samples, "x": self.deep(samples["x"])})
+
+    samples = case.toy_pairs(64)
+    model = Deep().train()
+    assert kept_bytes(GradCache(model, 8), samples) < kept_bytes(model, samples) / 2
+
+
+# ---- the runner -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", runner_case.KINDS)
+def test_the_runner_trains_as_without(tmp_path, kind):
+    found = []
+    for number, chunk in enumerate((None, 3)):
+        runner = runner_case.make_runner(
+            tmp_path / str(number),
+            model=runner_case.TinyModel(dropout=0.0),
+            grad_cache_chunk=chunk,
+            **runner_case.KINDS[kind],
+        )
+        metrics = runner.train()
+        found.append((metrics, checkpoint.load(runner.output_dir / "checkpoint_last.pth")["model"]))
+    (plain_metrics, plain), (metrics, cached) = found
+    assert metrics["test"]["error"] == pytest.approx(plain_metrics["test"]["error"], rel=1e-4)
+    assert plain.keys() == cached.keys()  # the names are the model's own
+    for name, value in plain.items():
+        torch.testing.assert_close(cached[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_two_processes_of_the_runner_equal_one(tmp_path):
+    from test_distributed import run_group
+
+    run = {"max_epoch": 2, "dropout": 0.0, "grad_cache_chunk": 2}
+    codes, seen = run_group(tmp_path, tmp_path / "two", {**run, "batch_size_train": 3})
+    assert codes == [0, 0] and seen[0]["state"] == seen[1]["state"]
+    runner = runner_case.make_runner(
+        tmp_path / "one", model=runner_case.TinyModel(dropout=0.0), max_epoch=2, batch_size_train=6, grad_cache_chunk=4
+    )
+    runner.train()
+    for name, value in runner.bare_model.state_dict().items():
+        torch.testing.assert_close(torch.tensor(seen[0]["state"][name], dtype=value.dtype), value, rtol=1e-4, atol=1e-6)
+
+
+def test_killed_and_resumed_equals_never_stopped(tmp_path):
+    run = {**runner_case.ITERS, "grad_cache_chunk": 3}
+    whole = runner_case.make_runner(tmp_path / "whole", **run)
+    whole.train()
+    assert runner_case.run_child(runner_case.train_and_die, tmp_path / "cut", run, 7) == -signal.SIGKILL
+    again = runner_case.make_runner(tmp_path / "cut", **run)
+    again.train()
+    one, other = (runner_case.final_state(runner.output_dir) for runner in (whole, again))
+    assert {**one, "log": one["log"].splitlines()[1:]} == {**other, "log": other["log"].splitlines()[1:]}
+
+
+# ---- bad input ------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_is_refused(tmp_path):
+    class Whole(runner_case.TinyModel):
+        encode_pairs = None
+
+    with pytest.raises(ConfigError, match="grad_cache_chunk is 2, but Whole has no encode_pairs.*accum_grad_iters"):
+        runner_case.make_runner(tmp_path, model=Whole(), grad_cache_chunk=2).train()
+    with pytest.raises(ConfigError, match="run.grad_cache_chunk is 0"):
+        runner_case.make_runner(tmp_path, grad_cache_chunk=0)
+
+
+def test_batches_that_cannot_be_cut_are_refused():
+    stepped = GradCache(case.Toy(), 2)
+    with pytest.raises(DataError, match=r"one row a pair.*'x': 4.*'more': 3"):
+        stepped({**case.toy_pairs(4), "more": [1, 2, 3]})
+    with pytest.raises(DataError, match="one row a pair"):
+        stepped({"epoch": 1})
