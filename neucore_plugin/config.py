@@ -5,7 +5,7 @@ Knows neither torch nor lavis. `Config` behaves like `lavis.common.config.Config
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -357,14 +357,29 @@ def _datasets(checker: Checker, given: Any, tables: Tables, pixels: Mapping[str,
     return checked
 
 
-def load_config(path: str | Path, options: Iterable[str] | None = None, tables: Tables | None = None) -> Config:
+def load_config(
+    path: str | Path,
+    options: Iterable[str] | None = None,
+    tables: Tables | None = None,
+    section_of: Callable[[str], dict[str, Any] | None] | None = None,
+) -> Config:
     """Read, complete and check a config file; `options` are laid over it first.
+
+    section_of: gives the `model` section that a checkpoint holds. With run.evaluate it stands in place of the defaults
+    of a model type, and decides arch, type and method.
 
     Raises one ConfigError with every problem of every section. Sections of the host's own models, data sets and
     runners are completed from their default files and passed through unchecked.
     """
     tables = tables or package_tables()
     content = _with_options(read_yaml(path), options)
+    model, run = content.get("model"), content.get("run")
+    if section_of and isinstance(run, Mapping) and run.get("evaluate") is True and isinstance(model, Mapping):
+        held = section_of(model["checkpoint"]) if isinstance(model.get("checkpoint"), str) else None
+        if held:
+            content["model"] = merge(
+                held, {k: v for k, v in model.items() if k not in ("arch", "model_type", "method")}
+            )
     return Config(check(content, tables, str(path)), str(path))
 
 

@@ -243,17 +243,14 @@ def registry_tables() -> config.Tables:
     )
 
 
-def model_of(path: str | Path) -> list[str]:
-    """Options that make a config ask for the kind of model that a checkpoint of ours holds: its arch and method.
-
-    None for a file that is not there, which the check of the config tells. Raises `CheckpointError` for a bad one.
-    """
+def section_of(path: str | Path) -> dict[str, Any] | None:
+    """The `model` section of a checkpoint of ours; None for a file that is not there, which the check of the config
+    tells, or that is none of our models'. Raises `CheckpointError` for a damaged or hostile one."""
     from neucore_plugin import checkpoint
 
-    if not Path(path).is_file():
-        return []
-    held = (checkpoint.load(path).get("architecture") or {}).get("config") or {}
-    return [f"model.{key}={held[key]}" for key in ("arch", "method") if key in held]
+    if not Path(path).expanduser().is_file():
+        return None
+    return (checkpoint.load(Path(path).expanduser()).get("architecture") or {}).get("config")
 
 
 # --- processes, log ----------------------------------------------------------------------------------------------
@@ -381,23 +378,19 @@ def new_job_id() -> str:
 def run(cfg_path: str | Path, options: list[str] | None = None, evaluate: bool | None = None) -> Any:
     """Train (or evaluate) what a config file describes; returns what the runner returned.
 
-    `evaluate=True` sets run.evaluate; a checkpoint that the options name then decides the model's arch and method, so
-    that a config of NEUCORE evaluates a baseline too. The config is checked whole before data or weights are touched:
-    `ConfigError`.
+    `evaluate=True` sets run.evaluate. An evaluation takes the model from its checkpoint; what the file says of it must
+    agree. The config is checked whole before data or weights are touched: `ConfigError`.
     A file whose arch, task and runner are the host's own goes the host's stock way, unchecked where it is not ours.
     """
     config.read_yaml(cfg_path)  # a missing or broken file is told before the seconds that importing the host takes
-    chosen = config.dotlist(options)
-    if evaluate:
-        named = [option.partition("=")[2] for option in chosen if option.startswith("model.checkpoint=")]
-        chosen = [*(model_of(named[-1]) if named else []), *chosen, "run.evaluate=true"]
+    chosen = [*config.dotlist(options), *(["run.evaluate=true"] if evaluate else [])]
     register_all()
     import torch
     from lavis.common.registry import registry
 
     from neucore_plugin.randomness import seed_everything
 
-    cfg = config.load_config(cfg_path, chosen, registry_tables())
+    cfg = config.load_config(cfg_path, chosen, registry_tables(), section_of)
     registry.register("configuration", cfg)
     try:
         init_distributed(cfg.run_cfg)

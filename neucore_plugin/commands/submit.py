@@ -58,12 +58,11 @@ def _split(arguments: argparse.Namespace, split: str) -> Any:
 def _load(arguments: argparse.Namespace, split: str) -> tuple[Any, Any, Any]:
     from neucore_plugin import config, host
 
-    options = [*host.model_of(arguments.checkpoint), *config.dotlist(arguments.options)]
-    options += [f"model.checkpoint={arguments.checkpoint}", "run.evaluate=true"]
+    options = [*config.dotlist(arguments.options), f"model.checkpoint={arguments.checkpoint}", "run.evaluate=true"]
     host.register_all()
     from lavis.common.registry import registry
 
-    cfg = config.load_config(arguments.cfg_path, options, host.registry_tables())
+    cfg = config.load_config(arguments.cfg_path, options, host.registry_tables(), host.section_of)
     if list(cfg.datasets_cfg) != [arguments.name]:
         raise ConfigError(f"{arguments.cfg_path}: describes {', '.join(cfg.datasets_cfg)}, not {arguments.name} alone")
     host.setup_logging(True)

@@ -1,0 +1,57 @@
+"""The yamls of projects/neucore: each is a valid config, and an evaluation takes its model from the checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import neucore_plugin
+
+neucore_plugin.register()
+
+from neucore_plugin import config, host  # noqa: E402
+from neucore_plugin.errors import ConfigError  # noqa: E402
+
+PROJECTS = Path(__file__).resolve().parent.parent / "projects" / "neucore"
+YAMLS = sorted(path.name for path in PROJECTS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_a_project_is_complete_but_for_what_the_user_gives(name, tmp_path):
+    options = []
+    if name.startswith("eval_"):
+        with pytest.raises(ConfigError, match=r"has 1 problem:\s+model.checkpoint: is null"):
+            config.load_config(PROJECTS / name, tables=host.registry_tables())
+        (tmp_path / "best.pth").touch()
+        options = [f"model.checkpoint={tmp_path / 'best.pth'}"]
+    if name == "train_folder.yaml":
+        options = [f"datasets.folder.build_info.root={tmp_path}"]
+    found = config.load_config(PROJECTS / name, options, host.registry_tables()).to_dict()
+    assert found["run"]["output_dir"].startswith("output/")
+    # the command in the head of the file names the file
+    head = (PROJECTS / name).read_text().split("model:\n")[0]
+    assert f"projects/neucore/{name}" in head
+
+
+def test_no_two_projects_write_into_one_folder():
+    folders = [yaml.safe_load((PROJECTS / name).read_text())["run"]["output_dir"] for name in YAMLS]
+    assert len(set(folders)) == len(folders)
+
+
+def test_the_users_own_command_has_blip():
+    section = config.load_config(PROJECTS / "train_cirr.yaml").to_dict()["model"]
+    assert section["backbone"]["image"]["name"] == section["backbone"]["text"]["name"] == "blip"
+
+
+def test_an_evaluation_takes_the_model_from_its_checkpoint(tmp_path):
+    held = {**config.model_defaults({"model_type": "blip_cirr", "embed_dim": 64}), "checkpoint": None}
+    options = [f"model.checkpoint={tmp_path / 'best.pth'}"]
+    (tmp_path / "best.pth").touch()
+    found = config.load_config(PROJECTS / "eval_cirr.yaml", options, section_of=lambda path: held).to_dict()
+    assert found["model"] == {**held, "checkpoint": str(tmp_path / "best.pth")}
+    mean = found["datasets"]["cirr"]["vis_processor"]["eval"]["mean"]
+    assert mean == pytest.approx([0.481, 0.458, 0.408], abs=1e-3)  # BLIP's
+    said = config.load_config(PROJECTS / "eval_cirr.yaml", [*options, "model.embed_dim=32"], section_of=lambda _: held)
+    assert said.model_cfg.embed_dim == 32  # an error when the weights are loaded
+    trained = config.load_config(PROJECTS / "train_cirr.yaml", options, section_of=lambda _: {}).to_dict()
+    assert trained["model"]["model_type"] == "blip_cirr"  # a training goes by its file
