@@ -37,7 +37,6 @@ class FusionSchema(Section):
     dropout: Probability = 0.0
     generator_linears: whole(1) = 2  # linear layers that generate a block's norms
     instruction_linears: whole(1) = 2  # and of the mixture's instruction weights
-    residual: Flag = False  # the fused vector is the reference's foreground plus a change
 
 
 class ContrastiveSchema(Section):

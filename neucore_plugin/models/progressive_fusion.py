@@ -195,7 +195,6 @@ class ProgressiveFusion(nn.Module):
         gumbel: bool = False,
         generator_linears: int = 2,
         instruction_linears: int = 2,
-        residual: bool = False,
     ):
         super().__init__()
         if mode not in MODES:
@@ -203,7 +202,7 @@ class ProgressiveFusion(nn.Module):
         if released and mode != "mixture":
             raise ConfigError(f'fusion.mode is {mode!r}, but the released form needs "mixture"')
         check_positive(dim=dim, steps=steps, layers=layers)
-        self.dim, self.mode, self.released, self.residual = dim, mode, released, residual
+        self.dim, self.mode, self.released = dim, mode, released
         self.attend = AttendedEntities(dim, steps)
         self.instructions = None
         if mode == "mixture":
@@ -216,9 +215,6 @@ class ProgressiveFusion(nn.Module):
             for _ in range(layers)
         )
         self.output = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-        if residual:
-            nn.init.zeros_(self.output[-1].weight)
-            nn.init.zeros_(self.output[-1].bias)
 
     def forward(
         self,
@@ -262,8 +258,7 @@ class ProgressiveFusion(nn.Module):
         else:
             result["instruction_weights"] = self.instructions(sentence)  # [B,T,S]
             x = self._mixture(x, entities, mask, result["instruction_weights"], alone)
-        fused = self.output(self._mean(x[:, : count + 1], reference_mask))
-        return {"fused": reference_fg + fused if self.residual else fused, **result}
+        return {"fused": self.output(self._mean(x[:, : count + 1], reference_mask)), **result}
 
     def _chain(self, x: Tensor, entities: Tensor, mask: Tensor, alone: bool) -> Tensor:
         for layer in self.executors:
