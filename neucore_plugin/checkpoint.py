@@ -125,7 +125,8 @@ def _group_fingerprints(entries: Mapping[str, Any]) -> dict[str, str]:
 def _frozen_names(model: nn.Module) -> set[str]:
     """Entries of the modules that own parameters, all frozen; their buffers (batch norm) count as frozen with them.
 
-    A module with `in_checkpoint` is an exception, with all below it: nobody could get its weights again.
+    Exceptions, since nobody could get the weights again: a module with `in_checkpoint`, with all below it, and what a
+    checkpoint has brought (`restore_model`), such as blocks that an earlier phase trained and this one freezes.
     """
     names: set[str] = set()
     kept: list[str] = []
@@ -138,7 +139,7 @@ def _frozen_names(model: nn.Module) -> set[str]:
         if own and not any(parameter.requires_grad for parameter in own):
             entries = {**module._parameters, **module._buffers}
             names |= {f"{prefix}.{name}" if prefix else name for name, value in entries.items() if value is not None}
-    return names
+    return names - getattr(model, "brought", set())
 
 
 def trainable_state(model: nn.Module) -> dict[str, Any]:
@@ -197,6 +198,7 @@ def restore_model(model: nn.Module, state: Mapping[str, Any], frozen: Mapping[st
             "same pretrained encoders; or train anew"
         )
     model.load_state_dict(dict(state), strict=False)  # checked above: what is not in the file is proven to be the same
+    model.brought = getattr(model, "brought", set()) | set(state)
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("--json", action="store_true", help="print the results as JSON")
     search.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows the results")
     search.add_argument("--batch-size", type=_positive, default=32, help="images encoded at a time (default 32)")
+    search.add_argument("--module", help="module of your own to import first: it registers the checkpoint's backbone")
     search.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     search.set_defaults(run=_search)
 
@@ -174,6 +175,12 @@ def _search(arguments: argparse.Namespace) -> None:
     from neucore_plugin.retrieval import GalleryIndex, search_page
 
     host.before_import()
+    if arguments.module:
+        host.register_all()
+        try:
+            importlib.import_module(arguments.module)
+        except ImportError as error:
+            raise ConfigError(f"--module {arguments.module}: {error}; install it, or put it on PYTHONPATH") from error
     model = load_model(arguments.checkpoint, device=host.pick_device(arguments.device))
     index = GalleryIndex.build(model, arguments.folder, batch_size=arguments.batch_size, progress=not arguments.json)
     for failure in index.failures:

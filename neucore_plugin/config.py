@@ -144,12 +144,13 @@ def dotlist(options: Iterable[str] | None) -> list[str]:
 
 
 def _with_options(content: dict[str, Any], options: Iterable[str] | None) -> dict[str, Any]:
+    chosen = OmegaConf.create()
     for option in dotlist(options):
         try:
-            content = merge(content, OmegaConf.to_container(OmegaConf.from_dotlist([option]), resolve=True))
+            chosen = OmegaConf.merge(chosen, OmegaConf.from_dotlist([option]))
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"--options: {option!r} cannot be read: {' '.join(str(error).split())}") from error
-    return content
+    return merge(content, OmegaConf.to_container(chosen, resolve=True))  # at once: their order does not matter
 
 
 def merge(defaults: Any, given: Any) -> Any:
@@ -330,8 +331,8 @@ def _processors(checker: Checker, path: str, section: dict[str, Any], tables: Ta
                     section[kind][side] = checker.section(where, given, schema)
 
 
-def _datasets(checker: Checker, given: Any, tables: Tables, pixels: Mapping[str, Any]) -> dict[str, Any]:
-    """Checked section `datasets`; `pixels`: what the image encoder wants, where the file does not say otherwise."""
+def _datasets(checker: Checker, given: Any, tables: Tables, pixels: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Checked section `datasets`; `pixels`: what the processors' sides get where the file does not say otherwise."""
     if not isinstance(given, Mapping) or not given:
         checker.add("datasets", f"got {_short(given)}; allowed: a mapping of at least one data set")
         return {}
@@ -347,9 +348,9 @@ def _datasets(checker: Checker, given: Any, tables: Tables, pixels: Mapping[str,
         defaults = {}
         if files and checker.name(f"{path}.type", kind, files, f"type of {name}"):
             defaults = (read_yaml(files[kind]).get("datasets") or {}).get(name) or {}
-        if name in schemas.DATASET_SCHEMAS and pixels:
-            wanted = {"name": "cir_image", **pixels}
-            defaults = merge(defaults, {"vis_processor": {"train": wanted, "eval": wanted}})
+        if name in schemas.DATASET_SCHEMAS:
+            wanted = {side: {"name": "cir_image", **values} for side, values in pixels.items() if values}
+            defaults = merge(defaults, {"vis_processor": wanted})
         checked[name] = merge(defaults, section or {})
         if name in schemas.DATASET_SCHEMAS:
             checked[name] = checker.section(path, checked[name], schemas.DATASET_SCHEMAS[name])
@@ -361,30 +362,33 @@ def load_config(
     path: str | Path,
     options: Iterable[str] | None = None,
     tables: Tables | None = None,
-    section_of: Callable[[str], dict[str, Any] | None] | None = None,
+    section_of: Callable[[str, Mapping[str, Any]], dict[str, Any] | None] | None = None,
 ) -> Config:
     """Read, complete and check a config file; `options` are laid over it first.
 
-    section_of: gives the `model` section that a checkpoint holds. With run.evaluate it stands in place of the defaults
-    of a model type, and decides arch, type and method.
+    section_of: of a checkpoint and what the file says of the model: the checkpoint's {"config": its `model` section,
+    "image_processor": settings}. With run.evaluate they stand in place of the defaults of a model type and of a data
+    set's eval processor; arch, type and method are the checkpoint's.
 
     Raises one ConfigError with every problem of every section. Sections of the host's own models, data sets and
     runners are completed from their default files and passed through unchecked.
     """
     tables = tables or package_tables()
     content = _with_options(read_yaml(path), options)
-    model, run = content.get("model"), content.get("run")
+    model, run, pixels = content.get("model"), content.get("run"), {}
     if section_of and isinstance(run, Mapping) and run.get("evaluate") is True and isinstance(model, Mapping):
-        held = section_of(model["checkpoint"]) if isinstance(model.get("checkpoint"), str) else None
+        held = section_of(model["checkpoint"], model) if isinstance(model.get("checkpoint"), str) else None
         if held:
-            content["model"] = merge(
-                held, {k: v for k, v in model.items() if k not in ("arch", "model_type", "method")}
-            )
-    return Config(check(content, tables, str(path)), str(path))
+            said = {key: value for key, value in model.items() if key not in ("arch", "model_type", "method")}
+            content["model"] = merge(held["config"], said)
+            pixels = held.get("image_processor") or {}
+    return Config(check(content, tables, str(path), pixels), str(path))
 
 
-def check(content: Mapping[str, Any], tables: Tables, source: str) -> dict[str, Any]:
-    """The checked, completed content; `source` is named in the error."""
+def check(
+    content: Mapping[str, Any], tables: Tables, source: str, eval_pixels: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The checked, completed content; `source` is named in the error. eval_pixels: the eval processor's defaults."""
     from neucore_plugin.crosschecks import cross_checks
 
     checker = Checker()
@@ -401,7 +405,8 @@ def check(content: Mapping[str, Any], tables: Tables, source: str) -> dict[str, 
     if "datasets" in content:
         image = (result["model"].get("backbone") or {}).get("image")
         pixels = pixels_of(image) if isinstance(image, Mapping) else {}
-        result["datasets"] = _datasets(checker, content["datasets"], tables, pixels)
+        sides = {"train": pixels, "eval": {**pixels, **(eval_pixels or {})}}
+        result["datasets"] = _datasets(checker, content["datasets"], tables, sides)
     if "run" in content:
         result["run"] = _run(checker, content["run"], tables)
     preprocess = merge(preprocess, content.get("preprocess") or {})

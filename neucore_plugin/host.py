@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from importlib import metadata
 from pathlib import Path
@@ -243,14 +243,22 @@ def registry_tables() -> config.Tables:
     )
 
 
-def section_of(path: str | Path) -> dict[str, Any] | None:
-    """The `model` section of a checkpoint of ours; None for a file that is not there, which the check of the config
-    tells, or that is none of our models'. Raises `CheckpointError` for a damaged or hostile one."""
+def section_of(path: str | Path, said: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint of ours holds of its model: {"config": the `model` section, "image_processor", ...}.
+
+    said: the user's own section. None for a file that is not there, which the check of the config tells, or that is
+    none of our models'. Raises `CheckpointError` for one that is damaged, hostile, or asks for what nobody named.
+    """
     from neucore_plugin import checkpoint
+    from neucore_plugin.models.trust import refuse_strangers
 
     if not Path(path).expanduser().is_file():
         return None
-    return (checkpoint.load(Path(path).expanduser()).get("architecture") or {}).get("config")
+    held = checkpoint.load(Path(path).expanduser()).get("architecture") or {}
+    if not isinstance(held.get("config"), Mapping):
+        return None
+    refuse_strangers(path, held["config"], said)
+    return held
 
 
 # --- processes, log ----------------------------------------------------------------------------------------------

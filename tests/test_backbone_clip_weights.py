@@ -111,7 +111,11 @@ def archive(hosts, tmp_path, monkeypatch):
     monkeypatch.setitem(host_clip._MODEL_CONFIGS, "tiny", VIT)
 
     def known(digest):
-        monkeypatch.setitem(published._PRETRAINED, "tiny", {"openai": f"https://openai.test/models/{digest}/tiny.pt"})
+        monkeypatch.setitem(
+            published._PRETRAINED,
+            "tiny",
+            {"openai": f"https://openaipublic.azureedge.net/clip/models/{digest}/tiny.pt"},
+        )
 
     return path, known
 

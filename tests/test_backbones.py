@@ -1,6 +1,7 @@
 """Every backbone end to end in the host: tiny random encoders, one epoch, checkpoint, evaluation; training modes."""
 
 import json
+import sys
 import warnings
 
 import pytest
@@ -17,7 +18,9 @@ from neucore_plugin.errors import CheckpointError, ConfigError  # noqa: E402
 from neucore_plugin.models.backbones import ENCODERS, build_backbone, encoder_class, weights  # noqa: E402
 from neucore_plugin.models.cir_model import model_types  # noqa: E402
 from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
+from neucore_plugin.models.trust import refuse_strangers  # noqa: E402
 from neucore_plugin.retrieval import GalleryIndex  # noqa: E402
+from neucore_plugin.schedule import parameter_groups  # noqa: E402
 
 VIT, BERT = {"width": 32, "depth": 2, "heads": 2}, {"width": 32, "layers": 2, "heads": 2}
 CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -245,7 +248,7 @@ def test_frozen_weights_may_lie_elsewhere_when_a_checkpoint_is_used(tmp_path, mo
     published = {f"visual_encoder.{k.removeprefix('visual_encoder.')}": v for k, v in source.image.state_dict().items()}
     published |= {f"text_encoder.{k.removeprefix('text_encoder.')}": v for k, v in source.text.state_dict().items()}
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    name = "https://example.org/tiny.pth"
+    name = "https://storage.googleapis.com/sfr-vision-language-research/tiny.pth"
     file = weights.cached_path(name)
     file.parent.mkdir(parents=True)
     torch.save({"model": published}, file)
@@ -259,7 +262,7 @@ def test_frozen_weights_may_lie_elsewhere_when_a_checkpoint_is_used(tmp_path, mo
                        source.image.visual_encoder.cls_token)  # fmt: skip
     moved = file.rename(tmp_path / "moved.pth")
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(CheckpointError, match="cannot fetch https://example.org/tiny.pth"):
+    with pytest.raises(CheckpointError, match="cannot fetch https://storage.*/tiny.pth"):
         NeucoreModel.from_checkpoint(path)
     local = {side: {**settings, "pretrained": str(moved)} for side, settings in tiny.items()}
     again = NeucoreModel.from_config({**section, "backbone": local, "checkpoint": str(path)})
@@ -269,3 +272,75 @@ def test_frozen_weights_may_lie_elsewhere_when_a_checkpoint_is_used(tmp_path, mo
     torch.save({"model": published}, moved)
     with pytest.raises(CheckpointError, match="missing in the file: backbone.image|frozen weights that are not those"):
         NeucoreModel.from_config({**section, "backbone": local, "checkpoint": str(path)})
+
+
+def test_a_model_of_the_registry_can_be_tuned_when_both_sides_are_it():
+    import registered_case as case
+
+    both = {"image": {"method": "image", "image_size": 32}, "text": {"method": "encode_texts"}}
+    mine = {"name": "registered", "arch": "mine", "config": {"width": 12}, "freeze": False}
+    if "mine" not in case.registry.mapping["model_name_mapping"]:
+        case.registry.register_model("mine")(case.Mine)
+    backbone = {side: {**mine, **settings} for side, settings in both.items()}
+    section = {"arch": "neucore", "model_type": "embedded", "embed_dim": 16, "concept_alignment": {"heads": 2}}
+    model = NeucoreModel.from_config({**section, "backbone": backbone}, vocabulary=ConceptVocabulary(["red"]))
+    groups = parameter_groups(model, 0.01, {"backbone_image": 0.1})
+    counted = [id(p) for group in groups for p in group["params"]]
+    assert len(counted) == len(set(counted)) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_a_checkpoint_may_neither_import_nor_fetch_on_its_own(tmp_path, monkeypatch):
+    held = {"backbone": {"image": {"name": "registered", "module": "evil_module"}, "text": {"name": "minilm_l6"}}}
+    with pytest.raises(CheckpointError, match="evil_module.*may not import"):
+        refuse_strangers("x.pth", held)
+    with pytest.raises(CheckpointError, match="evil_module"):
+        refuse_strangers("x.pth", held, {"backbone": {"image": {"module": "another"}}})
+    refuse_strangers("x.pth", held, {"backbone": {"image": {"module": "evil_module"}}})
+    monkeypatch.setitem(sys.modules, "evil_module", sys)
+    refuse_strangers("x.pth", held)
+    url = "https://evil.example/x/model_base_capfilt_large.pth"
+    held = {"backbone": {"image": {"name": "blip", "pretrained": url}}}
+    with pytest.raises(CheckpointError, match="none of the host's places"):
+        refuse_strangers("x.pth", held)
+    refuse_strangers("x.pth", held, held)
+    official = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_base_capfilt_large.pth"
+    refuse_strangers("x.pth", {"backbone": {"image": {"name": "blip", "pretrained": official}}})
+    assert weights.cached_path(official).name == "model_base_capfilt_large.pth"
+    assert weights.cached_path(url).name != weights.cached_path(official).name  # none is taken for the other
+
+
+def test_an_evaluation_does_not_import_what_its_checkpoint_names(tmp_path, tiny_config):
+    section = {"arch": "neucore", "model_type": "blip", "embed_dim": 16, "concept_alignment": {"heads": 2}}
+    model = quiet(NeucoreModel.from_config, {**section, "backbone": TINY["blip"]})
+    state, frozen = checkpoint.model_state(model)
+    header = model.checkpoint_header()
+    header["config"]["backbone"]["image"] = {"name": "registered", "arch": "mine", "module": "evil_module"}
+    checkpoint.save({"architecture": header, "model": state, "frozen": frozen}, tmp_path / "evil.pth")
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(CheckpointError, match="evil_module.*may not import"):
+            host.run(tiny_config(), [f"model.checkpoint={tmp_path / 'evil.pth'}"], True)
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+def test_an_activation_that_followed_from_a_name_is_kept_in_the_checkpoint(tmp_path):
+    source = quiet(build_backbone, _complete(TINY["clip"]))
+    file = tmp_path / "tiny-quickgelu.pth"
+    state = {name: value for side in (source.image, source.text) for name, value in side.state_dict().items()}
+    torch.save(state, file)
+    named = {side: {**settings, "pretrained": str(file)} for side, settings in TINY["clip"].items()}
+    named["image"]["image_size"] = 32
+    section = {"arch": "neucore", "model_type": "clip_vitb32", "embed_dim": 16, "concept_alignment": {"heads": 2}}
+    model = NeucoreModel.from_config({**section, "backbone": named}, vocabulary=ConceptVocabulary(["red"])).eval()
+    assert model.backbone.image.quick_gelu
+    weights_, frozen = checkpoint.model_state(model)
+    path = tmp_path / "trained.pth"
+    checkpoint.save({"architecture": model.checkpoint_header(), "model": weights_, "frozen": frozen}, path)
+    file.rename(tmp_path / "moved.pth")
+    moved = {side: {**settings, "pretrained": str(tmp_path / "moved.pth")} for side, settings in named.items()}
+    again = NeucoreModel.from_config({**section, "backbone": moved, "checkpoint": str(path)}).eval()
+    pixels = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.backbone.image(pixels)["tokens"], model.backbone.image(pixels)["tokens"])

@@ -179,7 +179,7 @@ def test_a_checkpoint_brings_the_method(model, pixels, tmp_path):
     scores = [m.score(m.encode_query(pixels, TEXTS), m.encode_image(pixels)) for m in (model, loaded)]
     assert torch.equal(*scores) and loaded.fingerprint() == model.fingerprint()
     assert loaded.concept_maps(pixels, TEXTS, pixels) == [[], [], []]
-    held = host.section_of(path)
+    held = host.section_of(path, {})["config"]
     assert (held["arch"], held["method"]) == ("cir_baseline", model.title)
 
 

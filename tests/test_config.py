@@ -347,3 +347,10 @@ def test_yamls_of_the_project_are_right(path):
     roots = {"datasets": {name: {"build_info": {"root": "."}} for name in content["datasets"] if name != "emoji"}}
     checked = config.check(config.merge(content, roots), config.package_tables(), str(path))
     assert checked["run"]["task"] == "composed_image_retrieval"
+
+
+def test_the_order_of_options_does_not_matter(tmp_path):
+    options = ["model.backbone.image.image_size=96", "model.backbone.image.name=blip"]
+    for chosen in (options, options[::-1]):
+        image = config.load_config(write(tmp_path, minimal()), [*chosen]).model_cfg.backbone.image
+        assert (image.name, image.image_size) == ("blip", 96)

@@ -47,11 +47,19 @@ def test_an_evaluation_takes_the_model_from_its_checkpoint(tmp_path):
     held = {**config.model_defaults({"model_type": "blip_cirr", "embed_dim": 64}), "checkpoint": None}
     options = [f"model.checkpoint={tmp_path / 'best.pth'}"]
     (tmp_path / "best.pth").touch()
-    found = config.load_config(PROJECTS / "eval_cirr.yaml", options, section_of=lambda path: held).to_dict()
+    found = config.load_config(
+        PROJECTS / "eval_cirr.yaml",
+        options,
+        section_of=lambda path, said: {"config": held, "image_processor": {"fit": "crop"}},
+    ).to_dict()
     assert found["model"] == {**held, "checkpoint": str(tmp_path / "best.pth")}
-    mean = found["datasets"]["cirr"]["vis_processor"]["eval"]["mean"]
+    processors = found["datasets"]["cirr"]["vis_processor"]
+    assert (processors["eval"]["fit"], processors["train"]["fit"]) == ("crop", "pad")  # as it was trained
+    mean = processors["eval"]["mean"]
     assert mean == pytest.approx([0.481, 0.458, 0.408], abs=1e-3)  # BLIP's
-    said = config.load_config(PROJECTS / "eval_cirr.yaml", [*options, "model.embed_dim=32"], section_of=lambda _: held)
+    said = config.load_config(
+        PROJECTS / "eval_cirr.yaml", [*options, "model.embed_dim=32"], section_of=lambda *_: {"config": held}
+    )
     assert said.model_cfg.embed_dim == 32  # an error when the weights are loaded
-    trained = config.load_config(PROJECTS / "train_cirr.yaml", options, section_of=lambda _: {}).to_dict()
+    trained = config.load_config(PROJECTS / "train_cirr.yaml", options, section_of=lambda *_: {}).to_dict()
     assert trained["model"]["model_type"] == "blip_cirr"  # a training goes by its file

@@ -322,8 +322,17 @@ def test_frozen_statistics_that_change_are_noticed(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["checkpoint", "schedule", "loaders", "run_folder", "precision", "randomness", "distributed", "batch_norm"]
-    + ["grad_cache", "weight_average"],
+    [
+        "checkpoint",
+        "schedule",
+        "loaders",
+        "run_folder",
+        "precision",
+        "randomness",
+        "distributed",
+        "batch_norm",
+        "grad_cache",
+    ],
 )
 def test_these_files_know_no_host(name):
     source = (Path(checkpoint.__file__).parent / f"{name}.py").read_text()

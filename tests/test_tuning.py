@@ -228,7 +228,7 @@ def test_recomputed_activations_change_neither_loss_nor_gradients():
     ("text", "message"),
     [
         ({"lora": {"rank": 2}}, r"unknown key"),
-        ({"freeze": True, "train_blocks": 2}, "train_blocks and lora need freeze: false"),
+        ({"freeze": True, "train_blocks": 2}, "train_blocks needs freeze: false"),
         ({"freeze": False, "train_blocks": 9}, r"train_blocks is 9; the encoder has 6"),
     ],
 )
@@ -261,3 +261,37 @@ def test_batch_norms_are_not_counted_twice_and_convolutions_have_no_adapters():
     tower.lora_targets = ()
     with pytest.raises(ConfigError, match="x.lora: this encoder has no linear layers"):
         Tuning(freeze=False, lora=(("alpha", 1.0), ("dropout", 0.0), ("rank", 1))).apply(tower, "x")
+
+
+@pytest.mark.parametrize("later", [{"freeze": True}, {"freeze": False, "train_blocks": 1}], ids=["frozen", "fewer"])
+def test_what_an_earlier_phase_trained_stays_in_later_checkpoints(later, tmp_path):
+    first = build(freeze=False, train_blocks=2)
+    step(first)
+    saved(first, tmp_path / "first.pth")
+    config = section(**later)
+    config["checkpoint"] = str(tmp_path / "first.pth")
+    second = NeucoreModel.from_config(config)
+    step(second)
+    saved(second, tmp_path / "second.pth")
+    again = NeucoreModel.from_checkpoint(tmp_path / "second.pth")
+    for name, value in second.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert not torch.equal(
+        again.backbone.text.blocks[4].output.dense.weight, build().backbone.text.blocks[4].output.dense.weight
+    )
+
+
+def test_adapters_may_be_frozen_in_a_later_phase(tmp_path):
+    pytest.importorskip("peft")
+    lora = {"rank": 2, "alpha": 4.0, "dropout": 0.0}
+    first = build(freeze=False, lora=lora)
+    step(first)
+    saved(first, tmp_path / "first.pth")
+    config = section(freeze=True, lora=lora)
+    config["checkpoint"] = str(tmp_path / "first.pth")
+    second = NeucoreModel.from_config(config)
+    assert not trained(second.backbone)
+    saved(second, tmp_path / "second.pth")
+    again = NeucoreModel.from_checkpoint(tmp_path / "second.pth").eval()
+    with torch.no_grad():
+        assert torch.equal(again.backbone.text(TEXTS)["sentence"], first.eval().backbone.text(TEXTS)["sentence"])

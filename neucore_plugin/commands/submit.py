@@ -30,14 +30,18 @@ def run(arguments: argparse.Namespace) -> None:
 
     split = arguments.split or SPLITS[arguments.name]
     if arguments.check is not None:
-        print(f"{arguments.check}: good: {submission.check(arguments.check, _split(arguments, split))}")
+        compared = _split(arguments, split)
+        told = submission.check(arguments.check, compared, (arguments.name, split))
+        if compared is None:
+            told += f" ({'image ids' if arguments.name == 'circo' else 'pair ids and image names'} were not compared)"
+        print(f"{arguments.check}: good: {told}")
         return
     if not arguments.cfg_path or not arguments.checkpoint:
         raise ConfigError("give --cfg-path and --checkpoint to make the files, or --check FILE to check one")
     dataset, model, task = _load(arguments, split)
     for path, content in _contents(arguments, dataset, model, task, split):
         submission.write(path, content, (dataset.triplets, dataset.gallery))
-        print(f"{path}: good: {submission.check(path, (dataset.triplets, dataset.gallery))}")
+        print(f"{path}: good: {submission.check(path, (dataset.triplets, dataset.gallery), (arguments.name, split))}")
 
 
 def _split(arguments: argparse.Namespace, split: str) -> Any:
@@ -47,10 +51,11 @@ def _split(arguments: argparse.Namespace, split: str) -> Any:
     from neucore_plugin.datasets import published
 
     reader = published.reader(arguments.name)
-    if split not in reader.SPLITS:
-        raise ConfigError(f"{reader.TITLE} has no split {split!r}; allowed: {', '.join(reader.SPLITS)}")
+    allowed = [part for part in reader.SPLITS if part != "train"]
+    if split not in allowed:
+        raise ConfigError(f"{reader.TITLE} has no split {split!r} to submit; allowed: {', '.join(allowed)}")
     if not arguments.root and not os.environ.get(reader.ROOT_VARIABLE):
-        print("no --root: lengths, repeats and the header are checked, ids and names are not compared")
+        print("no --root: form, lengths, repeats and the number of queries are checked, not which pairs and images")
         return None
     return published.locate(arguments.name, arguments.root, [split], need_images=False)[1][split]
 

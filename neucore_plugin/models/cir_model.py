@@ -4,7 +4,6 @@ B batch, N image tokens, L words, K concepts of a query, C concept vocabulary, D
 """
 
 import copy
-import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from neucore_plugin.models.backbones.tuning import rate_scales
 from neucore_plugin.models.cir_inputs import CirInputs
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.reconcile import reconciled
+from neucore_plugin.models.trust import refuse_strangers
 from neucore_plugin.names import nearest
 from neucore_plugin.processors import CaptionProcessor, ImageProcessor
 
@@ -67,7 +67,9 @@ class CirModel(CirInputs, BaseModel):
         **inputs: Any,
     ) -> None:
         super().__init__(**inputs)
-        self.config, self.vocabulary = dict(config or {}), vocabulary
+        self.config, self.vocabulary = copy.deepcopy(dict(config or {})), vocabulary
+        for side, encoder in (self.config.get("backbone") or {}).items():
+            encoder |= getattr(getattr(self.backbone, side), "resolved", {})
         self.mask_duplicates, self.reference_negatives = mask_duplicates, reference_negatives
         self.trained = False
 
@@ -146,7 +148,7 @@ class CirModel(CirInputs, BaseModel):
             names = " or ".join(map(repr, known))
             raise CheckpointError(f"{path}: holds a model of architecture {header.get('arch')!r}, not {names}")
         config = model_defaults(header["config"])
-        _refuse_imports(path, config, wanted)
+        refuse_strangers(path, config, wanted)
         if wanted is not None:
             config = reconciled(path, config, wanted)
         vocabulary = ConceptVocabulary.from_plain(header["concepts"], f"{path}: its concept vocabulary")
@@ -199,10 +201,12 @@ class CirModel(CirInputs, BaseModel):
         An encoder with layer_decay has a group a block, all of one name, each with its own `lr_scale`.
         """
         groups: dict[tuple[str, float], list] = {}
+        taken: set[int] = set()
         for side, tuning in self.backbone.tuning.items():
             for parameter, scale in rate_scales(getattr(self.backbone, side), tuning.layer_decay):
-                groups.setdefault((f"backbone_{side}", scale), []).append(parameter)
-        taken = {id(parameter) for members in groups.values() for parameter in members}
+                if id(parameter) not in taken:  # both sides may be one model
+                    groups.setdefault((f"backbone_{side}", scale), []).append(parameter)
+                    taken.add(id(parameter))
         head = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
         groups[("head", 1.0)] = head
         return [{"name": name, "lr_scale": scale, "params": part} for (name, scale), part in groups.items() if part]
@@ -253,17 +257,6 @@ class CirModel(CirInputs, BaseModel):
     def score(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
         """Scores [Q,G], higher is better, in matrix products over chunks of queries."""
         return self.matching.score(query, gallery, chunk=chunk)
-
-
-def _refuse_imports(path: str | Path, config: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> None:
-    """A checkpoint may not decide what is imported: it may only ask for what the caller has imported, or names."""
-    for side in SIDES:
-        module = config["backbone"][side].get("module")
-        given = None if wanted is None else wanted["backbone"][side].get("module")
-        if module is not None and module not in sys.modules and module != given:
-            raise CheckpointError(
-                f"{path}: its {side} encoder is a model of the module {module!r}; import that first, if you trust it"
-            )
 
 
 def registered_models() -> dict[str, type[CirModel]]:

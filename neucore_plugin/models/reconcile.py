@@ -8,7 +8,8 @@ from neucore_plugin.errors import CheckpointError
 
 # Settings of the training: the config's are taken.
 _TRAINING = ("loss", "query_dropout", "matching.mask_duplicates", "matching.reference_negatives", "fusion.gumbel")
-_TUNING = ("freeze", "freeze_words", "train_blocks", "layer_decay", "checkpoint_activations")
+_TRAINING += ("matching.learn_temperature", "dropout", "fusion.dropout", "concept_alignment.dropout")
+_TUNING = ("freeze", "freeze_words", "train_blocks", "layer_decay", "checkpoint_activations", "blocks", "save_weights")
 _TRAINING += tuple(f"backbone.{side}.{key}" for side in ("image", "text") for key in _TUNING)
 # Where frozen weights that the checkpoint leaves out are found: the config's are taken where it names a place.
 _PLACES = tuple(f"backbone.{side}.{key}" for side in ("image", "text") for key in ("pretrained", "vit_pretrained"))
@@ -23,7 +24,9 @@ def reconciled(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str,
     problems = [
         f"model.{key}: {theirs.get(key)!r} in the checkpoint, {mine.get(key)!r} in the config"
         for key in sorted(theirs.keys() | mine.keys())
-        if theirs.get(key) != mine.get(key) and not _within(key, _TRAINING + _PLACES + _IGNORED)
+        if theirs.get(key) != mine.get(key)
+        and not _within(key, _TRAINING + _PLACES + _IGNORED)
+        and not (key.endswith((".quick_gelu", ".module")) and mine.get(key) is None)  # the checkpoint knows
     ]
     if problems:
         listed = "\n  ".join(problems)

@@ -47,7 +47,7 @@ class BertText(nn.Module):
         max_words: word pieces kept of a text; a longer one is cut.
     """
 
-    words_live = trainable = True
+    words_live = True
     lora_targets: tuple[str, ...] = ("query", "value")
 
     def __init__(self, max_words: int) -> None:

@@ -63,7 +63,6 @@ class BlipImage(nn.Module):
         load: whether to read it.
     """
 
-    trainable = True
     mean, std = MEAN, STD
     lora_targets = ("qkv", "proj")
     name: ClassVar[str] = "blip"

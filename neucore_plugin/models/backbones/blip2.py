@@ -72,7 +72,6 @@ class Blip2Image(nn.Module):
         load: whether to read them.
     """
 
-    trainable = True
     mean, std = MEAN, STD
 
     def __init__(

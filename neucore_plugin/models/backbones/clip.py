@@ -40,7 +40,6 @@ _START, _END = (tokenizer.encoder[name] for name in ("<start_of_text>", "<end_of
 class _Clip(nn.Module):
     """What both towers share: which architecture, which weights, which activation."""
 
-    trainable = True
     side: ClassVar[str]
 
     def __init__(self, arch: str, config: Mapping[str, Any] | None, pretrained: str, quick_gelu: bool | None) -> None:
@@ -70,6 +69,11 @@ class _Clip(nn.Module):
             if not (self.quick_gelu or self._gelu_chosen):
                 raise ConfigError(f"{path} is OpenAI's, trained with quick GELU: set {self.setting}.quick_gelu: true")
         return weights.read_state(path, archive=archive), path
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Settings that followed from others, for the checkpoint: the file of weights may lie elsewhere later."""
+        return {"quick_gelu": self.quick_gelu}
 
     @property
     def fingerprint(self) -> str:

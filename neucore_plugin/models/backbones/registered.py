@@ -27,7 +27,6 @@ from neucore_plugin.names import nearest
 class _Registered(nn.Module):
     """What both sides share."""
 
-    trainable = True
     side: ClassVar[str]
     contract: ClassVar[str]
     hint = "set freeze: true (extract_features may be under no_grad), or name a differentiable `method` of the model"
@@ -156,7 +155,7 @@ class RegisteredImage(_Registered):
         super().__init__(host, settings, method, blocks, save_weights)
         self.image_size, self.mean, self.std = image_size, tuple(mean or MEAN), tuple(std or STD)
         blank = torch.zeros(1, 3, image_size, image_size)
-        tokens, pooled = self._probe(lambda: self._encode(blank), frozen, lambda found: found[0])
+        tokens, pooled = self._probe(lambda: self._encode(blank), frozen, _everything)
         self.num_tokens, self.width = tokens.shape[1:]
         self.grid, self.has_class_token = _square(self.num_tokens) if spatial else (None, False)
         self.pooled_width = self.width if pooled is None else pooled.shape[-1]
@@ -343,3 +342,9 @@ def _square(tokens: int) -> tuple[tuple[int, int] | None, bool]:
 def _means(rows: list[Tensor]) -> Tensor:
     """Mean of each [L_i,D] -> [B,D]; zero where there is nothing."""
     return torch.stack([row.sum(0) / max(len(row), 1) for row in rows])
+
+
+def _everything(found: tuple[Tensor, Tensor | None]) -> Tensor:
+    """A number that depends on tokens and on the pooled vector, where there is one."""
+    tokens, pooled = found
+    return tokens.sum() if pooled is None else tokens.sum() + pooled.sum()

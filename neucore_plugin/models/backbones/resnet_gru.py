@@ -39,7 +39,6 @@ def hold_as_buffers(module: nn.Module) -> None:
 class Features(nn.Module):
     """Feature maps extracted before, [width, grid, grid] an image, given in place of pixels."""
 
-    trainable = False
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, width: int = 2048, grid: int = 7, image_size: int = 224) -> None:
@@ -69,7 +68,6 @@ class ResNet(nn.Module):
         frozen: hold the weights as buffers. load: whether to read `weights`; a checkpoint brings its own.
     """
 
-    trainable = True
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(
@@ -154,7 +152,7 @@ class GloveBiGRU(nn.Module):
         freeze_words: the embedding is not trained. frozen: nothing is. load: whether to read `glove`.
     """
 
-    trainable = words_live = True
+    words_live = True
 
     def __init__(
         self,

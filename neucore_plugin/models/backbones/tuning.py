@@ -40,12 +40,14 @@ class Tuning:
 
     def apply(self, encoder: nn.Module, setting: str) -> None:
         """Set what is trained; raises ConfigError for what this encoder cannot do (`setting` names it)."""
+        blocks = list(getattr(encoder, "blocks", ()))
         if self.freeze:
-            if self.train_blocks is not None or self.lora is not None:
-                raise ConfigError(f"{setting}: train_blocks and lora need freeze: false")
+            if self.train_blocks is not None:
+                raise ConfigError(f"{setting}: train_blocks needs freeze: false")
+            if self.lora is not None:  # trained in an earlier phase
+                add_adapters(encoder, blocks, dict(self.lora), setting)
             encoder.requires_grad_(False)
             return
-        blocks = list(getattr(encoder, "blocks", ()))
         special = [name for name in ("train_blocks", "lora") if getattr(self, name) is not None]
         special += ["layer_decay"] * (self.layer_decay != 1.0)
         special += ["checkpoint_activations"] * self.checkpoint_activations

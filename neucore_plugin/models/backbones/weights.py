@@ -13,11 +13,12 @@ from urllib.parse import urlparse
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 
-from neucore_plugin import distributed
 from neucore_plugin.errors import CheckpointError
-from neucore_plugin.files import sha256_file
+from neucore_plugin.files import sha256_file, sha256_text
+from neucore_plugin.models.trust import KNOWN_SOURCES
 
 NONE = "none"  # random weights
 _KEPT = ("model", "state_dict", "model_state_dict")  # where a training file keeps its weights
@@ -29,13 +30,23 @@ def is_url(source: str) -> bool:
     return urlparse(source).scheme in ("http", "https")
 
 
+def known_source(url: str) -> bool:
+    """Whether a URL is one of the places that the host's own tables name."""
+    return url.startswith(KNOWN_SOURCES)
+
+
 def cached_path(url: str) -> Path:
-    """Where the file of a URL is kept, and looked for: $TORCH_HOME/hub/checkpoints under the URL's own file name."""
-    return Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(url).path))
+    """Where the file of a URL is kept, and looked for: in $TORCH_HOME/hub/checkpoints.
+
+    Under the URL's own file name where it is one of the host's; else a sum of the URL stands before it, so that no
+    other place can put its file where one of theirs is looked for.
+    """
+    name = os.path.basename(urlparse(url).path)
+    return Path(torch.hub.get_dir(), "checkpoints", name if known_source(url) else f"{sha256_text(url)[:12]}-{name}")
 
 
 def locate(source: str, setting: str) -> Path:
-    """The local file of `source`, a path or a URL; a URL is fetched once, by one process.
+    """The local file of `source`, a path or a URL; a URL is fetched once, by the first process that wants it.
 
     setting: the key of the config that named it, for messages. Raises CheckpointError.
     """
@@ -48,13 +59,15 @@ def locate(source: str, setting: str) -> Path:
         )
     path = cached_path(source)
     if not path.is_file():
-        distributed.on_main(lambda: None if path.is_file() else _fetch(source, path, setting))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{path.name}.lock")):  # processes of other machines have another folder
+            if not path.is_file():
+                _fetch(source, path, setting)
     _check_sum(source, path)
     return path
 
 
 def _fetch(url: str, path: Path, setting: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:  # to a temporary name, then renamed
         torch.hub.download_url_to_file(url, str(path), progress=True)
     except Exception as error:  # whatever a network does
@@ -69,7 +82,7 @@ def _check_sum(url: str, path: Path) -> None:
     """Some URLs carry the sha256 of their file as a folder (OpenAI's), or its beginning in the name (torch's)."""
     whole = next((part for part in urlparse(url).path.split("/") if re.fullmatch(r"[0-9a-f]{64}", part)), None)
     begin = re.search(r"-([0-9a-f]{8,64})\.", path.name)
-    wanted = whole or (begin[1] if begin else None)
+    wanted = whole or (begin[1] if begin and not begin[1].isdecimal() else None)  # a date is no sum
     if wanted and not (found := sha256_file(path)).startswith(wanted):
         raise CheckpointError(
             f"{path}: its sha256 is {found}, but {url} says {wanted}: damaged, or another file. Delete it; it is "
