@@ -17,6 +17,9 @@ def cross_checks(checker: "Checker", content: Mapping[str, Any], tables: "Tables
     """Add to `checker` what is wrong between keys; keys that are wrong in themselves are left alone."""
     if content["model"].get("arch") in schemas.MODEL_SCHEMAS:
         _model(checker, content["model"])
+        for side, encoder in (content["model"].get("backbone") or {}).items():
+            if isinstance(encoder, Mapping):
+                _encoder(checker, f"model.backbone.{side}", encoder, content["model"], tables)
     if content["run"].get("runner") in schemas.OUR_RUNNERS or "run.runner" in checker.bad:
         _run(checker, content)
         _splits(checker, content, tables)
@@ -49,6 +52,40 @@ def _model(checker: "Checker", model: Mapping[str, Any]) -> None:
         _released(checker, model, text)
     if model.get("arch") == "cir_baseline" and "model.method" not in checker.bad:
         _baseline(checker, model, text)
+
+
+_FILES = (".pth", ".pt", ".bin", ".safetensors")
+
+
+def _encoder(
+    checker: "Checker", path: str, encoder: Mapping[str, Any], model: Mapping[str, Any], tables: "Tables"
+) -> None:
+    """What can be told of an encoder without building it."""
+    started = model.get("checkpoint")  # it brings weights, and adapters of an earlier phase
+    for key in ("pretrained", "vit_pretrained"):
+        given = encoder.get(key)
+        if not started and isinstance(given, str) and "://" not in given and given.endswith(_FILES):
+            _exists(checker, f"{path}.{key}", given, "the path of a file of weights, a URL, or none")
+    if encoder.get("freeze") is True and encoder.get("train_blocks") is not None:
+        checker.add(f"{path}.train_blocks", f"got {encoder['train_blocks']}; it needs freeze: false")
+    if encoder.get("freeze") is True and encoder.get("lora") is not None and not started:
+        checker.add(f"{path}.lora", "is given, but freeze is true, so that nothing of it would be trained")
+    if encoder.get("lora") is not None and encoder.get("train_blocks") is not None:
+        checker.add(f"{path}.lora", "is given beside train_blocks; allowed: one of the two")
+    size, patch = encoder.get("image_size"), encoder.get("patch_size")
+    if isinstance(size, int) and isinstance(patch, int) and size % patch:
+        checker.add(f"{path}.image_size", f"got {size}; allowed: a multiple of the patch size {patch}")
+    sizes = encoder.get("architecture") or {}
+    width, heads = sizes.get("width"), sizes.get("heads")
+    if isinstance(width, int) and isinstance(heads, int) and width % heads:
+        checker.add(f"{path}.architecture.heads", f"got {heads}; allowed: a divisor of its width {width}")
+    arch = encoder.get("arch")
+    known = encoder.get("name") == "registered" and encoder.get("module") is None and len(tables.models) > 2
+    if known and f"{path}.arch" not in checker.bad and arch not in tables.models:
+        checker.add(
+            f"{path}.arch",
+            f"the host has no model {arch!r}.{nearest(str(arch), tables.models)} One of your own: name its module",
+        )
 
 
 def _released(checker: "Checker", model: Mapping[str, Any], text: Any) -> None:

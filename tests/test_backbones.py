@@ -344,3 +344,24 @@ def test_an_activation_that_followed_from_a_name_is_kept_in_the_checkpoint(tmp_p
     pixels = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again.backbone.image(pixels)["tokens"], model.backbone.image(pixels)["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("side", "change", "message"),
+    [
+        ("image", {"name": "blip", "image_size": 225}, "image_size: got 225; allowed: a multiple of the patch size 16"),
+        ("image", {"name": "blip", "architecture": {"width": 30, "heads": 7}}, "heads: got 7; allowed: a divisor of"),
+        ("text", {"name": "blip", "pretrained": "no/where.pth"}, "'no/where.pth' does not exist"),
+        ("text", {"name": "minilm_l6", "train_blocks": 2}, "train_blocks: got 2; it needs freeze: false"),
+        ("text", {"name": "minilm_l6", "lora": {"rank": 2}}, "lora: is given, but freeze is true"),
+        ("image", {"name": "registered", "arch": "blip_feature_extractr"}, "Did you mean 'blip_feature_extractor'"),
+    ],
+)
+def test_mistakes_in_an_encoder_are_told_by_the_check_of_the_config(side, change, message, tiny_config):
+    def set_(content):
+        content["model"]["backbone"][side] = change
+        content["datasets"]["folder"].pop("vis_processor")
+
+    with pytest.raises(ConfigError) as caught:
+        config.load_config(tiny_config(set_), tables=host.registry_tables())
+    assert message in str(caught.value) and "has 1 problem" in str(caught.value)

@@ -332,6 +332,7 @@ def test_frozen_statistics_that_change_are_noticed(tmp_path):
         "distributed",
         "batch_norm",
         "grad_cache",
+        "weight_average",
     ],
 )
 def test_these_files_know_no_host(name):
