@@ -1,5 +1,6 @@
 """Gradient caching: losses and gradients of the plain step, whatever the chunk; less memory; the runner with it."""
 
+import json
 import logging
 import signal
 
@@ -10,7 +11,7 @@ import runner_case
 import torch
 from torch import nn
 
-from neucore_plugin import checkpoint
+from neucore_plugin import checkpoint, host
 from neucore_plugin.errors import ConfigError, DataError
 from neucore_plugin.grad_cache import GradCache, chunks, rows
 
@@ -208,6 +209,31 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
     again.train()
     one, other = (runner_case.final_state(runner.output_dir) for runner in (whole, again))
     assert {**one, "log": one["log"].splitlines()[1:]} == {**other, "log": other["log"].splitlines()[1:]}
+
+
+def test_neucore_through_the_host_in_bfloat16(tiny_config):
+    """Plain, and with everything at once: losses near those of float32, weights kept in float32."""
+    losses = {}
+    bf16 = {"amp": "bf16"}
+    everything = {**bf16, "grad_cache_chunk": 5, "ema_decay": 0.9, "accum_grad_iters": 2}
+    for name, run in {"float32": {}, "bf16": bf16, "everything": everything}.items():
+
+        def change(config: dict, run=run, name=name) -> None:
+            config["model"]["query_dropout"] = {"image": 0.0, "text": 0.0}
+            config["run"].update(max_epoch=1, report=False, output_dir=config["run"]["output_dir"] + name, **run)
+
+        path = tiny_config(change, f"{name}.yaml")
+        metrics = host.run(path)
+        assert 0 < metrics["val"]["R@10"] <= 100
+        (last,) = path.parent.glob(f"output{name}/*/checkpoint_last.pth")
+        stored = checkpoint.load(last)
+        assert {v.dtype for v in stored["model"].values() if v.is_floating_point()} == {torch.float32}
+        lines = (last.parent / "log.txt").read_text().splitlines()
+        losses[name] = next(line for line in map(json.loads, lines) if "train_loss" in line)
+    for name in ("train_loss", "train_loss_matching", "train_loss_concept"):
+        assert losses["bf16"][name] != losses["float32"][name]  # it does act
+        assert losses["bf16"][name] == pytest.approx(losses["float32"][name], rel=0.02)
+        assert np.isfinite(losses["everything"][name])
 
 
 # ---- bad input ------------------------------------------------------------------------------
