@@ -221,7 +221,10 @@ class ConceptExtractor:
 
 
 def _plain(caption: str) -> str:
-    """Control characters and runs of white space as one space: the tagger takes them for words."""
+    """Control characters and runs of white space as one space, for the tagger takes them for words; `<and>`, which may
+    stand between two captions, as the word that it is.
+    """
+    caption = caption.replace("<and>", "and")
     return " ".join("".join(character if character.isprintable() else " " for character in caption).split())
 
 

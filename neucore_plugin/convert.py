@@ -7,21 +7,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from neucore_plugin import checkpoint
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
 from neucore_plugin.config import model_defaults, read_yaml
-from neucore_plugin.errors import CheckpointError, DataError
-from neucore_plugin.models.backbones.resnet_gru import SPECIALS, word_list
+from neucore_plugin.errors import CheckpointError, ConfigError, DataError
+from neucore_plugin.models.backbones.resnet_gru import NETWORKS, SPECIALS, word_list
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.processors import CaptionProcessor
-from neucore_plugin.released import converted_state, grouped, is_cnn, settings_from
+from neucore_plugin.released import cnn_names, converted_state, grouped, is_cnn, settings_from
 from neucore_plugin.vocabulary_pickle import read_vocabulary_pickle
 
 NEW = ("absent_image", "absent_word", "absent_sentence")  # stand-ins that the released form does not have
 _STATES = ("state_dict", "model", "model_state_dict", "net")
+_HEADS = ("module_heads", "concept_heads")  # no shape tells them
+# Plain values that may stand beside the weights: a Namespace holds settings, numpy's scalars a metric. None runs code.
+_PLAIN = [
+    argparse.Namespace,
+    np.dtype,
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *dict.fromkeys(type(np.dtype(kind)) for kind in "?bhilqBHILQefd"),
+]
 _SETTINGS = ("opt", "args", "config", "options")
 
 
@@ -40,25 +49,29 @@ def official_types() -> dict[str, dict[str, Any]]:
     return {name: read_yaml(path)["model"] for name, path in paths.items()}
 
 
-def load_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_released(
+    path: str | Path, wanted: str = "the .pth that the released code wrote"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(weights under the authors' names, settings the file holds) of a `.pth`, read as weights only.
+
+    wanted: what the file should be, for errors.
 
     Raises: CheckpointError for a file that is missing, damaged, hostile, or no checkpoint of the released form.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no file {path}; give the .pth that the released code wrote")
+        raise CheckpointError(f"no file {path}; give {wanted}")
     try:
-        # A Namespace only holds the settings; nothing of it runs.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN):
             value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the damage leads to
         text = " ".join(str(error).split())
         at = text.lower().find("unsupported")
         if at >= 0:
             raise CheckpointError(
-                f"{path} is refused: it holds more than weights and plain values ({text[at : at + 160]}). Loading it "
-                "by other means would run code of its author"
+                f"{path} is refused: it holds more than weights and plain values ({text[at : at + 160]}). This may be "
+                "a type that is merely unknown here, or code that would run on loading: if you trust its author, save "
+                'its "state_dict" alone'
             ) from error
         text = text[:160] or type(error).__name__
         raise CheckpointError(
@@ -67,11 +80,17 @@ def load_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a dict of weights")
     if value.get("format") == checkpoint.FORMAT:
-        raise CheckpointError(f"{path} is a checkpoint of ours already; use it as model.checkpoint")
+        raise CheckpointError(f"{path} is a checkpoint of ours already (use it as model.checkpoint), not {wanted}")
     held = next((value[key] for key in _STATES if isinstance(value.get(key), dict)), value)
     state = {str(name).removeprefix("module."): part for name, part in held.items() if isinstance(part, Tensor)}
     if not state:
-        raise CheckpointError(f"{path} holds no weights; it has the keys {', '.join(map(str, list(value)[:6]))}")
+        raise CheckpointError(
+            f"{path} holds no weights, so it is not {wanted}; it has the keys {', '.join(map(str, list(value)[:6]))}"
+        )
+    if odd := [name for name, part in state.items() if part.layout != torch.strided or part.is_quantized]:
+        raise CheckpointError(
+            f"{path} holds {len(odd)} sparse or quantised weights, such as {odd[0]}: dense ones are read"
+        )
     settings = next((value[key] for key in _SETTINGS if key in value), {})
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     return state, dict(settings) if isinstance(settings, Mapping) else {}
@@ -94,7 +113,14 @@ def convert_state(
     wrong = checkpoint.non_finite(state)
     if wrong:
         raise CheckpointError(f"{len(wrong)} weights hold NaN or infinity, such as {wrong[0]}: no trained model")
-    section = model_defaults(settings_from(state, settings, model_type, official_types()))
+    made = settings_from(state, settings, model_type, official_types())
+    section, notes = model_defaults(made), []
+    if assumed := [name for name in _HEADS if settings.get(name) is None]:
+        used = {"module_heads": made["fusion"]["heads"], "concept_heads": made["concept_alignment"]["heads"]}
+        notes.append(
+            f"{', '.join(f'{name} {used[name]}' for name in assumed)}: not in the file's settings but taken from "
+            f"{made['model_type']}; no shape tells them, and wrong ones give wrong results: --settings names the right"
+        )
     count = state["txt_enc.embed.weight"].shape[0]
     if len(words) != count or tuple(words[: len(SPECIALS)]) != SPECIALS:
         raise CheckpointError(
@@ -107,6 +133,9 @@ def convert_state(
         model.double()
     new, unused = converted_state(state)
     own = model.state_dict()
+    if "matching.temperature" not in new:
+        new["matching.temperature"] = own["matching.temperature"].clone()
+        notes.append(f"temperature: absent in the file, set to {made['matching']['temperature']:g}")
     missing = sorted(set(own) - set(new) - set(NEW))
     foreign = sorted(set(new) - set(own))
     shapes = sorted(
@@ -124,7 +153,26 @@ def convert_state(
             own[name].zero_()  # untrained: a query without image or text gets nothing rather than noise
     model.load_state_dict({**own, **new}, strict=True)
     model.trained = True
-    return Conversion(model.eval(), unused)
+    return Conversion(model.eval(), unused, notes)
+
+
+def cnn_state(path: str | Path, width: int) -> dict[str, Tensor]:
+    """torchvision's state dict of a ResNet whose maps have `width` channels, under names as the authors' code has them.
+
+    Raises: CheckpointError, with the file's name.
+    """
+    wanted = f"torchvision's state dict of one of {', '.join(NETWORKS)}"
+    state = {f"img_enc.cnn.{name}": value for name, value in load_released(path, wanted)[0].items()}
+    network = next((network for network in NETWORKS if cnn_names(state, network) is not None), None)
+    if network is None:
+        raise CheckpointError(f"the CNN {path} is not {wanted}: names or shapes of its weights differ")
+    if NETWORKS[network] != width:
+        raise CheckpointError(
+            f"the CNN {path} is a {network} with {NETWORKS[network]} channels; the checkpoint was trained on {width}"
+        )
+    if wrong := checkpoint.non_finite(state):
+        raise CheckpointError(f"the CNN {path}: {len(wrong)} weights hold NaN or infinity, such as {wrong[0]}")
+    return state
 
 
 def captions_of(paths: Iterable[str | Path]) -> list[str]:
@@ -167,12 +215,18 @@ def convert(
         settings: the authors' settings where the file itself lacks them.
         cnn: torchvision's state dict of the ResNet whose maps the model was trained on, where `source` holds no CNN:
             the result then takes pictures instead of maps.
+    Raises: CheckpointError, ConfigError and DataError; nothing is written then.
     """
+    if Path(output).is_dir():
+        raise ConfigError(
+            f"--out {output} is a folder; give the file that is to be written, such as {output}/model.pth"
+        )
     state, held = load_released(source)
     if cnn is not None:
         if any(is_cnn(name) for name in state):
             raise CheckpointError(f"{source} brings its own CNN; leave out the file {cnn}")
-        state |= {f"img_enc.cnn.{name}": value for name, value in load_released(cnn)[0].items()}
+        settings_from(state, {**held, **(settings or {})}, model_type, official_types())  # it is told first what lacks
+        state |= cnn_state(cnn, state["img_enc.proj.weight"].shape[1])
     texts = captions_of(captions)
     notes, listed = [], None
     if vocabulary is not None:
@@ -196,7 +250,10 @@ def convert(
     done = convert_state(state, held, words, known, model_type)
     done.notes += notes
     weights, frozen = checkpoint.model_state(done.model)
-    checkpoint.save({"architecture": done.model.checkpoint_header(), "model": weights, "frozen": frozen}, output)
+    try:
+        checkpoint.save({"architecture": done.model.checkpoint_header(), "model": weights, "frozen": frozen}, output)
+    except OSError as error:
+        raise ConfigError(f"--out {output} cannot be written: {error.strerror or error}") from error
     return done
 
 

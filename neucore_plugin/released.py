@@ -3,6 +3,7 @@
 Knows torch and no host.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neucore_plugin.errors import CheckpointError
+from neucore_plugin.errors import CheckpointError, ConfigError
 from neucore_plugin.models.backbones.resnet_gru import NETWORKS
 
 _ENGINE = "program_engine."
@@ -58,24 +59,26 @@ def renamed(name: str) -> str | None:
     if found := _EXECUTOR.fullmatch(name):
         return _executor(*found.groups())
     for old, new in _STACKS:
-        if name.startswith(old) and ".fc." in name:
-            return new + _stack(name.removeprefix(old))
+        if name.startswith(old) and (rest := _stack(name.removeprefix(old))):
+            return new + rest
     for old, new in _PREFIXES:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return None
 
 
-def _stack(rest: str) -> str:
-    index, last = rest.split(".fc.")
-    return f"{2 * int(index)}.{last}"
+def _stack(rest: str) -> str | None:
+    found = re.fullmatch(r"(\d+)\.fc\.(\w+)", rest)
+    return f"{2 * int(found[1])}.{found[2]}" if found else None
 
 
 def _executor(layer: str, kind: str, rest: str) -> str | None:
     head = f"fusion.executors.{layer}.{kind}."
-    if rest.startswith("params_generator.model."):
-        return f"{head}generator.{_stack(rest.removeprefix('params_generator.model.'))}"
-    depth, _, part = rest.removeprefix("module.layers.").split(".", 2)
+    if generator := _stack(rest.removeprefix("params_generator.model.")):
+        return f"{head}generator.{generator}"
+    if not (found := re.fullmatch(r"module\.layers\.(\d+)\.\d+\.(.+)", rest)):
+        return None
+    depth, part = found.groups()
     for old, new in _PARTS:
         if part.startswith(old):
             return head + new.format(depth) + part.removeprefix(old)
@@ -145,6 +148,8 @@ def converted_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], lis
     names, _ = name_map(state)
     new = {target: state[name] for name, target in names.items() if target is not None}
     new["image_projection.weight"] = new["image_projection.weight"].flatten(1)  # a 1x1 convolution there
+    if "matching.temperature" in new:
+        new["matching.temperature"] = new["matching.temperature"].reshape(-1)
     for name in list(new):  # old files lack the counters, which nothing computes with
         if name.startswith("backbone.image.") and name.endswith("running_var"):
             new.setdefault(f"{name.removesuffix('running_var')}num_batches_tracked", torch.zeros((), dtype=torch.long))
@@ -161,10 +166,20 @@ def settings_from(
         model_type: of ours; None means by the file's data set.
         defaults: {model type: its model section}.
     """
-    problems = [f"{name} is absent" for name in _NEEDED if name not in state]
-    if problems:
+    absent = [f"{name} is absent" for name in _NEEDED if name not in state]
+    if absent:
+        problems = absent
         hint = ", ".join(list(state)[:4]) or "nothing"
         raise CheckpointError(f"no checkpoint of the released NEUCORE: {'; '.join(problems)} (it holds {hint}, ...)")
+    ranks = {name: state[name].dim() for name in _NEEDED}
+    shapes = [
+        f"{name} has {ranks[name]} axes, not {wanted}" for name, wanted in _NEEDED.items() if ranks[name] != wanted
+    ]
+    temperature = state.get("temperature")
+    if temperature is not None and temperature.numel() != 1:
+        shapes.append(f"temperature has {temperature.numel()} numbers, not 1")
+    if shapes:
+        raise CheckpointError(f"no checkpoint of the released NEUCORE: {'; '.join(shapes)}")
     model_type = model_type or _DATA.get(str(given.get("data_name", "")).lower())
     if model_type not in defaults:
         raise CheckpointError(
@@ -180,15 +195,17 @@ def settings_from(
     layers = _count(state, r"program_engine\.executors\.layer(\d+)\.")
     first = "program_engine.executors.layer0.instruction_type0."
     head = re.escape(first)
-    heads = int(given.get("module_heads") or default["fusion"]["heads"])
+    heads = _whole(given, "module_heads", default["fusion"]["heads"])
+    concept_heads = _whole(given, "concept_heads", default["concept_alignment"]["heads"])
     inner = state[f"{first}module.layers.0.0.fn.to_qkv.weight"].shape[0] // 3
     if inner % heads:
         raise CheckpointError(f"the executors' width {inner} is no multiple of {heads} heads; give the right number")
+    if dim % concept_heads:
+        raise CheckpointError(f"the width {dim} is no multiple of {concept_heads} concept_heads; give the right number")
     _, network = name_map(state)
     image = {"name": "features", "width": state["img_enc.proj.weight"].shape[1]}
     if network is not None:
         image = {"name": "resnet", "network": network, "weights": None}
-    temperature = state.get("temperature")
     return {
         "arch": "neucore",
         "model_type": model_type,
@@ -200,8 +217,8 @@ def settings_from(
         "embed_dim": dim,
         "concept_alignment": {
             "depth": blocks,
-            "heads": int(given.get("concept_heads") or default["concept_alignment"]["heads"]),
-            "mlp_ratio": state["concept_net.encoder.blocks.0.mlp.fc1.weight"].shape[0] / dim if blocks else 4.0,
+            "heads": concept_heads,
+            "mlp_ratio": state[_FIRST_MLP].shape[0] / dim if _FIRST_MLP in state else 4.0,
         },
         "fusion": {
             "steps": _count(state, r"program_engine\.executors\.layer0\.instruction_type(\d+)\."),
@@ -214,22 +231,43 @@ def settings_from(
             "instruction_linears": _count(state, r"program_engine\.instruction_generator\.mlpencoder\.model\.(\d+)\."),
         },
         "matching": {
-            "temperature": float(given.get("temperature", 2.65926) if temperature is None else temperature.item()),
+            "temperature": _real(given, "temperature", 2.65926) if temperature is None else float(temperature),
             "learn_temperature": bool(given.get("learn_temperature", True)),
         },
     }
 
 
-_NEEDED = (
-    "txt_enc.embed.weight",
-    "txt_enc.sent_enc.weight_hh_l0",
-    "txt_enc.sent_enc.weight_hh_l0_reverse",
-    "img_enc.proj.weight",
-    "noun_encoder.weight",
-    "concept_net.encoder.pos_embed",
-    "program_engine.executors.layer0.instruction_type0.module.layers.0.0.fn.to_qkv.weight",
-    "program_engine.executors.layer0.instruction_type0.module.layers.0.1.fn.net.0.weight",
-)
+_NEEDED = {  # and the number of axes
+    "txt_enc.embed.weight": 2,
+    "txt_enc.sent_enc.weight_hh_l0": 2,
+    "txt_enc.sent_enc.weight_hh_l0_reverse": 2,
+    "img_enc.proj.weight": 4,
+    "noun_encoder.weight": 2,
+    "concept_net.encoder.pos_embed": 3,
+    "program_engine.executors.layer0.instruction_type0.module.layers.0.0.fn.to_qkv.weight": 2,
+    "program_engine.executors.layer0.instruction_type0.module.layers.0.1.fn.net.0.weight": 2,
+}
+_FIRST_MLP = "concept_net.encoder.blocks.0.mlp.fc1.weight"
+
+
+def _whole(given: Mapping[str, Any], name: str, default: int) -> int:
+    """A setting that is a whole number of at least 1, also as text; absent or None: the default. ConfigError."""
+    value = given.get(name)
+    if value is None:
+        return default
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", str(value)):
+        raise ConfigError(f"the setting {name} is {value!r}; a whole number of at least 1 is wanted")
+    return int(value)
+
+
+def _real(given: Mapping[str, Any], name: str, default: float) -> float:
+    value = given.get(name, default)
+    try:
+        if math.isfinite(float(value)):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"the setting {name} is {value!r}; a finite number is wanted")
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

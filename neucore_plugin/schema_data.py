@@ -96,6 +96,7 @@ class FashioniqInfoSchema(PublishedInfoSchema):
         ),
         at_least=1,
     ) = ["neucore"]
+    joiner: choice("and", "<and>") = "and"  # between the two captions of a pair; glove_bigru has a vector for <and>
 
 
 class FashioniqSchema(DatasetSchema):

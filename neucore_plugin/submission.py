@@ -17,6 +17,8 @@ from neucore_plugin.files import atomic_write
 LENGTHS = {"recall": 50, "recall_subset": 3, "circo": 50}
 MAX_BYTES = {"recall": 5_000_000, "recall_subset": 5_000_000}
 SHOWN = 10
+# Pair ids of CIRR are no row of numbers, so only their count is known here; CIRCO's are 0, 1, 2, ...
+QUERIES = {("cirr", "test1"): 4148, ("cirr", "val"): 4181, ("circo", "test"): 800, ("circo", "val"): 220}
 
 
 def cirr_content(metric: str, rankings: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -40,10 +42,15 @@ def write(path: str | Path, content: Mapping[str, Any], split: tuple[Sequence[Tr
     return path
 
 
-def check(path: str | Path, split: tuple[Sequence[Triplet], Gallery] | None = None) -> str:
+def check(
+    path: str | Path,
+    split: tuple[Sequence[Triplet], Gallery] | None = None,
+    published: tuple[str, str] | None = None,
+) -> str:
     """What a file is, such as "CIRR recall, 4,148 queries". Raises DataError listing what its server would refuse.
 
-    split: triplets and gallery of the test split; without it the ids and names cannot be compared, only counted.
+    split: triplets and gallery of the test split; without it names cannot be compared. published: the data set and the
+    split that the file must belong to, as in QUERIES: then files of another one, or with other queries, are refused.
     """
     path = Path(path)
     try:
@@ -53,11 +60,29 @@ def check(path: str | Path, split: tuple[Sequence[Triplet], Gallery] | None = No
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no valid JSON ({error})") from None
-    if problems := _problems(pairs, len(raw), split):
-        raise DataError(_told(path, problems))
     kind = _kind(dict(pairs))
+    problems = _problems(pairs, len(raw), split)
+    if published is not None and kind is not None:
+        if (kind == "circo") != (published[0] == "circo"):
+            form = "of CIRCO (it names no metric)" if kind == "circo" else f"of CIRR (its metric is {kind})"
+            raise DataError(f"{path}: has the form {form}; a file for {published[0].upper()} is wanted")
+        if split is None:
+            problems += _count_problems(pairs, published)
+    if problems:
+        raise DataError(_told(path, problems))
     count = sum(key not in ("version", "metric") for key, _ in pairs)
     return f"{'CIRCO' if kind == 'circo' else f'CIRR {kind}'}, {count:,} queries"
+
+
+def _count_problems(pairs: Sequence[tuple[str, Any]], published: tuple[str, str]) -> list[str]:
+    """What the published number of queries tells where their ids are not at hand."""
+    found = {key for key, _ in pairs if key not in ("version", "metric")}
+    wanted = QUERIES[published]
+    if published[0] != "circo":
+        return [f"has {len(found):,} queries; {published[1]} has {wanted:,}"] * (len(found) != wanted)
+    known = [str(number) for number in range(wanted)]
+    problems = [f"query {key!r} is not of this split (0 to {wanted - 1})" for key in found.difference(known)]
+    return problems + [f"query {key!r} is missing" for key in known if key not in found]
 
 
 def _told(path: Path, problems: Sequence[str]) -> str:

@@ -1,11 +1,11 @@
 """A vocabulary out of a pickle that somebody else wrote, without running anything in it. Knows neither torch nor host.
 
 Only plain containers come to life; an object of a class named Vocabulary becomes an inert record of its attributes.
-Everything else in the file is refused by its name.
+Everything else in the file is refused by its name. A pickle may set attributes of whatever it is handed (BUILD), so it
+is handed nothing that anybody else uses and that can be changed: builtin types, and classes of this file.
 """
 
 import builtins
-import collections
 import io
 import pickle
 from pathlib import Path
@@ -15,6 +15,7 @@ from neucore_plugin.errors import DataError
 
 _LARGEST = 256 << 20
 _BUILTINS = {"dict", "list", "set", "frozenset", "tuple", "str", "int", "float", "bool", "object"}
+_OLD_NAMES = {"long": int, "unicode": str}  # of Python 2, which protocols below 3 still write
 _COLLECTIONS = {"OrderedDict", "defaultdict", "Counter"}
 
 
@@ -35,20 +36,42 @@ class Record:
                 self.fields.update(part)
 
 
-def _reconstructed(kind: type, *_: Any) -> Any:  # what protocols 0 and 1 write in place of a plain construction
-    if kind is not Record:
-        raise pickle.UnpicklingError(f"refused: an object of {kind!r}")
-    return Record()
+class _Table(dict):
+    """In place of the dicts of `collections`. A BUILD on the class itself fails: its __setstate__ lacks a `self`."""
+
+    __slots__ = ()
+
+    def __init__(self, *given: Any) -> None:  # a defaultdict comes with its factory first
+        super().__init__(*(part for part in given if isinstance(part, dict | list | tuple)))
+
+    def __setstate__(self, state: Any) -> None:
+        """Attributes of a table are no words."""
+
+
+class _Reconstructed:
+    """What protocols 0 and 1 call in place of a plain construction."""
+
+    __slots__ = ()
+
+    def __new__(cls, kind: type, *_: Any) -> Record:
+        if kind is not Record:
+            raise pickle.UnpicklingError(f"refused: an object of {kind!r}")
+        return Record()
+
+    def __setstate__(self, state: Any) -> None:
+        """There are no instances; see `_Table`."""
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in ("builtins", "__builtin__") and name in _BUILTINS:
             return getattr(builtins, name)
+        if module == "__builtin__" and name in _OLD_NAMES:
+            return _OLD_NAMES[name]
         if module == "collections" and name in _COLLECTIONS:
-            return getattr(collections, name)
+            return _Table
         if (module, name) == ("copyreg", "_reconstructor") or (module, name) == ("copy_reg", "_reconstructor"):
-            return _reconstructed
+            return _Reconstructed
         if name.split(".")[-1].lower() in ("vocabulary", "vocab"):
             return Record
         raise pickle.UnpicklingError(f"refused: it asks for {module}.{name}, which no vocabulary needs")

@@ -128,6 +128,11 @@ def test_lemmas(extractor, caption, lemmas):
     assert extractor([caption]) == [lemmas]
 
 
+def test_the_mark_between_two_captions_is_no_concept(extractor):
+    marked, plain = extractor(["is red <and> has dots", "is red and has dots"])
+    assert marked == plain == ("red", "dot")
+
+
 def test_stray_characters_do_not_matter(extractor):
     plain, stray = extractor(["a red ball", "\x07 a\u200b  red\x00\n ball \ufeff"])
     assert plain == stray == ("red", "ball")

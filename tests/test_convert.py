@@ -1,6 +1,7 @@
 """An authors' checkpoint and vocabulary become one of our checkpoints, and nothing in them runs."""
 
 import argparse
+import collections
 import importlib
 import json
 import os
@@ -18,8 +19,9 @@ import neucore_plugin
 neucore_plugin.register()
 
 import released_reference as slow  # noqa: E402
+from torchvision import models as zoo  # noqa: E402
 
-from neucore_plugin import checkpoint, convert, released  # noqa: E402
+from neucore_plugin import checkpoint, convert, released, vocabulary_pickle  # noqa: E402
 from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
 from neucore_plugin.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from neucore_plugin.models.backbones.resnet_gru import SPECIALS  # noqa: E402
@@ -103,7 +105,7 @@ def test_files_that_are_refused(theirs, tmp_path, monkeypatch):
     refused(theirs.read_bytes()[:3000], "truncated, damaged, or no checkpoint at all .3000 bytes")
     refused(b"", "truncated, damaged, or no checkpoint at all .0 bytes")
     refused([1, 2], "holds a list")
-    refused({"epoch": 3}, "holds no weights; it has the keys epoch")
+    refused({"epoch": 3}, "holds no weights, so it is not the .pth .*; it has the keys epoch")
     refused({"layer.weight": torch.zeros(2)}, "no checkpoint of the released NEUCORE: txt_enc.embed.weight is absent")
     refused({"state_dict": state}, "does not say which data set .* give the model type: official_cirr")
     refused({"format": checkpoint.FORMAT}, "a checkpoint of ours already")
@@ -114,6 +116,99 @@ def test_files_that_are_refused(theirs, tmp_path, monkeypatch):
     refused({"state_dict": {**state, "txt_enc.sent_enc.weight_hh_l0": lstm}, "opt": OPT}, "no GRU: .*16, 4")
     with pytest.raises(CheckpointError, match="no file .*none.pth"):
         convert.load_released(tmp_path / "none.pth")
+
+
+def converted(path, settings=None):
+    state, held = convert.load_released(path)
+    return convert.convert_state(state, {**held, **(settings or {})}, WORDS, ConceptVocabulary(CONCEPTS))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("txt_enc.embed.weight", torch.zeros(5), "txt_enc.embed.weight has 1 axes, not 2"),
+        ("txt_enc.sent_enc.weight_hh_l0", torch.zeros(5), "weight_hh_l0 has 1 axes, not 2"),
+        ("img_enc.proj.weight", torch.zeros(5), "img_enc.proj.weight has 1 axes, not 4"),
+        ("temperature", torch.zeros(2), "temperature has 2 numbers, not 1"),
+        (
+            "Transform_m.0.weight",
+            torch.eye(8).to_sparse(),
+            "1 sparse or quantised weights, such as Transform_m.0.weight",
+        ),
+        ("Transform_m.0.weight", torch.zeros(()), r"other shape: matching.transform.weight \[\]"),
+    ],
+)
+def test_weights_of_another_form(tmp_path, name, value, match):
+    torch.save({"opt": OPT, "state_dict": {**tensors(), name: value}}, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match=match):
+        converted(tmp_path / "bad.pth")
+
+
+def test_settings_that_are_no_numbers():
+    def refused(error, match, **settings):
+        with pytest.raises(error, match=match):
+            convert.convert_state(tensors(), {**OPT, **settings}, WORDS, ConceptVocabulary(CONCEPTS))
+
+    for name in ("concept_heads", "module_heads"):
+        for value in ("abc", 0, -2, 2.5, True, [2]):
+            refused(ConfigError, f"the setting {name} is .*a whole number of at least 1", **{name: value})
+    refused(CheckpointError, "the width 8 is no multiple of 3 concept_heads", concept_heads=3)
+    refused(CheckpointError, "width 6 is no multiple of 4 heads", module_heads=4)
+
+
+def test_a_scalar_temperature_none_and_numpy_scalars_beside_the_weights(tmp_path):
+    state = {**tensors(), "temperature": torch.tensor(1.3)}
+    extra = {"best": np.float64(41.5), "epoch": np.int64(3), "done": np.bool_(True), "rate": np.float32(0.1)}
+    torch.save({"opt": OPT, "state_dict": state, **extra}, tmp_path / "theirs.pth")
+    assert converted(tmp_path / "theirs.pth").model.matching.temperature.tolist() == pytest.approx([1.3])
+    del state["temperature"]
+    with pytest.raises(ConfigError, match="the setting temperature is 'warm'; a finite number"):
+        convert.convert_state(state, {**OPT, "temperature": "warm"}, WORDS, ConceptVocabulary(CONCEPTS))
+    done = convert.convert_state(state, {**OPT, "temperature": 2}, WORDS, ConceptVocabulary(CONCEPTS))
+    assert done.model.matching.temperature.tolist() == [2] and done.notes == [
+        "temperature: absent in the file, set to 2"
+    ]
+    torch.save({"opt": OPT, "state_dict": state, "x": np.array(["text"], dtype=object)}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match="may be a type that is merely unknown here, or code"):
+        converted(tmp_path / "odd.pth")
+
+
+def test_heads_that_the_file_does_not_tell_are_reported(tmp_path):
+    given = {key: value for key, value in OPT.items() if key != "concept_heads"}
+    done = convert.convert_state(tensors(), given, WORDS, ConceptVocabulary(CONCEPTS))
+    lines = convert.report(done, "o.pth")
+    assert "concept_heads 8: not in the file's settings but taken from official_shoes" in "\n".join(lines)
+    assert not any("module_heads" in line for line in lines)
+    assert not converted_notes(OPT)
+
+
+def converted_notes(settings) -> list[str]:
+    return convert.convert_state(tensors(), settings, WORDS, ConceptVocabulary(CONCEPTS)).notes
+
+
+def test_a_place_that_cannot_be_written(theirs, tmp_path):
+    files = [tmp_path / "cap.json", tmp_path / "rest.json"]
+    ConceptVocabulary(CONCEPTS).to_json(tmp_path / "concepts.json")
+    for output, match in ((tmp_path, "is a folder; give the file"), (theirs / "o.pth", "cannot be written: ")):
+        with pytest.raises(ConfigError, match=match):
+            convert.convert(theirs, output, files, concepts=tmp_path / "concepts.json")
+
+
+def test_errors_of_a_cnn_name_its_file(theirs, tmp_path):
+    resnet = zoo.resnet18(weights=None).state_dict()
+
+    def refused(content, match):
+        torch.save(content, tmp_path / "cnn.pth")
+        with pytest.raises(CheckpointError, match=match):
+            convert.convert(theirs, tmp_path / "o.pth", [tmp_path / "cap.json"], cnn=tmp_path / "cnn.pth")
+
+    refused({"layer.weight": torch.zeros(2)}, "the CNN .*cnn.pth is not torchvision's state dict of one of resnet18")
+    refused(resnet, "the CNN .*cnn.pth is a resnet18 with 512 channels; the checkpoint was trained on 6")
+    refused({"epoch": 1}, "cnn.pth holds no weights, so it is not torchvision's")
+    torch.save({"opt": OPT, "state_dict": tensors(512)}, theirs)
+    refused({**resnet, "bn1.bias": torch.full((64,), np.nan)}, "the CNN .*cnn.pth: 1 weights hold NaN")
+    with pytest.raises(CheckpointError, match="no file .*none.pth; give torchvision's state dict"):
+        convert.convert(theirs, tmp_path / "o.pth", [tmp_path / "cap.json"], cnn=tmp_path / "none.pth")
 
 
 def test_words_that_do_not_belong_to_the_embedding(theirs, tmp_path):
@@ -162,6 +257,30 @@ def test_vocabulary_pickles_that_are_refused(tmp_path, monkeypatch):
         read_vocabulary_pickle(tmp_path / "none.pkl")
 
 
+@pytest.mark.parametrize(
+    "named",
+    [("collections", "Counter"), ("copyreg", "_reconstructor"), ("their_vocab", "Vocabulary"), ("builtins", "dict")],
+)
+def test_a_pickle_cannot_change_a_class(tmp_path, named):
+    """BUILD sets attributes of what it is handed: handed Counter itself, it would change it for the whole process."""
+    path = tmp_path / "v.pkl"
+    path.write_bytes("\x80\x02c{}\n{}\n(N}}X\x0b\x00\x00\x00most_commonK\x05stb.".format(*named).encode("latin-1"))
+    with pytest.raises(DataError, match="is no pickled vocabulary"):
+        read_vocabulary_pickle(path)
+    assert collections.Counter("aab").most_common(1) == [("a", 2)]
+    held = [vocabulary_pickle.Record, vocabulary_pickle._Table, vocabulary_pickle._Reconstructed]
+    assert not any(hasattr(kind, "most_common") for kind in held)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_tables_of_collections_are_read(tmp_path, protocol):
+    rows = {word: row for row, word in enumerate(WORDS)}
+    filled = collections.defaultdict(int, rows)
+    for table in (collections.OrderedDict(rows), collections.Counter(rows), filled):
+        (tmp_path / "v.pkl").write_bytes(pickle.dumps({"word2idx": table}, protocol))
+        assert read_vocabulary_pickle(tmp_path / "v.pkl") == (WORDS, None)
+
+
 def test_captions_files_that_hold_none(tmp_path):
     for content in ("{}", "[]", '[{"text": "x"}]', "not json"):
         (tmp_path / "c.json").write_text(content)
@@ -171,4 +290,7 @@ def test_captions_files_that_hold_none(tmp_path):
 
 def test_names_that_nothing_uses_are_listed_in_groups():
     assert released.grouped(["a.0.c", "a.12.c", "e"]) == ["a.*.c (2)", "e"]
-    assert released.renamed("something.else") is None
+    for name in ("something.else", "program_engine.out_proj.model.x.fc.weight", f"{slow.ENGINE}executors.layer0.x"):
+        assert released.renamed(name) is None
+    for rest in ("module.layers.0", "params_generator.model.0.fc.fc.weight", "module.layers.a.0.fn.to_qkv.weight"):
+        assert released.renamed(f"{slow.ENGINE}executors.layer0.instruction_type0.{rest}") is None

@@ -19,7 +19,7 @@ from torchvision import models as zoo  # noqa: E402
 from neucore_plugin import checkpoint, convert, host  # noqa: E402
 from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
 from neucore_plugin.config import load_config, model_defaults  # noqa: E402
-from neucore_plugin.errors import CheckpointError, ConfigError, DataError  # noqa: E402
+from neucore_plugin.errors import CheckpointError, ConfigError  # noqa: E402
 from neucore_plugin.models.backbones import resnet_gru  # noqa: E402
 from neucore_plugin.models.backbones.resnet_gru import SPECIALS, GloveBiGRU, ResNet, split_words, word_list  # noqa: E402
 from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
@@ -280,40 +280,6 @@ def test_glove_freezes_in_parts():
     held.load_state_dict({name: value.double() * 2 for name, value in whole.state_dict().items()})
     free.double().load_state_dict(held.state_dict())
     assert torch.allclose(held(["red dress"])["words"], free(["red dress"])["words"])  # its copies follow its weights
-
-
-def test_word_vectors_from_a_text_file_and_a_matrix(tmp_path):
-    matrix = np.arange(15, dtype=np.float32).reshape(3, 5) / 7
-    lines = [f"{word} {' '.join(str(v) for v in row)}" for word, row in zip(("red", "zoo", "it"), matrix, strict=True)]
-    (tmp_path / "glove.txt").write_text("\n".join(lines) + "\n")
-    np.save(tmp_path / "glove.npy", matrix)
-    (tmp_path / "list").write_text("red\nzoo\nit\n")
-    for glove, names in (("glove.txt", None), ("glove.npy", tmp_path / "list")):
-        encoder = GloveBiGRU(WORDS, 5, 8, glove=tmp_path / glove, glove_words=names)
-        assert encoder.words_found == 2
-        assert np.allclose(encoder.embed_words(["red", "it"]).detach(), matrix[[0, 2]])
-
-
-def test_word_vectors_that_cannot_be_used(tmp_path):
-    def refused(name, content, match, **more):
-        if content is not None:
-            (tmp_path / name).write_text(content)
-        with pytest.raises(DataError, match=match):
-            GloveBiGRU(WORDS, 5, 8, glove=tmp_path / name, **more)
-
-    refused("none.txt", None, "no word vectors at .*none.txt .*give a GloVe text file")
-    refused("narrow.txt", "red 1 2 3\n", r"narrow.txt, line 1: 3 numbers, expected 5 \(model.backbone.text.word_dim\)")
-    refused("cut.txt", "zoo 1 2 3 4 5\nred 1 2\n", "cut.txt, line 2: 2 numbers")
-    refused("nan.txt", "red 1 2 nan 4 5\n", "the vector of 'red' holds NaN")
-    refused("other.txt", "zoo 1 2 3 4 5\n", "holds a vector of none of the 12 words")
-    refused("word.txt", "red 1 2 x 4 5\n", "line 1: could not convert string to float: 'x'")
-    np.save(tmp_path / "m.npy", np.zeros((2, 5)))
-    refused("m.npy", None, "needs the list of its words, one a line: no file .*m.txt")
-    (tmp_path / "m.txt").write_text("red\n")
-    refused("m.npy", None, r"m.npy is float64 \[2, 5\], expected floats \[1, 5\]")
-    np.save(tmp_path / "o.npy", np.array([object()], dtype=object), allow_pickle=True)
-    (tmp_path / "o.txt").write_text("red\n")
-    refused("o.npy", None, "o.npy is no .npy matrix of numbers")
 
 
 # ---- model types ----------------------------------------------------------------------------------------------------

@@ -38,6 +38,20 @@ def test_no_two_projects_write_into_one_folder():
     assert len(set(folders)) == len(folders)
 
 
+def test_the_released_form_has_its_mark_and_its_augmentation():
+    for dataset in ("fashioniq", "shoes"):
+        found = config.load_config(PROJECTS / f"train_official_{dataset}.yaml").to_dict()
+        section = found["datasets"][dataset]
+        assert found["model"]["form"] == "released" and found["model"]["model_type"] == f"official_{dataset}"
+        assert section["vis_processor"]["train"]["augment"] == "crop_flip"
+        assert section["vis_processor"]["eval"].get("augment", "none") == "none"
+        assert section["build_info"].get("joiner") == ("<and>" if dataset == "fashioniq" else None)
+    plain = config.load_config(PROJECTS / "train_fashioniq.yaml").to_dict()
+    assert plain["datasets"]["fashioniq"]["build_info"]["joiner"] == "and"
+    with pytest.raises(ConfigError, match=r"joiner: .*allowed: one of .*<and>, and"):
+        config.load_config(PROJECTS / "train_fashioniq.yaml", ["datasets.fashioniq.build_info.joiner=und"])
+
+
 def test_the_users_own_command_has_blip():
     section = config.load_config(PROJECTS / "train_cirr.yaml").to_dict()["model"]
     assert section["backbone"]["image"]["name"] == section["backbone"]["text"]["name"] == "blip"

@@ -68,6 +68,19 @@ def test_texts_of_a_pair(text, expected):
     assert protocol.queries([plain]) == [plain]
 
 
+def test_a_mark_between_two_captions():
+    """The released form's: only where two captions are joined."""
+    made = {
+        text: [t.caption for t in protocols.Protocol("x", text=text).queries([PAIR, HALF], joiner="<and>")]
+        for text in protocols.TEXTS
+    }
+    assert made["concat"] == ["is red <and> has dots", "is long"]
+    assert made["both_orders"] == ["is red <and> has dots", "has dots <and> is red", "is long"]
+    assert made["separate"] == ["is red", "has dots", "is long"]
+    separate = protocols.Protocol("x", text="separate")
+    assert [t.caption for t in separate.queries([PAIR], True, "<and>")] == ["is red <and> has dots"]
+
+
 def test_an_empty_caption_still_counts_as_one_pair():
     pair = Triplet("p", "image-00", "is red", ("image-01",), captions=("is red", ""))
     assert [t.caption for t in protocols.Protocol("x", text="both_orders").queries([pair])] == ["is red", "is red"]

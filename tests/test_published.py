@@ -25,6 +25,7 @@ from neucore_plugin import host, schema_data  # noqa: E402
 from neucore_plugin.commands.data import PUBLISHED  # noqa: E402
 from neucore_plugin.datasets import published  # noqa: E402
 from neucore_plugin.datasets.protocols import PRESETS  # noqa: E402
+from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset  # noqa: E402
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CATEGORIES = ("dress", "shirt", "toptee")
@@ -172,6 +173,21 @@ def test_fashioniq_categories_and_their_mean(fashioniq_root, cache_root, tmp_pat
         assert results["val_mean"]["neucore"][f"R@{k}"] == pytest.approx(sum(rows) / 3)
 
 
+def test_the_released_forms_mark_between_captions(fashioniq_root, tmp_path, monkeypatch):
+    """Written by the data set, left alone by the processor, read by the word splitter as the special word it is."""
+    from neucore_plugin.models.backbones.resnet_gru import split_words
+
+    monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "cache"))
+    marked = build("fashioniq", fashioniq_root, ["train", "val_dress"], joiner="<and>")
+    plain = build("fashioniq", fashioniq_root, ["train", "val_dress"])
+    for split, dataset in marked.items():
+        pairs = list(zip(dataset.triplets, dataset.texts, plain[split].texts, strict=True))
+        assert any(len(triplet.captions) == 2 for triplet, _, _ in pairs)
+        for triplet, text, other in pairs:
+            assert split_words(text).count("<and>") == len(triplet.captions) - 1
+            assert text.replace(" <and> ", " and ") == other
+
+
 def test_shards_give_what_the_folder_gives(cirr_root, cache_root, tmp_path):
     from neucore_plugin.datasets import shards
 
@@ -237,10 +253,10 @@ def copy_without(root: Path, to: Path, absent: list[str]) -> Path:
     return to
 
 
-def build(name: str, root: Path, wanted, **info):
+def build(name: str, root: Path, wanted, data_type="images", **info):
     side = {"train": {"name": "cir_image", "image_size": 8}, "eval": {"name": "cir_image", "image_size": 8}}
     text = {"train": {"name": "cir_caption"}, "eval": {"name": "cir_caption"}}
-    given = {"data_type": "images", "build_info": {"root": str(root), **info}, "vis_processor": side}
+    given = {"data_type": data_type, "build_info": {"root": str(root), **info}, "vis_processor": side}
     builder = registry.get_builder_class(name)(OmegaConf.create({**given, "text_processor": text}))
     builder.wanted = wanted
     return builder.build_datasets()
@@ -278,6 +294,50 @@ def test_nothing_left_is_an_error(cirr_root, tmp_path, monkeypatch):
     names = list(json.loads((cirr_root / "image_splits/split.rc2.val.json").read_text()))
     with pytest.raises(DataError, match="every query needs an image that is missing"):
         build("cirr", copy_without(cirr_root, tmp_path / "empty", names), ["val"], missing="skip")
+
+
+def answers(name: str, targets, gone) -> list[Triplet]:
+    """What `missing: skip` leaves of one query of a data set whose images `gone` have no file."""
+    gallery = Gallery(tuple("rabcd"), tuple(Path(f"/none/{image}") for image in "rabcd"))
+    query = Triplet("1", "r", "x", tuple(targets), "", tuple("rabc"), (("a", 1.0), ("b", 0.5)))
+    other = Triplet("2", "r", "y", ("d",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published, "absent_images", lambda paths: [path for path in paths if path.name in gone])
+        splits, left_out = published.without_absent(name, {"val": ([query, other], gallery)})
+    found, there = splits["val"]
+    assert found[-1].query_id == "2" and there.ids == tuple(image for image in "rabcd" if image not in gone)
+    assert left_out["val"]["skipped_queries"] == 2 - len(found) and left_out["val"]["missing_images"] == len(gone)
+    store = ImageStore(dict(zip(there.ids, there.paths, strict=True)), str)
+    assert len(TripletDataset(name, "val", found, there, store)) == len(found)  # it refuses answers without a file
+    return found[:-1]
+
+
+def test_of_several_answers_the_absent_ones_are_left_out():
+    """Fashion200K counts any right answer, CIRCO's R@K the first one: without it the query cannot be counted."""
+    for name in ("fashion200k", "circo"):
+        assert [t.targets for t in answers(name, "abc", "b")] == [("a", "c")], name
+        assert answers(name, "abc", "abc") == []
+    assert [t.targets for t in answers("fashion200k", "abc", "a")] == [("b", "c")]
+    assert answers("circo", "abc", "a") == []
+    assert answers("fashion200k", "ra", "a") == []  # its own reference is no answer
+    (kept,) = answers("cirr", "a", "b")
+    assert kept.members == ("r", "a", "c") and kept.soft == (("a", 1.0),)
+
+
+def test_skipped_queries_are_told_from_shards_as_from_the_folder(cirr_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "cache"))
+    queries = json.loads((cirr_root / "captions/cap.rc2.val.json").read_text())
+    root = copy_without(cirr_root, tmp_path / "partial", [queries[0]["reference"], queries[5]["target_hard"]])
+    out = tmp_path / "tars"
+    arguments = ["shards", "cirr", "--root", str(root), "--out", str(out), "--splits", "val", "--missing", "skip"]
+    assert cli.main(arguments) == 0
+    by_folder = build("cirr", root, ["val"], missing="skip")["val"]
+    by_shards = build("cirr", out, ["val"], data_type="shards")["val"]
+    assert by_folder.fingerprint == by_shards.fingerprint
+    for key in ("missing_images", "skipped_queries"):
+        assert by_shards.left_out[key] == by_folder.left_out[key] > 0
+    with pytest.raises(DataError, match="holds shards of 'cirr', not of 'shoes'"):
+        build("shoes", out, ["test"], data_type="shards")
 
 
 # ---- neucore data check ----------------------------------------------------------------------------------------------

@@ -95,8 +95,15 @@ OPT = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A case of two queries with pictures of 64 x 64, its numbers by loops; the CNN's maps are torchvision's."""
-    folder, random = tmp_path_factory.mktemp("case"), np.random.default_rng(2)
+    return make(tmp_path_factory.mktemp("case"))
+
+
+def make(folder: Path, height: int = 64, width: int = 64, extra: int = 1) -> Path:
+    """A case of two queries with pictures, its numbers by loops; the CNN's maps are torchvision's.
+
+    extra: images of the gallery that are neither reference nor target.
+    """
+    random = np.random.default_rng(2)
     w = slow.random_weights(3, 12, 5, 8, 512, depth=1, types=5, layers=2, module_depth=3, heads=2, head_dim=3)
     w["img_enc.proj.weight"] /= 20
     torch.manual_seed(5)
@@ -106,7 +113,7 @@ def made(tmp_path_factory) -> Path:
         head, rest = name.split(".", 1)
         if head != "fc":
             w[f"img_enc.cnn.module.{places[head]}.{rest}"] = value.numpy()
-    pictures = random.normal(size=(5, 3, 64, 64))
+    pictures = random.normal(size=(4 + extra, 3, height, width))
     with torch.no_grad():
         maps = torch.nn.Sequential(*list(net.children())[:-2])(torch.from_numpy(pictures)).numpy()
     txt, lengths = np.array([[1, 5, 9, 6, 3], [1, 7, 3, 0, 0]]), np.array([5, 3])
@@ -132,7 +139,7 @@ def made(tmp_path_factory) -> Path:
     given = {"txt": txt, "txt_len": lengths, "nouns": nouns, "nouns_len": counts, "mil_labels": labels.astype("f4")}
     given |= {"img_src": pictures[:2], "img_trg": pictures[2:4]}
     values |= {f"in/main/{name}": value for name, value in given.items()}
-    values |= {"in/all_nouns_token": classes, "in/extra_gallery": pictures[4:]}
+    values |= {"in/all_nouns_token": classes} | ({"in/extra_gallery": pictures[4:]} if extra else {})
     np.savez(folder / "made.npz", **values)
     (folder / "made.json").write_text(json.dumps({"opt": OPT}))
     return folder / "made.npz"
@@ -144,6 +151,24 @@ def test_a_case_of_other_settings(made: Path, capsys) -> None:
     for name in ("out/main/loss", "out/main/hat_t", "out/infer/infer_scores_single", "encode_query", "forward"):
         assert f"\n{name}" in printed
     assert "not compared" not in printed
+
+
+def test_pictures_that_are_not_square_and_no_further_gallery(tmp_path: Path, capsys) -> None:
+    assert official_case.main([str(make(tmp_path, 64, 96, extra=0))]) == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for name in ("out/main/loss", "out/main/r_token", "out/infer/infer_scores_single", "encode_query", "forward"):
+        assert f"\n{name}" in printed
+
+
+@pytest.mark.parametrize("name", ["out/main/novel", "out/novel", "out32/gumbel3/novel", "grad/novel", "novel/x"])
+def test_a_quantity_that_is_not_known_here_is_no_success(made: Path, tmp_path: Path, capsys, name: str) -> None:
+    with np.load(made) as arrays:
+        values = {key: arrays[key] for key in arrays.files}
+    np.savez(tmp_path / "case.npz", **values, **{name: np.ones(3)})
+    shutil.copy(made.with_suffix(".json"), tmp_path / "case.json")
+    assert official_case.main([str(tmp_path / "case.npz")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"not compared: {name} (not known here)" in lines and lines[-1] == "1 not known here"
 
 
 def test_batch_statistics_of_the_cnn_are_recognised(made: Path) -> None:

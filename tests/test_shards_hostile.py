@@ -127,6 +127,57 @@ def test_changed_bytes_are_found_by_verify(written, capsys):
     assert "its content has changed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plain: plain.update(triplets=5),
+        lambda plain: plain.update(left_out=[1]),
+        lambda plain: plain.update(left_out={"missing_images": "many"}),
+    ],
+)
+def test_a_split_of_another_form_is_refused_even_with_its_sum(written, change):
+    path = written / "triplets-val.json"
+    plain = json.loads(path.read_text())
+    change(plain)
+    path.write_text(json.dumps(plain))
+    edit_index(written, lambda index: index["splits"]["val"].update(sha256=split_sum(plain)))
+    for read in (shards.read_shards, shards.left_out):
+        with pytest.raises(DataError, match="triplets-val.json: needs a list 'triplets', and counts"):
+            read(written)
+
+
+def flip(out: Path) -> None:
+    raw = bytearray((out / "shard-00001.tar").read_bytes())
+    raw[600] ^= 1
+    (out / "shard-00001.tar").write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        lambda out: os.truncate(out / "shard-00001.tar", 2000),
+        lambda out: (out / "shard-00001.tar").unlink(),
+        lambda out: (out / "triplets-val.json").write_text("{}"),
+        lambda out: edit_index(out, lambda index: index.pop("shards")),
+        lambda out: edit_index(out, lambda index: index["shards"][1].update(sha256="0")),
+        lambda out: edit_index(out, lambda index: index["shards"][1]["images"][0].update(offset=1024)),
+    ],
+)
+def test_the_same_command_mends_what_is_damaged(data, written, damage):
+    """As the messages promise; what is whole is not written again."""
+    before = {path.name: path.read_bytes() for path in written.iterdir()}
+    whole = (written / "shard-00000.tar").stat().st_ino
+    damage(written)
+    with pytest.raises(DataError):
+        shards.verify(written, progress=False)
+    index_is_whole = "shards" in json.loads((written / shards.INDEX).read_text())
+    write(data, written)
+    assert shards.verify(written, progress=False) == len(data[0])
+    assert {path.name: path.read_bytes() for path in written.iterdir()} == before
+    assert (whole == (written / "shard-00000.tar").stat().st_ino) == index_is_whole
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)

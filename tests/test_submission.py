@@ -1,5 +1,6 @@
 """Submission files: what the servers want, by hand-made files; and the whole way from a checkpoint."""
 
+import argparse
 import json
 
 import pytest
@@ -126,10 +127,42 @@ def test_many_problems_are_counted(tmp_path):
         submission.write(tmp_path / "out.json", {**content}, SPLIT)
 
 
-def test_the_command_wants_a_checkpoint_or_a_file():
-    import argparse
-
+def command(*arguments) -> None:
     parser = argparse.ArgumentParser()
     submit.add_arguments(parser)
+    submit.run(parser.parse_args(list(map(str, arguments))))
+
+
+def test_the_command_wants_a_checkpoint_or_a_file():
     with pytest.raises(ConfigError, match="--cfg-path and --checkpoint"):
-        submit.run(parser.parse_args(["cirr"]))
+        command("cirr")
+
+
+def test_a_check_without_a_root_wants_the_data_sets_form_and_all_queries(tmp_path, monkeypatch, capsys):
+    """A test split's number of queries is public; which pairs they are is told as not compared."""
+    for variable in ("NEUCORE_CIRR_ROOT", "NEUCORE_CIRCO_ROOT"):
+        monkeypatch.delenv(variable, raising=False)
+    ranking, cirr_file, circo_file = list(NAMES[:50]), tmp_path / "cirr.json", tmp_path / "circo.json"
+    cirr = submission.cirr_content("recall", {str(pair): ranking for pair in range(12000, 16148)})
+    circo_full = {str(query): list(range(50)) for query in range(800)}
+
+    def refused(name, path, content, message, *more):
+        path.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=message):
+            command(name, "--check", path, *more)
+
+    refused("circo", cirr_file, cirr, "has the form of CIRR .its metric is recall.; a file for CIRCO is wanted")
+    refused("cirr", circo_file, circo_full, "has the form of CIRCO .it names no metric.; a file for CIRR is wanted")
+    refused("cirr", tmp_path / "one.json", recall(), "has 2 queries; test1 has 4,148")
+    refused("cirr", cirr_file, cirr, "has 4,148 queries; val has 4,181", "--split", "val")
+    refused("circo", circo_file, {"0": circo_full["0"]}, "799 problems\n  query '1' is missing")
+    without = {key: value for key, value in circo_full.items() if key != "7"} | {"800": list(range(50))}
+    refused("circo", circo_file, without, r"query '800' is not of this split .0 to 799.\n  query '7' is missing")
+    for name, path, content in (("cirr", cirr_file, cirr), ("circo", circo_file, circo_full)):
+        path.write_text(json.dumps(content))
+        command(name, "--check", path)
+    told = capsys.readouterr().out
+    assert "good: CIRR recall, 4,148 queries (pair ids and image names were not compared)" in told
+    assert "good: CIRCO, 800 queries (image ids were not compared)" in told
+    with pytest.raises(ConfigError, match="no split 'train' to submit; allowed: val, test1"):
+        command("cirr", "--check", cirr_file, "--split", "train")

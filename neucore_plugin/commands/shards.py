@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         skip = arguments.missing == "skip"
         root, splits = published.locate(arguments.name, arguments.root, names, need_images=not skip)
         if skip:
-            splits, rows = published.without_absent(splits)
+            splits, rows = published.without_absent(arguments.name, splits)
             lost = {
                 split: {**row, "files": [os.path.relpath(file, root) for file in row["files"]]}
                 for split, row in rows.items()

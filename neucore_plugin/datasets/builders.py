@@ -53,7 +53,8 @@ class TripletBuilder(BaseDatasetBuilder):
                 f"datasets.{self.name}.build_info.root is null; with data_type: shards it names the folder that "
                 "`neucore shards` wrote"
             )
-        paths, splits = shards.read_shards(info["root"])
+        paths, splits = shards.read_shards(info["root"], self.name)
+        self.left_out = shards.left_out(info["root"])
         return paths, {s: found for s, found in splits.items() if self.wanted is None or s in self.wanted}
 
     def build(self, info: dict[str, Any]) -> dict[str, TripletDataset]:
@@ -67,7 +68,7 @@ class TripletBuilder(BaseDatasetBuilder):
             limit = info.get(f"max_{side}")
             for protocol in chosen if side == "eval" else chosen[:1]:
                 name = protocols.split_name(split, protocol, protocol is chosen[0])
-                asked = protocol.queries(triplets[:limit] if limit else triplets, train=side == "train")
+                asked = protocol.queries(triplets[:limit], side == "train", info.get("joiner", "and"))
                 dataset = datasets[name] = TripletDataset(
                     self.name,
                     name,
@@ -105,7 +106,7 @@ class PublishedBuilder(TripletBuilder):
         skip = info.get("missing") == "skip"
         _, found = published.locate(self.name, info.get("root"), splits, need_images=not skip)
         if skip:
-            found, self.left_out = published.without_absent(found)
+            found, self.left_out = published.without_absent(self.name, found)
             self._list_missing()
         paths = {}
         for _, gallery in found.values():

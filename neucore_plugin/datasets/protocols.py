@@ -47,17 +47,22 @@ class Protocol:
         parts += ["mAP@K over all right answers, R@K on the target alone"] if self.precision_at else []
         return "; ".join([*parts, self.source] if self.source else parts)
 
-    def queries(self, triplets: Sequence[Triplet], train: bool = False) -> list[Triplet]:
-        """The triplets with the texts that this protocol asks. Training never takes captions apart."""
+    def queries(self, triplets: Sequence[Triplet], train: bool = False, joiner: str = "and") -> list[Triplet]:
+        """The triplets with the texts that this protocol asks. Training never takes captions apart.
+
+        joiner: the word between two captions of a pair, which readers join by "and".
+        """
         text = "concat" if train and self.text == "separate" else self.text
         asked = []
         for triplet in triplets:
             captions = [caption for caption in triplet.captions if caption.strip()]
-            if len(triplet.captions) < 2 or text == "concat":
+            if len(triplet.captions) < 2 or (text == "concat" and joiner == "and"):
                 asked.append(triplet)
+            elif text == "concat":
+                asked.append(replace(triplet, caption=f" {joiner} ".join(captions)))
             elif text == "both_orders":
-                orders = (captions, captions[::-1])
-                asked += [_asked(triplet, " and ".join(order), tag) for order, tag in zip(orders, "ab", strict=True)]
+                joined = (f" {joiner} ".join(order) for order in (captions, captions[::-1]))
+                asked += [_asked(triplet, caption, tag) for caption, tag in zip(joined, "ab", strict=True)]
             else:
                 asked += [_asked(triplet, caption, str(place)) for place, caption in enumerate(captions or [""])]
         return asked

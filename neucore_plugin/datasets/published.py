@@ -5,11 +5,13 @@ split), sources(root) and image_folder(root, split).
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from neucore_plugin.datasets import circo, cirr, fashion200k, fashioniq, shoes
+from neucore_plugin.datasets.protocols import PRESETS
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 from neucore_plugin.errors import ConfigError, DataError
 from neucore_plugin.names import nearest
@@ -97,18 +99,21 @@ def _of(module: Any, where: Path, splits: Sequence[str], place: str) -> str:
     return ", ".join(split for split in splits if module.image_folder(where, split) == place)
 
 
-def without_absent(splits: Splits) -> tuple[Splits, dict[str, dict[str, Any]]]:
+def without_absent(name: str, splits: Splits) -> tuple[Splits, dict[str, dict[str, Any]]]:
     """The splits without images that have no file and the queries that need one, and {split: what was left out}.
 
-    A query needs its reference and its target (any right answer, where it has several).
+    A query needs its reference and a right answer; where R@K counts the target alone, the target. Absent images also
+    leave its answers, its graded answers and its group.
     """
+    target_alone = any(protocol.precision_at for protocol in PRESETS[name].values())
     kept, left_out = {}, {}
     for split, (triplets, gallery) in splits.items():
         absent = {str(path) for path in absent_images(gallery.paths)}
-        there = [(name, path) for name, path in zip(gallery.ids, gallery.paths, strict=True) if str(path) not in absent]
-        known = {name for name, _ in there}
-        asked = [t for t in triplets if t.reference in known and (not t.targets or any(x in known for x in t.targets))]
-        kept[split] = (asked, Gallery(tuple(name for name, _ in there), tuple(path for _, path in there)))
+        images = list(zip(gallery.ids, gallery.paths, strict=True))
+        gone = {image for image, path in images if str(path) in absent}
+        asked = [found for triplet in triplets if (found := _without(triplet, gone, target_alone)) is not None]
+        there = [(image, path) for image, path in images if image not in gone]
+        kept[split] = (asked, Gallery(tuple(image for image, _ in there), tuple(path for _, path in there)))
         left_out[split] = {
             "missing_images": len(absent),
             "skipped_queries": len(triplets) - len(asked),
@@ -117,6 +122,20 @@ def without_absent(splits: Splits) -> tuple[Splits, dict[str, dict[str, Any]]]:
         if absent and not asked:
             raise DataError(f"split {split!r}: every query needs an image that is missing; fetch the images")
     return kept, left_out
+
+
+def _without(triplet: Triplet, gone: Container[str], target_alone: bool) -> Triplet | None:
+    """The triplet without the images `gone`; None where it can no longer be asked or answered."""
+    targets = tuple(image for image in triplet.targets if image not in gone)
+    if triplet.reference in gone or (triplet.targets and not targets):
+        return None
+    if targets != triplet.targets:
+        answerable = any(image != triplet.reference for image in targets)
+        if not answerable or (target_alone and targets[0] != triplet.targets[0]):
+            return None
+    soft = tuple((image, weight) for image, weight in triplet.soft if image not in gone)
+    members = tuple(image for image in triplet.members if image not in gone)
+    return replace(triplet, targets=targets, soft=soft, members=members)
 
 
 def check(name: str, root: str | Path | None = None) -> dict[str, Any]:

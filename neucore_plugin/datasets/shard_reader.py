@@ -40,6 +40,7 @@ SPLIT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _MEMBER = re.compile(rf"[0-9]{{6,12}}({'|'.join(map(re.escape, (*IMAGE_SUFFIXES, '.img')))})")
 _FIELDS = {field.name for field in dataclasses.fields(Triplet)}
 _NEEDED = {field.name for field in dataclasses.fields(Triplet) if field.default is dataclasses.MISSING}
+_LOST = ("missing_images", "skipped_queries")
 REMEDY = "write the shards again with `neucore shards`"
 
 
@@ -183,6 +184,10 @@ def _read_plain(root: Path, split: str, row: Mapping[str, Any]) -> dict[str, Any
     plain = read_json(path, dict, "the shards")
     if split_sum(plain) != row.get("sha256"):
         raise DataError(f"{path}: was altered since it was written; {REMEDY}")
+    lost = plain.get("left_out", {})
+    counts = [lost.get(key, 0) for key in _LOST] if isinstance(lost, dict) else [None]
+    if not isinstance(plain.get("triplets"), list) or not all(type(count) is int and count >= 0 for count in counts):
+        raise DataError(f"{path}: needs a list 'triplets', and counts of what was left out; {REMEDY}")
     return plain
 
 
@@ -190,17 +195,17 @@ def _read_split(
     root: Path, split: str, row: Mapping[str, Any], images: Mapping[str, Any]
 ) -> tuple[list[Triplet], Gallery]:
     path, plain = root / f"triplets-{split}.json", _read_plain(root, split, row)
-    lost = plain.get("left_out") or {}
+    lost = plain.get("left_out", {})
     if lost.get("missing_images"):
         logging.warning(
             "%s: %s was written without %s images that had no file, and without the %s queries that need them",
-            *(root, split, lost["missing_images"], lost.get("skipped_queries")),
+            *(root, split, lost["missing_images"], lost.get("skipped_queries", 0)),
         )
     ids = plain.get("gallery")
     if not isinstance(ids, list) or any(not isinstance(name, str) or name not in images for name in ids):
         raise DataError(f"{path}: its gallery names images that no shard holds; {REMEDY}")
     triplets = []
-    for entry in plain.get("triplets") or []:
+    for entry in plain["triplets"]:
         if not isinstance(entry, dict) or set(entry) - _FIELDS or not set(entry) >= _NEEDED:
             raise DataError(f"{path}: a triplet with fields that this version does not know; {REMEDY}")
         triplet = Triplet(**{key: _tuples(value) for key, value in entry.items()})
@@ -234,8 +239,8 @@ def left_out(folder: str | Path) -> dict[str, dict[str, Any]]:
     root, index = open_index(folder)
     found = {}
     for split, row in index["splits"].items():
-        lost = _read_plain(root, split, row).get("left_out") or {}
-        counts = {key: lost.get(key, 0) for key in ("missing_images", "skipped_queries")}
+        lost = _read_plain(root, split, row).get("left_out", {})
+        counts = {key: lost.get(key, 0) for key in _LOST}
         if any(counts.values()):
             found[split] = {**counts, "listed_in": str(root / f"triplets-{split}.json")}
     return found

@@ -55,8 +55,8 @@ def write_shards(
     """Write a data set as shards of about `max_bytes`; returns the path of the index.
 
     paths: image files by name, each written once; splits: as readers give them; lost: by split, what missing images
-    cost (`published.without_absent`), kept for the results. Finished shards of an interrupted call are kept; a complete
-    folder is left alone. Raises DataError for missing image files, or a folder of other content.
+    cost (`published.without_absent`), kept for the results. Whole shards of a former call are kept, damaged ones are
+    written anew. Raises DataError for missing image files, or a folder of other content.
     """
     out = Path(out).expanduser()
     if max_bytes < 1 or workers < 1:
@@ -209,10 +209,10 @@ def _write_shard(
     bar: Any,
 ) -> dict[str, Any]:
     """One shard and a note of what is in it; both stand only when whole. What a former call finished is taken over."""
-    if record := _finished(path, paths, facts):
+    places = _places(members, facts)
+    if record := _finished(path, places, paths, facts):
         bar.update(len(members))
         return record
-    placed = []
     with atomic_write(path) as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, member in members:
             data = _read_file(paths[name])
@@ -220,17 +220,30 @@ def _write_shard(
                 raise DataError(f"{paths[name]}: was changed while the shards were written; give the command again")
             info = tarfile.TarInfo(member)  # time, owner and mode are constants: equal content gives equal bytes
             info.size = len(data)
-            offset = archive.offset + 512
             archive.addfile(info, io.BytesIO(data))
-            placed.append({"name": name, "offset": offset, "size": len(data)})
             bar.update(1)
-    record = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path), "images": placed}
+    record = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path), "images": places}
     write_json(path.with_suffix(".json"), record, indent=None)
     return record
 
 
-def _finished(path: Path, paths: Mapping[str, Path], facts: Mapping[str, os.stat_result]) -> dict[str, Any] | None:
-    """The record of a shard that a former call finished; None: write it.
+def _places(members: Sequence[tuple[str, str]], facts: Mapping[str, os.stat_result]) -> list[dict[str, Any]]:
+    """Where the images of a shard lie: after a header of 512 bytes each, padded to a multiple of 512."""
+    places, end = [], 0
+    for name, _ in members:
+        size = facts[name].st_size
+        places.append({"name": name, "offset": end + 512, "size": size})
+        end += 512 + size + -size % 512
+    return places
+
+
+def _finished(
+    path: Path,
+    places: Sequence[Mapping[str, Any]],
+    paths: Mapping[str, Path],
+    facts: Mapping[str, os.stat_result],
+) -> dict[str, Any] | None:
+    """The record of a shard that a former call finished; None: write it, since it is absent, damaged or ill recorded.
 
     Images that were touched since are compared with what the shard holds. Where one differs, the shard of an
     interrupted call is written anew; a complete folder may be in use, so there it is a DataError.
@@ -241,12 +254,17 @@ def _finished(path: Path, paths: Mapping[str, Path], facts: Mapping[str, os.stat
     if complete := not note.is_file():
         if not (path.parent / INDEX).is_file():
             return None
-        rows = open_index(path.parent)[1]["shards"]
+        try:
+            rows = open_index(path.parent)[1]["shards"]
+        except DataError:  # an index without its lists: all is written anew
+            return None
         record = next((row for row in rows if row.get("file") == path.name), None)
     else:
         record = read_json(note, dict, "the shards")
     written = path.stat()
-    if not record or record["bytes"] != written.st_size:
+    if not record or record.get("bytes") != written.st_size or record.get("images") != places:
+        return None
+    if sha256_file(path) != record.get("sha256"):
         return None
     for row in record["images"]:
         name = row["name"]

@@ -120,6 +120,10 @@ class ResNet(nn.Module):
         """pixels [B,3,H,W], H = W = image_size -> tokens [B,N,width], pooled [B,width]."""
         if tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
             raise ValueError(f"resnet expects {self.image_size} px squares, given {list(pixels.shape)}")
+        return self.encode(pixels)
+
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+        """As `forward`, of pictures of any size."""
         net = self.network
         x = net.maxpool(net.relu(net.bn1(net.conv1(pixels))))
         x = net.layer4(net.layer3(net.layer2(net.layer1(x))))

@@ -15,7 +15,7 @@ def read_word_vectors(path: str | Path, words: str | Path | None, rows: Mapping[
     """Fill the rows [V,Dw] of `into` whose words the file holds; how many it held. Raises DataError.
 
     Args:
-        path: a text file with `word number number ...` a line, or a `.npy` matrix.
+        path: a text file with `word number number ...` a line, or a `.npy` matrix. A word may hold blanks.
         words: for a `.npy`: its words, one a line; by default the `.txt` beside it.
     """
     path = Path(path).expanduser()
@@ -32,24 +32,27 @@ def read_word_vectors(path: str | Path, words: str | Path | None, rows: Mapping[
 
 def _text(path: Path, rows: Mapping[str, int], into: Tensor) -> int:
     width, found = into.shape[1], 0
+    beginnings = {word.split(" ")[0] for word in rows}
     with (
-        open(path, encoding="utf-8", errors="replace") as stream,
+        open(path, encoding="utf-8", errors="replace", newline="\n") as stream,
         tqdm(total=path.stat().st_size, desc="word vectors", unit="B", unit_scale=True, leave=False) as bar,
     ):
         for number, line in enumerate(stream, 1):
             bar.update(len(line))
-            word, _, rest = line.rstrip("\n").partition(" ")
+            if number > 1 and line.partition(" ")[0] not in beginnings:
+                continue  # splitting all lines takes minutes
+            if number == 1 and len(line.split()) == 2:
+                continue  # word2vec's header: number of words, width
+            word, *values = line.rsplit(None, width) or [""]
+            more = word.split()[1:] if number == 1 else []
+            if len(values) < width or (more and all(map(_is_number, more))):
+                raise DataError(
+                    f"{path}, line {number}: {len(values) + len(more)} numbers, expected {width} "
+                    "(model.backbone.text.word_dim); the file is of another width, or damaged"
+                )
             row = rows.get(word)
             if number > 1 and row is None:
                 continue
-            values = rest.split()
-            if number == 1 and len(values) == 1:
-                continue  # word2vec's header: number of words, width
-            if len(values) != width:
-                raise DataError(
-                    f"{path}, line {number}: {len(values)} numbers, expected {width} (model.backbone.text.word_dim); "
-                    "the file is of another width, or damaged"
-                )
             try:
                 vector = torch.tensor([float(value) for value in values])
             except ValueError as error:
@@ -58,6 +61,14 @@ def _text(path: Path, rows: Mapping[str, int], into: Tensor) -> int:
                 into[row] = _finite(vector, path, word)
                 found += 1
     return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _matrix(path: Path, words: str | Path | None, rows: Mapping[str, int], into: Tensor) -> int:
