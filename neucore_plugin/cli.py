@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
 import time
@@ -182,6 +183,7 @@ def _search(arguments: argparse.Namespace) -> None:
         except ImportError as error:
             raise ConfigError(f"--module {arguments.module}: {error}; install it, or put it on PYTHONPATH") from error
     model = load_model(arguments.checkpoint, device=host.pick_device(arguments.device))
+    logging.getLogger("neucore_plugin.retrieval").setLevel(logging.ERROR)  # what could not be read is printed below
     index = GalleryIndex.build(model, arguments.folder, batch_size=arguments.batch_size, progress=not arguments.json)
     for failure in index.failures:
         print(f"left out {failure.name}: {failure.reason}", file=sys.stderr)
