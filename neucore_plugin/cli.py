@@ -183,8 +183,15 @@ def _search(arguments: argparse.Namespace) -> None:
         except ImportError as error:
             raise ConfigError(f"--module {arguments.module}: {error}; install it, or put it on PYTHONPATH") from error
     model = load_model(arguments.checkpoint, device=host.pick_device(arguments.device))
-    logging.getLogger("neucore_plugin.retrieval").setLevel(logging.ERROR)  # what could not be read is printed below
-    index = GalleryIndex.build(model, arguments.folder, batch_size=arguments.batch_size, progress=not arguments.json)
+    log = logging.getLogger("neucore_plugin.retrieval")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what could not be read is printed below
+    try:
+        index = GalleryIndex.build(
+            model, arguments.folder, batch_size=arguments.batch_size, progress=not arguments.json
+        )
+    finally:
+        log.setLevel(level)
     for failure in index.failures:
         print(f"left out {failure.name}: {failure.reason}", file=sys.stderr)
     hits = index.search(arguments.image, arguments.text, k=min(arguments.k, max(1, len(index) - 1)))
