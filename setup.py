@@ -81,7 +81,7 @@ setup(
     python_requires=">=3.10,<3.12",  # tokenizers 0.13 (transformers < 4.27) has no wheel for 3.12
     # Never packages named `projects` or `tests`: the host's wheel installs folders of these names.
     packages=find_packages(include=["neucore_plugin", "neucore_plugin.*"]),
-    package_data={"neucore_plugin": ["configs/**/*.yaml", "retrieval/*.j2"]},
+    package_data={"neucore_plugin": ["configs/**/*.yaml", "report/*.j2"]},
     # `python -m lavis.train`: the host's wheel lacks it. lavis/ here has no __init__.py, so these two files land inside
     # the installed host, and an uninstall takes them away again.
     py_modules=["lavis.train", "lavis.evaluate"],

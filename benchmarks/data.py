@@ -28,9 +28,9 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from neucore_plugin.datasets import shards
+from neucore_plugin.common.images import load_image
+from neucore_plugin.datasets.shards import writer as shards
 from neucore_plugin.datasets.triplets import Gallery, Triplet
-from neucore_plugin.images import load_image
 
 FORMS = ("folder", "shards", "stream")
 SIZE = (320, 240)

@@ -31,10 +31,10 @@ import neucore_plugin
 neucore_plugin.register()
 
 from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
-from neucore_plugin.grad_cache import GradCache  # noqa: E402
 from neucore_plugin.models.backbones import Backbone  # noqa: E402
 from neucore_plugin.models.backbones.tuning import Tuning  # noqa: E402
 from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
+from neucore_plugin.training.grad_cache import GradCache  # noqa: E402
 
 SIDE, PATCH, WIDTH, HEADS, LENGTH, WORDS = 96, 16, 192, 3, 12, 500
 STEPS = 5

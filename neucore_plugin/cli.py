@@ -2,8 +2,6 @@
 
 import argparse
 import importlib
-import json
-import logging
 import os
 import sys
 import time
@@ -12,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin import __version__
-from neucore_plugin.errors import ConfigError, DataError, NeucoreError
+from neucore_plugin.commands.report import _report
+from neucore_plugin.commands.search import _positive, _search
+from neucore_plugin.commands.train import _add_config_arguments, _evaluate, _train
+from neucore_plugin.common.errors import ConfigError, NeucoreError
 
 COMMANDS = ("data", "vocab", "shards", "submit", "convert")  # modules of neucore_plugin.commands
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
@@ -116,125 +117,3 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
-
-
-def _add_config_arguments(parser: argparse.ArgumentParser, evaluate: bool = False) -> None:
-    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="config file with model, datasets and run")
-    parser.add_argument(
-        "--options",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override settings of the file, such as run.max_epoch=2 (also as pairs: run.max_epoch 2)",
-    )
-    if evaluate:
-        parser.add_argument("--checkpoint", help="the same as --options model.checkpoint=PATH")
-        parser.add_argument(
-            "--protocol",
-            nargs="+",
-            metavar="PRESET",
-            help="presets to evaluate with, in one pass over the gallery, such as: hard soft (CIRR)",
-        )
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    from neucore_plugin import host
-
-    host.run(arguments.cfg_path, arguments.options)
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from neucore_plugin import config, host
-
-    options = config.dotlist(arguments.options)
-    if arguments.checkpoint:
-        options.append(f"model.checkpoint={arguments.checkpoint}")
-    if arguments.protocol:
-        names = list((config.read_yaml(arguments.cfg_path).get("datasets") or {}).keys())
-        if len(names) != 1:
-            raise ConfigError(
-                f"--protocol needs a config with one data set, this has {', '.join(names) or 'none'}; "
-                "give --options datasets.NAME.build_info.protocol=[...]"
-            )
-        options.append(f"datasets.{names[0]}.build_info.protocol=[{','.join(arguments.protocol)}]")
-    host.run(arguments.cfg_path, options, evaluate=True)
-
-
-def _search(arguments: argparse.Namespace) -> None:
-    if arguments.image is None and not (arguments.text or "").strip():
-        raise DataError("nothing to search with; give --image, --text, or both")
-    if not arguments.folder.is_dir():
-        raise DataError(f"--folder {arguments.folder} is no folder")
-    from neucore_plugin import host, load_model
-    from neucore_plugin.retrieval import GalleryIndex, search_page
-
-    host.before_import()
-    if arguments.module:
-        host.register_all()
-        try:
-            importlib.import_module(arguments.module)
-        except ImportError as error:
-            raise ConfigError(f"--module {arguments.module}: {error}; install it, or put it on PYTHONPATH") from error
-    model = load_model(arguments.checkpoint, device=host.pick_device(arguments.device))
-    log = logging.getLogger("neucore_plugin.retrieval")
-    level = log.level
-    log.setLevel(logging.ERROR)  # what could not be read is printed below
-    try:
-        index = GalleryIndex.build(
-            model, arguments.folder, batch_size=arguments.batch_size, progress=not arguments.json
-        )
-    finally:
-        log.setLevel(level)
-    for failure in index.failures:
-        print(f"left out {failure.name}: {failure.reason}", file=sys.stderr)
-    hits = index.search(arguments.image, arguments.text, k=min(arguments.k, max(1, len(index) - 1)))
-    if arguments.json:
-        rows = [{"rank": hit.rank, "name": hit.name, "score": hit.score, "path": str(hit.path)} for hit in hits]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
-    else:
-        for hit in hits:
-            print(f"{hit.rank:3d}  {hit.score:8.4f}  {hit.name}")
-    if arguments.html:
-        reference = index.reference(arguments.image)[0] if arguments.image is not None else None
-        search_page(arguments.html, reference, arguments.text, hits)
-        print(f"page: {arguments.html}", file=sys.stderr)
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    found = next(
-        (path for name in ("evaluation.json", "results.json") if (path := arguments.folder / name).is_file()), None
-    )
-    if found is None:
-        raise DataError(
-            f"{arguments.folder}: neither evaluation.json nor results.json is there; `neucore evaluate` writes them"
-        )
-    try:
-        content = json.loads(found.read_text(encoding="utf-8"))
-        content = content if "results" in content else {"results": content}
-        results, per_change = content.pop("results"), content.pop("per_change", None)
-        from neucore_plugin.results import table_lines
-
-        print("\n".join(table_lines(results)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{found}: is no result file ({type(error).__name__}: {error}); evaluate again") from error
-    if arguments.svg:
-        from neucore_plugin.files import atomic_write
-        from neucore_plugin.retrieval.charts import results_chart_svg
-
-        with atomic_write(arguments.svg, "w") as stream:
-            stream.write(results_chart_svg(results))
-    if arguments.html:
-        from neucore_plugin.retrieval import write_report
-        from neucore_plugin.retrieval.charts import row_label
-
-        rows = next(iter(results.values()), {})
-        title = f"{row_label(next(iter(rows), 'results'))}: {arguments.folder.resolve().name}"
-        write_report(arguments.html, title, results, settings=content, per_change=per_change)
-        print(f"page: {arguments.html}", file=sys.stderr)

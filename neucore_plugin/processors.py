@@ -12,14 +12,14 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from neucore_plugin import host
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.host.registration import register_processor
 
 FITS = ("pad", "crop", "stretch")
 AUGMENTS = ("none", "crop_flip")
 
 
-@host.register_processor("cir_image")
+@register_processor("cir_image")
 class ImageProcessor(BaseProcessor):
     """PIL image -> normalised pixels [3, image_size, image_size].
 
@@ -82,7 +82,7 @@ class ImageProcessor(BaseProcessor):
         return cls(**settings)
 
 
-@host.register_processor("cir_caption")
+@register_processor("cir_caption")
 class CaptionProcessor(BaseProcessor):
     """Relative caption -> one line of text: unicode normalised, control characters and double spaces gone."""
 

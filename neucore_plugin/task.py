@@ -11,29 +11,30 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized, is_main_process
+from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from neucore_plugin import distributed, host
+from neucore_plugin.common import distributed
+from neucore_plugin.common.errors import ConfigError, DataError, ImageError, nearest
+from neucore_plugin.common.files import cache_dir
+from neucore_plugin.common.images import check_images, load_image
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, cached_concepts
+from neucore_plugin.datasets.encode_ahead import _bad_images
+from neucore_plugin.datasets.feature_cache import FeatureCache, build_cache, content_fingerprints
 from neucore_plugin.datasets.triplets import GalleryDataset, ImageStore, TripletDataset
-from neucore_plugin.errors import ConfigError, DataError, ImageError
-from neucore_plugin.features import FeatureCache, build_cache, content_fingerprints
-from neucore_plugin.files import write_json
-from neucore_plugin.images import check_images, load_image
-from neucore_plugin.names import nearest
-from neucore_plugin.ranking import LESS, Ranking
-from neucore_plugin.results import show_finished, summary, write_results
-from neucore_plugin.retrieval.metrics import topk
+from neucore_plugin.evaluation.evaluator import _gather, _gather_keys, _in_order, _interleave, _quiet
+from neucore_plugin.evaluation.ranking import LESS, Ranking
+from neucore_plugin.evaluation.results import show_finished, summary, write_results
+from neucore_plugin.host.registration import register_task
+from neucore_plugin.retrieval.ranks import topk
 
 SPLIT_KEYS = ("train_splits", "valid_splits", "test_splits")
 
 
-@host.register_task("composed_image_retrieval")
+@register_task("composed_image_retrieval")
 class ComposedImageRetrievalTask(BaseTask):
     """Train and evaluate a composed-retrieval model of the registry.
 
@@ -116,7 +117,7 @@ class ComposedImageRetrievalTask(BaseTask):
 
     def _cache_root(self) -> Path:
         given = self.run.get("cache_dir")
-        return (Path(given).expanduser() if given else host.cache_dir()) / "features"
+        return (Path(given).expanduser() if given else cache_dir()) / "features"
 
     def build_model(self, cfg: Any, datasets: Mapping[str, Mapping[str, TripletDataset]] | None = None) -> Any:
         """The model of the config: from `model.checkpoint` where given, else new with the train split's concepts."""
@@ -365,62 +366,3 @@ class ComposedImageRetrievalTask(BaseTask):
 
 def _all(datasets: Mapping[str, Any]) -> list[TripletDataset]:
     return [dataset for splits in datasets.values() for dataset in splits.values()]
-
-
-def _quiet() -> bool | None:
-    return None if is_main_process() else True
-
-
-def _gather(mine: dict[int, Any]) -> dict[int, Any]:
-    """Union of every process's {query index: value}."""
-    if not is_dist_avail_and_initialized():
-        return mine
-    parts: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(parts, mine)
-    return {index: value for part in parts for index, value in part.items()}
-
-
-def _gather_keys(found: dict[str, dict[str, dict[int, Any]]]) -> dict[str, dict[str, dict[int, Any]]]:
-    """`found` with the kinds and rows of every process, in one order: a process without queries has none."""
-    if not is_dist_avail_and_initialized():
-        return found
-    parts: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(parts, {kind: list(rows) for kind, rows in found.items()})
-    kinds = {kind: rows for part in parts for kind, rows in part.items()}
-    return {kind: {row: found.get(kind, {}).get(row, {}) for row in rows} for kind, rows in sorted(kinds.items())}
-
-
-def _in_order(values: Mapping[int, Any], count: int) -> Any:
-    if sorted(values) != list(range(count)):
-        raise DataError(
-            f"evaluation saw {len(values)} of {count} queries; the loader must give each query exactly once"
-        )
-    ordered = [values[index] for index in range(count)]
-    return ordered if isinstance(ordered[0], tuple) else torch.tensor(ordered)
-
-
-def _interleave(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rank r holds rows r, r + W, ...; put the whole gallery back in order."""
-    if not is_dist_avail_and_initialized():
-        return own
-    parts: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(parts, own)
-    parts = [part for part in parts if part]
-    whole = {}
-    for name in parts[0]:
-        total = sum(len(part[name]) for part in parts)
-        whole[name] = parts[0][name].new_empty(total, *parts[0][name].shape[1:])
-        for rank, part in enumerate(parts):
-            whole[name][rank :: len(parts)] = part[name]
-    return whole
-
-
-def _bad_images(failures: Sequence[tuple[Path, str]], folder: str | Path) -> DataError:
-    listing = Path(folder) / "bad_images.json"
-    write_json(listing, [{"path": str(path), "reason": reason} for path, reason in failures])
-    shown = "\n  ".join(reason for _, reason in failures[:10])  # each names its file
-    more = f"\n  ... and {len(failures) - 10} more" if len(failures) > 10 else ""
-    return DataError(
-        f"{len(failures)} images cannot be read (all of them: {listing}). Replace them, or "
-        f"delete the files and every mention of them\n  {shown}{more}"
-    )

@@ -11,16 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-from neucore_plugin import distributed  # noqa: E402
-from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
-from neucore_plugin.errors import ConfigError  # noqa: E402, F401
-from neucore_plugin.grad_cache import GradCache, chunks, rows  # noqa: E402
-from neucore_plugin.models.cir_model import with_others  # noqa: E402
-from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
+from neucore_plugin.common import distributed
+from neucore_plugin.concepts import ConceptVocabulary
+from neucore_plugin.models.base import with_others
+from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.training.grad_cache import GradCache, chunks, rows
 
 WIDTH = 6
 

@@ -1,14 +1,9 @@
 """Tiny CLIPs of random weights: the host's own, and our towers on the same weights."""
 
 import torch
+from lavis.models.clip_models import model as host_clip
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-from lavis.models.clip_models import model as host_clip  # noqa: E402
-
-from neucore_plugin.models.backbones.clip import ClipImage, ClipText  # noqa: E402
+from neucore_plugin.models.backbones.clip import ClipImage, ClipText
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8}

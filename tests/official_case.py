@@ -18,18 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from official_quantities import everything, inputs
 from torch import Tensor, nn
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-from official_quantities import everything, inputs  # noqa: E402
-
-from neucore_plugin import checkpoint, convert, released  # noqa: E402
-from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
-from neucore_plugin.models.backbones.resnet_gru import SPECIALS, ResNet  # noqa: E402
-from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
+from neucore_plugin.concepts import ConceptVocabulary
+from neucore_plugin.models.backbones.resnet_gru import SPECIALS, ResNet
+from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.released import convert, names
+from neucore_plugin.weights import checkpoint
 
 TOLERANCE = 1e-5
 ZERO_GRADIENT = 1e-12  # relative to the largest: exactly 0 in theory (a bias under a softmax), rounding in the record
@@ -52,7 +48,7 @@ class Case:
         self.settings = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         self.opt = self.settings["opt"]
         self.state = self._state()
-        self.names, _ = released.name_map(self.state)
+        self.names, _ = names.name_map(self.state)
         count = self.state["txt_enc.embed.weight"].shape[0]
         self.words = [*SPECIALS, *(f"word{row}" for row in range(len(SPECIALS), count))]
         self.model = self._converted()
@@ -378,7 +374,7 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__.splitlines()[0]}\nCASE.npz and CASE.json must lie side by side", file=sys.stderr)
         return 2
     case = run(Path(arguments[0]))
-    print(f"weights that nothing uses: {', '.join(released.grouped(case.unused)) or 'none'}")
+    print(f"weights that nothing uses: {', '.join(names.grouped(case.unused)) or 'none'}")
     wide = max((len(name) for name in case.found), default=0)
     for name, (deviation, remark) in case.found.items():
         mark = "" if deviation <= TOLERANCE else "   <- above"

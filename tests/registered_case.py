@@ -4,22 +4,16 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
+from lavis.common.registry import registry  # noqa: F401 - for the tests
+from lavis.models.albef_models.albef_feature_extractor import AlbefFeatureExtractor
+from lavis.models.base_model import BaseModel
+from lavis.models.blip_models.blip_feature_extractor import BlipFeatureExtractor
+from lavis.models.med import BertForMaskedLM, XBertEncoder
+from lavis.models.vit import VisionTransformerEncoder
 from torch import nn
+from transformers import BertConfig
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-from lavis.common.registry import registry  # noqa: E402, F401 - for the tests
-from lavis.models.albef_models.albef_feature_extractor import AlbefFeatureExtractor  # noqa: E402
-from lavis.models.base_model import BaseModel  # noqa: E402
-from lavis.models.blip_models.blip_feature_extractor import BlipFeatureExtractor  # noqa: E402
-from lavis.models.clip_models import model as host_clip  # noqa: E402, F401
-from lavis.models.med import BertForMaskedLM, XBertEncoder  # noqa: E402
-from lavis.models.vit import VisionTransformerEncoder  # noqa: E402
-from transformers import BertConfig  # noqa: E402
-
-from neucore_plugin.models.backbones.bert_words import bert_tokenizer  # noqa: E402
+from neucore_plugin.models.backbones.bert_words import bert_tokenizer
 
 BERT = {
     "vocab_size": 30524,

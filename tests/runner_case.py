@@ -17,9 +17,10 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import Dataset
 
-from neucore_plugin import checkpoint, files
-from neucore_plugin.errors import ConfigError
-from neucore_plugin.runner import RunnerCir, RunnerCirIter
+from neucore_plugin.common import files
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.training.runner import RunnerCir, RunnerCirIter
+from neucore_plugin.weights import checkpoint
 
 WIDTH = 6
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from conftest import write_shapes
 
-from neucore_plugin.datasets import folder, shards
+from neucore_plugin.datasets import folder
+from neucore_plugin.datasets.shards import writer as shards
 
 
 def shapes(root: Path) -> tuple[dict, dict]:

@@ -3,30 +3,25 @@
 import inspect
 import shutil
 
+import blip_case as case
 import pytest
 import torch
 import yaml
+from lavis.models.albef_models.albef_feature_extractor import AlbefFeatureExtractor
+from lavis.models.blip_models.blip_feature_extractor import BlipFeatureExtractor
+from lavis.models.med import BertForMaskedLM, XBertEncoder
+from lavis.models.vit import VisionTransformerEncoder
+from lavis.processors.blip_processors import BlipImageEvalProcessor
+from transformers import BertConfig
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-import blip_case as case  # noqa: E402
-from lavis.models.albef_models.albef_feature_extractor import AlbefFeatureExtractor  # noqa: E402
-from lavis.models.blip_models.blip_feature_extractor import BlipFeatureExtractor  # noqa: E402
-from lavis.models.med import BertForMaskedLM, XBertEncoder  # noqa: E402
-from lavis.models.vit import VisionTransformerEncoder  # noqa: E402
-from lavis.processors.blip_processors import BlipImageEvalProcessor  # noqa: E402
-from transformers import BertConfig  # noqa: E402
-
-from neucore_plugin import config, schema_backbones  # noqa: E402
-from neucore_plugin.errors import CheckpointError  # noqa: E402
-from neucore_plugin.models.backbones import ENCODERS, albef, blip, build_backbone, encoder_class  # noqa: E402
-from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
+from neucore_plugin.common.errors import CheckpointError
+from neucore_plugin.config import encoders, loading
+from neucore_plugin.models.backbones import ENCODERS, albef, blip, build_backbone, encoder_class
+from neucore_plugin.models.neucore import NeucoreModel
 
 SIZE, PATCH, DIM = 16, 8, 6
 SIDES = {"blip": (blip.BlipImage, blip.BlipText), "albef": (albef.AlbefImage, albef.AlbefText)}
-TUNING = set(schema_backbones.EncoderSchema.model_fields)
+TUNING = set(encoders.EncoderSchema.model_fields)
 TYPES = ("blip", "albef", "blip2", "blip_cirr", "blip_fashioniq")
 
 
@@ -233,7 +228,7 @@ def test_a_large_vit_has_its_own_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("side", ["image", "text"])
 @pytest.mark.parametrize("name", ["blip", "albef", "blip2"])
 def test_a_schema_says_what_its_encoder_takes(side, name):
-    fields = schema_backbones.BACKBONE_SCHEMAS[side][name].model_fields
+    fields = encoders.BACKBONE_SCHEMAS[side][name].model_fields
     takes = dict(inspect.signature(encoder_class(side, name)).parameters)
     for offered in ("load", "shared"):
         takes.pop(offered, None)
@@ -248,7 +243,7 @@ def test_model_types(model_type):
     path = NeucoreModel.PRETRAINED_MODEL_CONFIG_DICT[model_type]
     with open(path, encoding="utf-8") as file:
         content = yaml.safe_load(file)
-    section = config.model_defaults({"arch": "neucore", "model_type": model_type})
+    section = loading.model_defaults({"arch": "neucore", "model_type": model_type})
     sides = section["backbone"]
     kind = encoder_class("image", sides["image"]["name"])
     assert sides["image"]["freeze"] and sides["text"]["freeze"] and content["model"]["model_type"] == model_type

@@ -4,22 +4,17 @@ import copy
 import shutil
 from functools import partial
 
+import blip_case as case
 import pytest
 import torch
+from lavis.models import clip_vit, eva_vit
+from lavis.models.blip2_models import Qformer as host_qformer
+from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from torch import nn
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-import blip_case as case  # noqa: E402
-from lavis.models import clip_vit, eva_vit  # noqa: E402
-from lavis.models.blip2_models import Qformer as host_qformer  # noqa: E402
-from lavis.models.blip2_models.blip2_qformer import Blip2Qformer  # noqa: E402
-
-from neucore_plugin.errors import CheckpointError, ConfigError  # noqa: E402
-from neucore_plugin.models.backbones import blip2, build_backbone  # noqa: E402
-from neucore_plugin.models.backbones.blip2 import Blip2Image, Blip2Text  # noqa: E402
+from neucore_plugin.common.errors import CheckpointError, ConfigError
+from neucore_plugin.models.backbones import blip2, build_backbone
+from neucore_plugin.models.backbones.blip2 import Blip2Image, Blip2Text
 
 SIZE, QUERIES = 28, 3
 SIZES = case.IMAGE | {"query_width": 16, "query_layers": 3, "query_heads": 2}

@@ -8,10 +8,10 @@ from clip_case import RESNET, TEXT, VISION, VIT, host_clip, host_model, image, p
 from lavis.models.clip_models import pretrained as published
 from lavis.models.clip_models.tokenizer import tokenize
 
-from neucore_plugin.config import model_defaults
-from neucore_plugin.errors import ConfigError
-from neucore_plugin.models.backbones import weights
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.config.loading import model_defaults
 from neucore_plugin.models.backbones.clip import MEAN, STD, ClipImage, ClipText
+from neucore_plugin.weights import pretrained as weights
 
 TEXTS = ["make it red", "", "a longer dress, with no sleeves", "blue"]
 LONG = "red dress " * 60
@@ -320,7 +320,7 @@ def test_model_types_name_what_the_host_has(name):
     assert published.get_pretrained_url(image_section["arch"], image_section["pretrained"])
     assert section["embed_dim"] % section["concept_alignment"]["heads"] == 0
     assert weights.is_url(published.get_pretrained_url(text_section["arch"], text_section["pretrained"]))
-    from neucore_plugin.config import CONFIGS, read_yaml
+    from neucore_plugin.config.loading import CONFIGS, read_yaml
 
     for processor in read_yaml(CONFIGS / "models" / f"{name}.yaml")["preprocess"]["vis_processor"].values():
         assert processor == {

@@ -10,7 +10,7 @@ from clip_case import RESNET, TEXT, VISION, VIT, host_clip, host_model, pixels, 
 from lavis.models.clip_models import pretrained as published
 from lavis.models.clip_models.tokenizer import tokenize
 
-from neucore_plugin.errors import CheckpointError, ConfigError
+from neucore_plugin.common.errors import CheckpointError, ConfigError
 from neucore_plugin.models.backbones.clip import ClipImage, ClipText
 
 

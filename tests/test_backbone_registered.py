@@ -9,8 +9,8 @@ import torch
 from registered_case import Mine, Silent, TinyAlbef, TinyBlip, Vector, host_clip, registry
 from torch import nn
 
-from neucore_plugin.config import model_defaults
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.config.loading import model_defaults
 from neucore_plugin.models.backbones.clip import MEAN
 from neucore_plugin.models.backbones.registered import RegisteredImage, RegisteredText
 

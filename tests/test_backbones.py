@@ -9,18 +9,18 @@ import torch
 from conftest import COLOURS, FORMS, draw_shape
 
 import neucore_plugin
-
-neucore_plugin.register()
-
-from neucore_plugin import checkpoint, config, host, schema_backbones  # noqa: E402
-from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
-from neucore_plugin.errors import CheckpointError, ConfigError  # noqa: E402
-from neucore_plugin.models.backbones import ENCODERS, build_backbone, encoder_class, weights  # noqa: E402
-from neucore_plugin.models.cir_model import model_types  # noqa: E402
-from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
-from neucore_plugin.models.trust import refuse_strangers  # noqa: E402
-from neucore_plugin.retrieval import GalleryIndex  # noqa: E402
-from neucore_plugin.schedule import parameter_groups  # noqa: E402
+from neucore_plugin import launch
+from neucore_plugin.common.errors import CheckpointError, ConfigError
+from neucore_plugin.concepts import ConceptVocabulary
+from neucore_plugin.config import encoders, loading
+from neucore_plugin.models.backbones import ENCODERS, build_backbone, encoder_class
+from neucore_plugin.models.base import model_types
+from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.retrieval import GalleryIndex
+from neucore_plugin.training.schedule import parameter_groups
+from neucore_plugin.weights import checkpoint
+from neucore_plugin.weights import pretrained as weights
+from neucore_plugin.weights.trust import refuse_strangers
 
 VIT, BERT = {"width": 32, "depth": 2, "heads": 2}, {"width": 32, "layers": 2, "heads": 2}
 CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -87,12 +87,12 @@ def chosen(name, **tuning):
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "tuned"])
 def test_an_epoch_a_checkpoint_and_its_evaluation(name, freeze, tiny_config, tmp_path, shapes_root):
     path = tiny_config(chosen(name, freeze=freeze))
-    metrics = quiet(host.run, path)["test"]
+    metrics = quiet(launch.run, path)["test"]
     best = next((tmp_path / "output").glob("*/checkpoint_best.pth"))
     results = json.loads((tmp_path / "output" / "results.json").read_text())
     assert results["test"]["neucore"]["queries"] == 21
     options = [f"model.checkpoint={best}", f"run.output_dir={tmp_path / 'again'}"]
-    again = quiet(host.run, path, options, True)["test"]
+    again = quiet(launch.run, path, options, True)["test"]
     assert again["R@1"] == metrics["R@1"] and again["R@10"] == metrics["R@10"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # nothing is random any more
@@ -166,18 +166,18 @@ def test_weights_that_cannot_be_fetched_are_told_before_anything_is_encoded(tmp_
         content["datasets"]["folder"].pop("vis_processor")
 
     with pytest.raises(CheckpointError) as caught:
-        host.run(tiny_config(change))
+        launch.run(tiny_config(change))
     text = str(caught.value)
     assert "https://" in text and str(tmp_path / "hub") in text and "'none'" in text and "no network" in text
 
 
 def test_every_encoder_has_a_schema_and_says_the_pixels_that_its_schema_says():
     for side, known in ENCODERS.items():
-        assert set(known) == set(schema_backbones.BACKBONE_SCHEMAS[side])
+        assert set(known) == set(encoders.BACKBONE_SCHEMAS[side])
         for name in known:
             kind = encoder_class(side, name)
-            if side == "image" and name in schema_backbones.PIXELS and name != "registered":
-                stated = schema_backbones.PIXELS[name]
+            if side == "image" and name in encoders.PIXELS and name != "registered":
+                stated = encoders.PIXELS[name]
                 assert [list(kind.mean), list(kind.std)] == [stated["mean"], stated["std"]], name
 
 
@@ -187,15 +187,15 @@ def test_sizes_of_clips_pictures_are_the_hosts():
     for name, content in _MODEL_CONFIGS.items():
         if "timm_model_name" not in content["vision_cfg"]:
             size = content["vision_cfg"]["image_size"]
-            assert schema_backbones.pixels_of({"name": "clip", "arch": name})["image_size"] == size, name
+            assert encoders.pixels_of({"name": "clip", "arch": name})["image_size"] == size, name
 
 
 @pytest.mark.parametrize("model_type", sorted(model_types()))
 def test_every_model_type_is_a_valid_section_named_by_its_file(model_type):
-    section = config.model_defaults({"arch": "neucore", "model_type": model_type})
-    content = config.read_yaml(model_types()[model_type])
+    section = loading.model_defaults({"arch": "neucore", "model_type": model_type})
+    content = loading.read_yaml(model_types()[model_type])
     assert content["model"]["model_type"] == model_type
-    wanted = schema_backbones.pixels_of(section["backbone"]["image"])
+    wanted = encoders.pixels_of(section["backbone"]["image"])
     for processor in content["preprocess"]["vis_processor"].values():
         assert {key: processor.get(key, wanted[key]) for key in wanted} == wanted
     assert section["embed_dim"] % section["concept_alignment"]["heads"] == 0
@@ -232,7 +232,7 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path):
 
 def _complete(backbone, **tuning):
     section = {"arch": "neucore", "model_type": "blip", "backbone": backbone}
-    filled = config.model_defaults(section)["backbone"]
+    filled = loading.model_defaults(section)["backbone"]
     return {side: {**settings, **tuning} for side, settings in filled.items()}
 
 
@@ -320,7 +320,7 @@ def test_an_evaluation_does_not_import_what_its_checkpoint_names(tmp_path, tiny_
     sys.path.insert(0, str(tmp_path))
     try:
         with pytest.raises(CheckpointError, match="evil_module.*may not import"):
-            host.run(tiny_config(), [f"model.checkpoint={tmp_path / 'evil.pth'}"], True)
+            launch.run(tiny_config(), [f"model.checkpoint={tmp_path / 'evil.pth'}"], True)
     finally:
         sys.path.remove(str(tmp_path))
 
@@ -363,5 +363,5 @@ def test_mistakes_in_an_encoder_are_told_by_the_check_of_the_config(side, change
         content["datasets"]["folder"].pop("vis_processor")
 
     with pytest.raises(ConfigError) as caught:
-        config.load_config(tiny_config(set_), tables=host.registry_tables())
+        loading.load_config(tiny_config(set_), tables=launch.registry_tables())
     assert message in str(caught.value) and "has 1 problem" in str(caught.value)

@@ -5,12 +5,8 @@ import math
 import pytest
 import torch
 
-import neucore_plugin
 import reference
-
-neucore_plugin.register()
-
-from neucore_plugin.models.baselines import COMPOSERS  # noqa: E402
+from neucore_plugin.models.composers import COMPOSERS
 
 D = 6
 

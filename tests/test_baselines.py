@@ -14,16 +14,16 @@ import yaml
 from PIL import Image
 
 import neucore_plugin
-
-neucore_plugin.register()
-
-from neucore_plugin import checkpoint, cli, config, host  # noqa: E402
-from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
-from neucore_plugin.errors import CheckpointError, ConfigError  # noqa: E402
-from neucore_plugin.models.baselines import COMPOSERS, Artemis, CirBaseline  # noqa: E402
-from neucore_plugin.models.cir_model import CirModel  # noqa: E402
-from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
-from neucore_plugin.schema_model import METHODS  # noqa: E402
+from neucore_plugin import cli, launch
+from neucore_plugin.common.errors import CheckpointError, ConfigError
+from neucore_plugin.concepts import ConceptVocabulary
+from neucore_plugin.config import loading
+from neucore_plugin.config.model import METHODS
+from neucore_plugin.models.base import CirModel
+from neucore_plugin.models.baseline import CirBaseline
+from neucore_plugin.models.composers import COMPOSERS, Artemis
+from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.weights import checkpoint, trust
 
 TEXTS = ["make it blue", "the same dress but much longer and in red", "square"]
 SECTION = {
@@ -179,7 +179,7 @@ def test_a_checkpoint_brings_the_method(model, pixels, tmp_path):
     scores = [m.score(m.encode_query(pixels, TEXTS), m.encode_image(pixels)) for m in (model, loaded)]
     assert torch.equal(*scores) and loaded.fingerprint() == model.fingerprint()
     assert loaded.concept_maps(pixels, TEXTS, pixels) == [[], [], []]
-    held = host.section_of(path, {})["config"]
+    held = trust.section_of(path, {})["config"]
     assert (held["arch"], held["method"]) == ("cir_baseline", model.title)
 
 
@@ -240,7 +240,7 @@ def test_the_host_loads_it_by_name(built, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_options_make_a_job_of_neucore_a_baseline(method):
     options = ["model.arch=cir_baseline", f"model.method={method}", "run.output_dir=output/other"]
-    found, plain = config.load_config(EMOJI, options).to_dict(), config.load_config(EMOJI).to_dict()
+    found, plain = loading.load_config(EMOJI, options).to_dict(), loading.load_config(EMOJI).to_dict()
     assert found["model"]["method"] == method and found["run"].pop("output_dir") == "output/other"
     plain["run"].pop("output_dir")
     assert {key: found[key] for key in ("run", "datasets", "preprocess")} == {
@@ -254,12 +254,12 @@ def test_two_options_make_a_job_of_neucore_a_baseline(method):
 
 
 def test_types_are_those_of_neucore_but_the_released_form():
-    tables = config.package_tables()
+    tables = loading.package_tables()
     shared = {name: path for name, path in tables.models["neucore"].items() if not name.startswith("official_")}
     assert tables.models["cir_baseline"] == shared == CirBaseline.PRETRAINED_MODEL_CONFIG_DICT
     for name in shared:
-        section = config.model_defaults({"arch": "cir_baseline", "model_type": name})
-        assert section["backbone"] == config.model_defaults({"model_type": name})["backbone"]
+        section = loading.model_defaults({"arch": "cir_baseline", "model_type": name})
+        assert section["backbone"] == loading.model_defaults({"model_type": name})["backbone"]
 
 
 @pytest.mark.parametrize(
@@ -286,12 +286,12 @@ def test_types_are_those_of_neucore_but_the_released_form():
 )
 def test_settings_that_do_not_fit_are_told(options, message):
     with pytest.raises(ConfigError, match=message):
-        config.load_config(EMOJI, ["model.arch=cir_baseline", *(f"model.{option}" for option in options)])
+        loading.load_config(EMOJI, ["model.arch=cir_baseline", *(f"model.{option}" for option in options)])
 
 
 def test_other_ways_to_a_bad_model_are_told_too(built):
     with pytest.raises(ConfigError, match=r"model\.method: is a setting of cir_baseline, not of neucore"):
-        config.load_config(EMOJI, ["model.method=tirg"])
+        loading.load_config(EMOJI, ["model.method=tirg"])
     with pytest.raises(ConfigError, match="'combinner' is no baseline. Did you mean 'combiner'"):
         CirBaseline(built["sum"].backbone, ConceptVocabulary(()), 8, "combinner", {}, query_dropout={})
     with pytest.raises(ConfigError, match="model.dropout: got 0.1; sum has none"):
@@ -315,7 +315,7 @@ def runs(shapes_root, cache_root, tmp_path_factory):
     for method in ("artemis", "text_only"):
         folders[method] = path.parent / method
         options = ["model.arch=cir_baseline", f"model.method={method}", f"run.output_dir={folders[method]}"]
-        host.run(path, options)
+        launch.run(path, options)
     return folders, path
 
 

@@ -9,8 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from neucore_plugin import checkpoint
-from neucore_plugin.errors import CheckpointError
+from neucore_plugin.common.errors import CheckpointError
+from neucore_plugin.weights import checkpoint
 
 
 class Net(nn.Module):

@@ -7,22 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-from lavis.common.registry import registry  # noqa: E402
-
-from neucore_plugin import config, host  # noqa: E402
-from neucore_plugin.datasets import cirr, published  # noqa: E402
-from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset  # noqa: E402
-from neucore_plugin.errors import ConfigError, DataError  # noqa: E402
-from neucore_plugin.results import summary, table_lines  # noqa: E402
-from neucore_plugin.retrieval.report import write_report  # noqa: E402
+from neucore_plugin import launch
+from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.config import loading, sections
+from neucore_plugin.datasets.published import catalogue as published
+from neucore_plugin.datasets.published import cirr
+from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
+from neucore_plugin.evaluation.results import summary, table_lines
+from neucore_plugin.report.page import write_report
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL = REPOSITORY.parent / "shared" / "data" / "cirr"
@@ -127,7 +124,7 @@ def test_test1_has_no_targets_and_is_no_split_of_the_builder(root):
     triplets, gallery = cirr.read(root, "test1")
     assert triplets[0].targets == () and triplets[0].members == tuple(TEST) and len(gallery.ids) == 6
     builder = registry.get_builder_class("cirr")
-    assert builder.SPLITS == config.DATASET_SPLITS["cirr"] == cirr.WITH_TARGETS == ("train", "val")
+    assert builder.SPLITS == sections.DATASET_SPLITS["cirr"] == cirr.WITH_TARGETS == ("train", "val")
     with pytest.raises(DataError, match=r"no split 'test'\. Did you mean 'test1'"):
         cirr.read(root, "test")
 
@@ -269,7 +266,7 @@ def test_the_command_without_data_says_everything_before_encoders_are_loaded(giv
     monkeypatch.setattr(task, "build_model", never)
     options = ["run.device=cpu", *([f"datasets.cirr.build_info.root={given}"] if given else [])]
     with pytest.raises(ConfigError) as caught:
-        host.run(YAML, options)
+        launch.run(YAML, options)
     told = str(caught.value)
     assert "datasets.cirr.build_info.root" in told and (given or cirr.ROOT_VARIABLE) in told
     for part in ("cap.rc2.train.json", "cap.rc2.val.json", "split.rc2.train.json", "split.rc2.val.json"):
@@ -278,7 +275,7 @@ def test_the_command_without_data_says_everything_before_encoders_are_loaded(giv
 
 
 def test_the_yaml_says_what_the_paper_has():
-    checked = config.load_config(YAML).to_dict()
+    checked = loading.load_config(YAML).to_dict()
     assert checked["model"]["concepts"]["pos"] == ["NOUN", "ADJ"]
     assert checked["datasets"]["cirr"]["build_info"] == {
         "root": None,
@@ -288,9 +285,9 @@ def test_the_yaml_says_what_the_paper_has():
         "max_eval": None,
     }
     with pytest.raises(ConfigError, match=r"run\.test_splits: 'test1' is no split of cirr"):
-        config.load_config(YAML, ["run.test_splits=[test1]"])
+        loading.load_config(YAML, ["run.test_splits=[test1]"])
     with pytest.raises(ConfigError, match=r"build_info\.rooot: unknown key .* Did you mean 'root'"):
-        config.load_config(YAML, ["datasets.cirr.build_info.rooot=x"])
+        loading.load_config(YAML, ["datasets.cirr.build_info.rooot=x"])
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real annotation files are not at {os.path.relpath(REAL)}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.concept_alignment import (
     ConceptAlignment,
     ConceptAlignmentLoss,
@@ -14,8 +14,8 @@ from neucore_plugin.models.concept_alignment import (
     ConceptEncoder,
     MILPooling,
     focal_concept_loss,
-    masked_softmax,
 )
+from neucore_plugin.models.layers import masked_softmax
 
 B, N, D, DW, C = 3, 5, 8, 6, 7
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 0, 1, 0]], dtype=torch.bool)

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from neucore_plugin import concepts
+from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.concepts import PIPELINES, STOP_LEMMAS, ConceptExtractor, ConceptVocabulary
-from neucore_plugin.errors import ConfigError, DataError
 
 CAPTIONS = [("red", "ball"), ("red", "cat"), ("dog", "ball"), ("red", "red", "dog"), ("owl",)]
 

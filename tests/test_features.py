@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from neucore_plugin.errors import DataError
-from neucore_plugin.features import FeatureCache, build_cache, content_fingerprints
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.datasets.feature_cache import FeatureCache, build_cache, content_fingerprints
 
 NAMES = [f"item-{number}" for number in range(50)]
 

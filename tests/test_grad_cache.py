@@ -11,9 +11,10 @@ import runner_case
 import torch
 from torch import nn
 
-from neucore_plugin import checkpoint, host
-from neucore_plugin.errors import ConfigError, DataError
-from neucore_plugin.grad_cache import GradCache, chunks, rows
+from neucore_plugin import launch
+from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.training.grad_cache import GradCache, chunks, rows
+from neucore_plugin.weights import checkpoint
 
 COUNT = 12
 CHUNKS = [1, 3, 5, 8, 11, 12, 40]  # divisors of 12 and others, the batch itself, more than the batch
@@ -223,7 +224,7 @@ def test_neucore_through_the_host_in_bfloat16(tiny_config):
             config["run"].update(max_epoch=1, report=False, output_dir=config["run"]["output_dir"] + name, **run)
 
         path = tiny_config(change, f"{name}.yaml")
-        metrics = host.run(path)
+        metrics = launch.run(path)
         assert 0 < metrics["val"]["R@10"] <= 100
         (last,) = path.parent.glob(f"output{name}/*/checkpoint_last.pth")
         stored = checkpoint.load(last)

@@ -21,8 +21,11 @@ from lavis.models import load_model, load_model_and_preprocess  # before the plu
 from omegaconf import OmegaConf
 
 import neucore_plugin
-from neucore_plugin import host
-from neucore_plugin.errors import CheckpointError, ConfigError, NeucoreError
+from neucore_plugin import launch
+from neucore_plugin.common import distributed, files
+from neucore_plugin.common.errors import CheckpointError, ConfigError, NeucoreError
+from neucore_plugin.host import importing, registration
+from neucore_plugin.host import registration as host
 
 
 def python(code: str, **environment: str) -> str:
@@ -98,14 +101,14 @@ def test_a_name_held_by_another_class_is_an_error():
         pass
 
     with pytest.raises(
-        host.HostError, match=r"processor name 'cir_image' is held by neucore_plugin\.processors\.Image"
+        importing.HostError, match=r"processor name 'cir_image' is held by neucore_plugin\.processors\.Image"
     ):
-        host.register_processor("cir_image")(Other)
+        registration.register_processor("cir_image")(Other)
 
 
 def test_the_hosts_own_checks_still_hold():
     with pytest.raises(AssertionError, match="must inherit"):
-        host.register_task("never_registered")(dict)
+        registration.register_task("never_registered")(dict)
     assert registry.get_task_class("never_registered") is None
 
 
@@ -130,13 +133,13 @@ def test_zoos_list_ours():
 
 def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "own"))
-    assert host.cache_dir() == tmp_path / "own"
+    assert files.cache_dir() == tmp_path / "own"
     assert not (tmp_path / "own").exists()
-    assert host.cache_dir(tmp_path / "given") == tmp_path / "given"
+    assert files.cache_dir(tmp_path / "given") == tmp_path / "given"
     monkeypatch.delenv("NEUCORE_CACHE")
-    assert host.cache_dir() == Path.home() / ".cache" / "neucore"
+    assert files.cache_dir() == Path.home() / ".cache" / "neucore"
     monkeypatch.chdir(tmp_path)
-    assert host.cache_dir("relative") == tmp_path / "relative"
+    assert files.cache_dir("relative") == tmp_path / "relative"
 
 
 @pytest.mark.parametrize(
@@ -189,10 +192,10 @@ def test_import_failures_are_explained(monkeypatch, error, installed, message):
         return installed[package]
 
     monkeypatch.setattr(host.metadata, "version", version)
-    explained = host.explain_import_failure(error)
+    explained = importing.explain_import_failure(error)
     assert isinstance(explained, NeucoreError)
     assert isinstance(explained, ImportError)
-    with pytest.raises(host.HostError, match=message):
+    with pytest.raises(importing.HostError, match=message):
         raise explained
 
 
@@ -227,7 +230,7 @@ def alone(monkeypatch):
 def test_one_process(alone, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run_cfg = run_config(distributed=True)
-    host.init_distributed(run_cfg)
+    distributed.init_distributed(run_cfg)
     assert (run_cfg.distributed, run_cfg.rank, run_cfg.world_size, run_cfg.gpu) == (False, 0, 1, 0)
     assert run_cfg.device == "cpu"
     assert not torch.distributed.is_initialized()
@@ -236,9 +239,9 @@ def test_one_process(alone, monkeypatch):
 def test_cuda_that_is_not_there(alone, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="got cuda:1, but torch sees no CUDA device here; use auto or cpu"):
-        host.init_distributed(run_config(device="cuda:1"))
+        distributed.init_distributed(run_config(device="cuda:1"))
     with pytest.raises(ConfigError, match="got 'gpu'; allowed: auto, cpu, cuda or cuda:N"):
-        host.pick_device("gpu")
+        distributed.pick_device("gpu")
 
 
 def test_two_processes_with_gloo(tmp_path):
@@ -248,14 +251,14 @@ def test_two_processes_with_gloo(tmp_path):
     import torch.distributed as dist
     from omegaconf import OmegaConf
     from neucore_plugin import host
-    host.register_all()
+    registration.register_all()
     from lavis.common.logger import SmoothedValue
     run = OmegaConf.create({"device": "cpu", "dist_url": "file://" + sys.argv[1], "dist_backend": "auto"})
-    host.init_distributed(run)
+    distributed.init_distributed(run)
     meter = SmoothedValue()
     meter.update(1.0 + run.rank)
     meter.synchronize_between_processes()
-    print(run.rank, run.world_size, run.distributed, run.dist_backend, meter.count, meter.total, host.new_job_id())
+    print(run.rank, run.world_size, run.distributed, run.dist_backend, meter.count, meter.total, launch.new_job_id())
     dist.destroy_process_group()
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
@@ -295,7 +298,7 @@ def test_half_an_announcement_of_processes(alone, monkeypatch, environment, mess
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(NeucoreError, match=message):
-        host.init_distributed(run_config(device="cpu"))
+        distributed.init_distributed(run_config(device="cpu"))
     assert not torch.distributed.is_initialized()
 
 
@@ -303,33 +306,33 @@ def test_half_an_announcement_of_processes(alone, monkeypatch, environment, mess
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_the_others_never_come(alone, monkeypatch, tmp_path, rank, url):
     """The first waits in vain for a second process; the second finds nobody at the address."""
-    monkeypatch.setattr(host, "JOIN_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=1))
     port = free_port()
     for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
     place = f"{tmp_path}/meet" if url.startswith("file") else f"127.0.0.1:{port}"
     with pytest.raises(NeucoreError, match=rf"process {rank} of 2 could not meet the others at .*{place} \(.+\)"):
-        host.init_distributed(run_config(device="cpu", dist_url=url.format(port=port, folder=tmp_path)))
+        distributed.init_distributed(run_config(device="cpu", dist_url=url.format(port=port, folder=tmp_path)))
     assert not torch.distributed.is_initialized()
 
 
 def test_places_that_cannot_be_met_at(alone, monkeypatch, tmp_path):
-    monkeypatch.setattr(host, "JOIN_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=1))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for url in ("nowhere", "http://a:1", f"file://{tmp_path}/no/such/folder/meet"):
         with pytest.raises(NeucoreError, match=f"could not meet the others at {url}"):
-            host.init_distributed(run_config(device="cpu", dist_url=url))
+            distributed.init_distributed(run_config(device="cpu", dist_url=url))
     with pytest.raises(ConfigError, match="run.dist_backend is nccl, which joins GPUs, but the device is cpu"):
-        host.init_distributed(run_config(device="cpu", dist_backend="nccl"))
+        distributed.init_distributed(run_config(device="cpu", dist_backend="nccl"))
 
 
 def test_job_ids_differ():
-    assert len({host.new_job_id() for _ in range(20)}) == 20
+    assert len({launch.new_job_id() for _ in range(20)}) == 20
 
 
 def test_registry_tables_know_both_sides():
-    tables = host.registry_tables()
+    tables = launch.registry_tables()
     assert Path(tables.models["neucore"]["embedded"]).is_file()
     assert Path(tables.models["blip_caption"]["base_coco"]).is_file()
     assert {"runner_cir", "runner_base"} <= set(tables.runners)
@@ -366,8 +369,8 @@ def test_main_flow_of_the_host_itself(tmp_path, alone):
         "run: {task: stub_task, runner: stub_runner, own_key: 3, device: cpu, seed: 1}\n"
     )
     try:
-        assert host.run(path) == "trained"
-        assert host.run(path, evaluate=True) == "evaluated True"
+        assert launch.run(path) == "trained"
+        assert launch.run(path, evaluate=True) == "evaluated True"
     finally:
         del mappings["task_name_mapping"]["stub_task"], mappings["runner_name_mapping"]["stub_runner"]
     assert seen[0] == (("model", 1), {"stub": {"train": [1, 2]}}, 3, 0)
@@ -382,7 +385,7 @@ def test_a_bad_config_is_told_before_data_are_touched(tmp_path, monkeypatch):
     path = tmp_path / "bad.yaml"
     path.write_text("model: {arch: neucore}\ndatasets: {emojy: {}}\nrun: {max_epoch: 1, sead: 1}\n")
     with pytest.raises(ConfigError) as caught:
-        host.run(path)
+        launch.run(path)
     assert "'emojy' is no known data set. Did you mean 'emoji'?" in str(caught.value)
     assert "run.sead: unknown key (given 1). Did you mean 'seed'?" in str(caught.value)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from neucore_plugin.errors import ConfigError, ImageError
-from neucore_plugin.images import check_images, load_image
+from neucore_plugin.common.errors import ConfigError, ImageError
+from neucore_plugin.common.images import check_images, load_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

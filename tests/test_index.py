@@ -11,7 +11,7 @@ import torch
 from colour_model import COLOURS, NAMES, ColourModel, draw, make_folder, names
 from PIL import Image
 
-from neucore_plugin.errors import DataError, ImageError
+from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.retrieval import encoding, index
 from neucore_plugin.retrieval.index import GalleryIndex, Hit
 

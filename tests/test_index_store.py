@@ -8,7 +8,7 @@ import pytest
 import torch
 from colour_model import NAMES, ColourModel, make_folder, names
 
-from neucore_plugin.errors import DataError, ImageError
+from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.retrieval import index, store
 from neucore_plugin.retrieval.index import GalleryIndex
 

@@ -6,9 +6,9 @@ import pytest
 import runner_case as case
 import torch
 
-from neucore_plugin import randomness
-from neucore_plugin.errors import DataError
-from neucore_plugin.loaders import BatchLoader
+from neucore_plugin.common import randomness
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.training.loaders import BatchLoader
 
 
 def test_loader_orders_and_shards():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import reference
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models import matching as module
 from neucore_plugin.models.matching import TERMS, Matching
 

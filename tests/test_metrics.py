@@ -3,18 +3,17 @@
 import pytest
 import torch
 
-from neucore_plugin.errors import DataError
-from neucore_plugin.retrieval import metrics
-from neucore_plugin.retrieval.metrics import (
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.evaluation import metrics
+from neucore_plugin.evaluation.metrics import (
     average_precision_at,
     hits_in,
     mean_average_precision,
     median_rank,
     recall_at,
-    subset_ranks,
-    target_ranks,
-    topk,
 )
+from neucore_plugin.retrieval import ranks
+from neucore_plugin.retrieval.ranks import subset_ranks, target_ranks, topk
 
 
 def ranking(row, left_out=None, among=None):
@@ -38,7 +37,7 @@ def random_case(seed, queries=41, gallery=23, levels=5):
 @pytest.fixture(params=[None, 7])
 def chunk(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(metrics, "_CHUNK_QUERIES", request.param)
+        monkeypatch.setattr(ranks, "_CHUNK_QUERIES", request.param)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -95,9 +94,9 @@ def test_infinite_scores_keep_their_order():
 
 
 def test_memory_chunk_follows_the_gallery(monkeypatch):
-    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 100)
-    assert [s.stop - s.start for s in metrics._chunks(5, 50)] == [2, 2, 1]
-    assert [s.stop - s.start for s in metrics._chunks(2, 1000)] == [1, 1]  # a row is the least
+    monkeypatch.setattr(ranks, "_CHUNK_CELLS", 100)
+    assert [s.stop - s.start for s in ranks._chunks(5, 50)] == [2, 2, 1]
+    assert [s.stop - s.start for s in ranks._chunks(2, 1000)] == [1, 1]  # a row is the least
 
 
 def test_recall_and_median():

@@ -8,14 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-from neucore_plugin import checkpoint  # noqa: E402
-from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
-from neucore_plugin.errors import CheckpointError, ConfigError  # noqa: E402
-from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
+from neucore_plugin.common.errors import CheckpointError, ConfigError
+from neucore_plugin.concepts import ConceptVocabulary
+from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.weights import checkpoint
 
 WORDS = ("red", "blue", "square", "dress", "long")
 TEXTS = ["make it blue", "the same dress but much longer and in red", "square"]

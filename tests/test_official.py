@@ -5,24 +5,21 @@ import warnings
 
 import numpy as np
 import pytest
+import released_reference as slow
 import torch
 import yaml
+from torchvision import models as zoo
 
-import neucore_plugin
+from neucore_plugin import launch
+from neucore_plugin.common.errors import CheckpointError, ConfigError
+from neucore_plugin.concepts import ConceptVocabulary
+from neucore_plugin.config.loading import load_config, model_defaults
+from neucore_plugin.models.backbones import resnet_gru
+from neucore_plugin.models.backbones.resnet_gru import SPECIALS, GloveBiGRU, ResNet, split_words, word_list
+from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.released import convert
+from neucore_plugin.weights import checkpoint
 from reference import contrastive_loss, focal_loss
-
-neucore_plugin.register()
-
-import released_reference as slow  # noqa: E402
-from torchvision import models as zoo  # noqa: E402
-
-from neucore_plugin import checkpoint, convert, host  # noqa: E402
-from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
-from neucore_plugin.config import load_config, model_defaults  # noqa: E402
-from neucore_plugin.errors import CheckpointError, ConfigError  # noqa: E402
-from neucore_plugin.models.backbones import resnet_gru  # noqa: E402
-from neucore_plugin.models.backbones.resnet_gru import SPECIALS, GloveBiGRU, ResNet, split_words, word_list  # noqa: E402
-from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
 
 WORDS = [*SPECIALS, "red", "blue", "dress", "longer", "make", "it", "sleeve"]
 CONCEPTS = ("red", "dress", "sleeve")
@@ -363,7 +360,7 @@ def test_two_phases(tiny_config, resnet18, tmp_path):
     torch.save(resnet18.state_dict(), tmp_path / "r.pth")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        host.run(released_yaml(tiny_config, tmp_path / "r.pth", "one"))
+        launch.run(released_yaml(tiny_config, tmp_path / "r.pth", "one"))
     first = next((tmp_path / "output_one").glob("*/checkpoint_last.pth"))
     one = NeucoreModel.from_checkpoint(first)
     assert torch.equal(one.backbone.image.network.conv1.weight, resnet18.conv1.weight)
@@ -371,7 +368,7 @@ def test_two_phases(tiny_config, resnet18, tmp_path):
     backbone = {"image": {**one.config["backbone"]["image"], "freeze": False}}
     backbone["text"] = {**one.config["backbone"]["text"], "freeze_words": False}
     path = released_yaml(tiny_config, tmp_path / "r.pth", "two", checkpoint=str(first), backbone=backbone)
-    host.run(path)
+    launch.run(path)
     two = NeucoreModel.from_checkpoint(next((tmp_path / "output_two").glob("*/checkpoint_last.pth")))
     names = {"backbone.image.network.conv1.weight", "backbone.image.network.bn1.running_mean"}
     assert names | {"backbone.text.embedding.weight", "backbone.text.gru.weight_hh_l0"} <= moved(one, two)

@@ -16,7 +16,7 @@ import pytest
 
 import neucore_plugin
 from neucore_plugin import cli
-from neucore_plugin.errors import ConfigError, NeucoreError
+from neucore_plugin.common.errors import ConfigError, NeucoreError
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("train", "evaluate", "search", "report", "data")

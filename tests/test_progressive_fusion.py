@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reference
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.progressive_fusion import (
     AdaptiveInstanceNorm,
     AttendedEntities,

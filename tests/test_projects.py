@@ -5,12 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-from neucore_plugin import config, host  # noqa: E402
-from neucore_plugin.errors import ConfigError  # noqa: E402
+from neucore_plugin import launch
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.config import loading
 
 PROJECTS = Path(__file__).resolve().parent.parent / "projects" / "neucore"
 YAMLS = sorted(path.name for path in PROJECTS.glob("*.yaml"))
@@ -21,12 +18,12 @@ def test_a_project_is_complete_but_for_what_the_user_gives(name, tmp_path):
     options = []
     if name.startswith("eval_"):
         with pytest.raises(ConfigError, match=r"has 1 problem:\s+model.checkpoint: is null"):
-            config.load_config(PROJECTS / name, tables=host.registry_tables())
+            loading.load_config(PROJECTS / name, tables=launch.registry_tables())
         (tmp_path / "best.pth").touch()
         options = [f"model.checkpoint={tmp_path / 'best.pth'}"]
     if name == "train_folder.yaml":
         options = [f"datasets.folder.build_info.root={tmp_path}"]
-    found = config.load_config(PROJECTS / name, options, host.registry_tables()).to_dict()
+    found = loading.load_config(PROJECTS / name, options, launch.registry_tables()).to_dict()
     assert found["run"]["output_dir"].startswith("output/")
     # the command in the head of the file names the file
     head = (PROJECTS / name).read_text().split("model:\n")[0]
@@ -40,28 +37,28 @@ def test_no_two_projects_write_into_one_folder():
 
 def test_the_released_form_has_its_mark_and_its_augmentation():
     for dataset in ("fashioniq", "shoes"):
-        found = config.load_config(PROJECTS / f"train_official_{dataset}.yaml").to_dict()
+        found = loading.load_config(PROJECTS / f"train_official_{dataset}.yaml").to_dict()
         section = found["datasets"][dataset]
         assert found["model"]["form"] == "released" and found["model"]["model_type"] == f"official_{dataset}"
         assert section["vis_processor"]["train"]["augment"] == "crop_flip"
         assert section["vis_processor"]["eval"].get("augment", "none") == "none"
         assert section["build_info"].get("joiner") == ("<and>" if dataset == "fashioniq" else None)
-    plain = config.load_config(PROJECTS / "train_fashioniq.yaml").to_dict()
+    plain = loading.load_config(PROJECTS / "train_fashioniq.yaml").to_dict()
     assert plain["datasets"]["fashioniq"]["build_info"]["joiner"] == "and"
     with pytest.raises(ConfigError, match=r"joiner: .*allowed: one of .*<and>, and"):
-        config.load_config(PROJECTS / "train_fashioniq.yaml", ["datasets.fashioniq.build_info.joiner=und"])
+        loading.load_config(PROJECTS / "train_fashioniq.yaml", ["datasets.fashioniq.build_info.joiner=und"])
 
 
 def test_the_users_own_command_has_blip():
-    section = config.load_config(PROJECTS / "train_cirr.yaml").to_dict()["model"]
+    section = loading.load_config(PROJECTS / "train_cirr.yaml").to_dict()["model"]
     assert section["backbone"]["image"]["name"] == section["backbone"]["text"]["name"] == "blip"
 
 
 def test_an_evaluation_takes_the_model_from_its_checkpoint(tmp_path):
-    held = {**config.model_defaults({"model_type": "blip_cirr", "embed_dim": 64}), "checkpoint": None}
+    held = {**loading.model_defaults({"model_type": "blip_cirr", "embed_dim": 64}), "checkpoint": None}
     options = [f"model.checkpoint={tmp_path / 'best.pth'}"]
     (tmp_path / "best.pth").touch()
-    found = config.load_config(
+    found = loading.load_config(
         PROJECTS / "eval_cirr.yaml",
         options,
         section_of=lambda path, said: {"config": held, "image_processor": {"fit": "crop"}},
@@ -71,9 +68,9 @@ def test_an_evaluation_takes_the_model_from_its_checkpoint(tmp_path):
     assert (processors["eval"]["fit"], processors["train"]["fit"]) == ("crop", "pad")  # as it was trained
     mean = processors["eval"]["mean"]
     assert mean == pytest.approx([0.481, 0.458, 0.408], abs=1e-3)  # BLIP's
-    said = config.load_config(
+    said = loading.load_config(
         PROJECTS / "eval_cirr.yaml", [*options, "model.embed_dim=32"], section_of=lambda *_: {"config": held}
     )
     assert said.model_cfg.embed_dim == 32  # an error when the weights are loaded
-    trained = config.load_config(PROJECTS / "train_cirr.yaml", options, section_of=lambda *_: {}).to_dict()
+    trained = loading.load_config(PROJECTS / "train_cirr.yaml", options, section_of=lambda *_: {}).to_dict()
     assert trained["model"]["model_type"] == "blip_cirr"  # a training goes by its file

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.datasets import protocols
 from neucore_plugin.datasets.protocols import PRESETS, STANDARD, presets
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
-from neucore_plugin.errors import ConfigError, DataError
-from neucore_plugin.ranking import Ranking
-from neucore_plugin.results import summary, table_lines, with_means
-from neucore_plugin.retrieval.metrics import image_ranks, soft_recall_at
+from neucore_plugin.evaluation.metrics import soft_recall_at
+from neucore_plugin.evaluation.ranking import Ranking
+from neucore_plugin.evaluation.results import summary, table_lines, with_means
+from neucore_plugin.retrieval.ranks import image_ranks
 
 NAMES = tuple(f"image-{number:02d}" for number in range(30))
 PAIR = Triplet("p", "image-00", "is red and has dots", ("image-01",), captions=("is red", "has dots"))

@@ -11,21 +11,17 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import COLOURS, FORMS, draw_shape, write_tiny
+from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-import neucore_plugin
-from neucore_plugin import cli
-from neucore_plugin.errors import ConfigError, DataError
-
-neucore_plugin.register()
-
-from lavis.common.registry import registry  # noqa: E402
-
-from neucore_plugin import host, schema_data  # noqa: E402
-from neucore_plugin.commands.data import PUBLISHED  # noqa: E402
-from neucore_plugin.datasets import published  # noqa: E402
-from neucore_plugin.datasets.protocols import PRESETS  # noqa: E402
-from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset  # noqa: E402
+from neucore_plugin import cli, launch
+from neucore_plugin.commands.data import PUBLISHED
+from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.config import data
+from neucore_plugin.config import data as schema_data
+from neucore_plugin.datasets.protocols import PRESETS
+from neucore_plugin.datasets.published import catalogue as published
+from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CATEGORIES = ("dress", "shirt", "toptee")
@@ -140,7 +136,7 @@ def numbers(folder: Path) -> dict:
 def test_cirr_with_two_protocols_and_evaluated_again(cirr_root, cache_root, tmp_path, caplog):
     path = configure(tmp_path, cache_root, "cirr", cirr_root, ["hard", "soft"], ["val"], ["val"])
     with caplog.at_level("INFO"):
-        host.run(path)
+        launch.run(path)
     results = numbers(tmp_path / "output")
     assert list(results) == ["val", "val@soft"]
     assert results["val"]["neucore"]["protocol"] == "hard" and results["val@soft"]["neucore"]["protocol"] == "soft"
@@ -163,7 +159,7 @@ def test_fashioniq_categories_and_their_mean(fashioniq_root, cache_root, tmp_pat
     valid = [f"val_{category}" for category in CATEGORIES]
     chosen = ["neucore", "clip4cir", "val"]
     path = configure(tmp_path, cache_root, "fashioniq", fashioniq_root, chosen, valid, valid)
-    host.run(path)
+    launch.run(path)
     results = numbers(tmp_path / "output")
     assert {split for split in results if "mean" in split} == {"val_mean", "val_mean@clip4cir", "val_mean@val"}
     for split, queries in (("val_dress", 12), ("val_dress@clip4cir", 6), ("val_mean", 36), ("val_mean@val", 36)):
@@ -189,7 +185,7 @@ def test_the_released_forms_mark_between_captions(fashioniq_root, tmp_path, monk
 
 
 def test_shards_give_what_the_folder_gives(cirr_root, cache_root, tmp_path):
-    from neucore_plugin.datasets import shards
+    from neucore_plugin.datasets.shards import writer as shards
 
     splits = {split: published.READERS["cirr"].read(cirr_root, split) for split in ("train", "val")}
     paths = {name: file for _, g in splits.values() for name, file in zip(g.ids, g.paths, strict=True)}
@@ -201,7 +197,7 @@ def test_shards_give_what_the_folder_gives(cirr_root, cache_root, tmp_path):
         folder.mkdir()
         path = configure(folder, folder / "cache", "cirr", root, ["hard"], ["val"], ["val"])
         options = [f"datasets.cirr.data_type={kind}", "run.num_workers=2", "run.cache_features=false"]
-        host.run(path, options)
+        launch.run(path, options)
         found[kind] = numbers(folder / "output")
         log = next((folder / "output").rglob("log.txt")).read_text().splitlines()
         found[kind, "loss"] = [json.loads(line).get("train_loss") for line in log]
@@ -211,11 +207,11 @@ def test_shards_give_what_the_folder_gives(cirr_root, cache_root, tmp_path):
 
 def test_submission_from_a_checkpoint(cirr_root, cache_root, tmp_path, capsys, monkeypatch):
     """test1 has 22 to 36 pictures here, so the files are made with shorter rankings; all else is as published."""
-    from neucore_plugin import submission
     from neucore_plugin.commands import submit
+    from neucore_plugin.evaluation import submission
 
     path = configure(tmp_path, cache_root, "cirr", cirr_root, ["hard"], [], ["val"])
-    host.run(path)
+    launch.run(path)
     best = next((tmp_path / "output").rglob("checkpoint_best.pth"))
     monkeypatch.setitem(submission.LENGTHS, "recall", 10)
     out = tmp_path / "submission"
@@ -370,11 +366,11 @@ def test_check_without_a_root_and_of_an_unknown_name(monkeypatch, capsys):
 
 
 def test_all_lists_of_data_sets_agree():
-    assert set(published.READERS) == set(PUBLISHED) == set(schema_data.PUBLISHED_DATASETS)
+    assert set(published.READERS) == set(PUBLISHED) == set(data.PUBLISHED_DATASETS)
     for name, reader in published.READERS.items():
         builder = registry.get_builder_class(name)
         assert builder.SPLITS == reader.WITH_TARGETS and set(reader.WITH_TARGETS) <= set(reader.SPLITS)
-        assert set(schema_data.PUBLISHED_SPLITS[name]) == set(reader.WITH_TARGETS), name
+        assert set(data.PUBLISHED_SPLITS[name]) == set(reader.WITH_TARGETS), name
         schema = getattr(schema_data, f"{name.capitalize()}InfoSchema")
         assert schema().protocol == [next(iter(PRESETS[name]))]
         assert f"NEUCORE_{name.upper()}_ROOT" == reader.ROOT_VARIABLE

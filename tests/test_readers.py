@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from neucore_plugin.datasets import circo, fashion200k, fashioniq, shoes
-from neucore_plugin.errors import DataError
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.datasets.published import circo, fashion200k, fashioniq, shoes
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from neucore_plugin.errors import DataError
-from neucore_plugin.retrieval import report
-from neucore_plugin.retrieval.charts import bar_chart_svg, results_chart_svg
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.report import page as report
+from neucore_plugin.report.charts import bar_chart_svg, results_chart_svg
+from neucore_plugin.report.page import heat_overlay, search_page, write_report
 from neucore_plugin.retrieval.index import Hit
-from neucore_plugin.retrieval.report import heat_overlay, search_page, write_report
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)> &amp; {{ 7*7 }} ' é 猫"
 VOID = {"meta", "img", "br", "link", "input"}

@@ -6,7 +6,7 @@ import signal
 import pytest
 import runner_case as case
 
-from neucore_plugin.errors import CheckpointError, ConfigError
+from neucore_plugin.common.errors import CheckpointError, ConfigError
 
 _FINISHED: dict = {}
 

@@ -10,12 +10,12 @@ import runner_case as case
 import torch
 from lavis.common.registry import registry
 
-from neucore_plugin import checkpoint
-from neucore_plugin.errors import ConfigError, DataError, NeucoreError
-from neucore_plugin.loaders import BatchLoader
-from neucore_plugin.precision import Precision
-from neucore_plugin.runner import RunnerCir, RunnerCirIter
-from neucore_plugin.schedule import Schedule, parameter_groups
+from neucore_plugin.common.errors import ConfigError, DataError, NeucoreError
+from neucore_plugin.training.loaders import BatchLoader
+from neucore_plugin.training.precision import Precision
+from neucore_plugin.training.runner import RunnerCir, RunnerCirIter
+from neucore_plugin.training.schedule import Schedule, parameter_groups
+from neucore_plugin.weights import checkpoint
 
 
 def log_lines(folder) -> list[dict]:

@@ -19,11 +19,12 @@ from shards_case import shapes, write
 from torch.utils.data import DataLoader, DistributedSampler
 
 from neucore_plugin import cli
-from neucore_plugin.datasets import published, shards
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.images import check_images, load_image
+from neucore_plugin.datasets.feature_cache import content_fingerprints
+from neucore_plugin.datasets.published import catalogue as published
+from neucore_plugin.datasets.shards import writer as shards
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
-from neucore_plugin.errors import DataError
-from neucore_plugin.features import content_fingerprints
-from neucore_plugin.images import check_images, load_image
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +367,7 @@ def test_the_command_writes_references_outside_the_gallery(shapes_root, tmp_path
 
 
 def test_the_command_writes_what_training_reads(tmp_path, shapes_root, capsys, tiny_config):
-    from neucore_plugin import host
+    from neucore_plugin import launch
 
     out = tmp_path / "tars"
     assert cli.main(["shards", "folder", "--root", str(shapes_root), "--out", str(out), "--max-mb", "1"]) == 0
@@ -379,7 +380,7 @@ def test_the_command_writes_what_training_reads(tmp_path, shapes_root, capsys, t
             config["run"].update(output_dir=str(tmp_path / kind), runner="runner_cir_iter", num_workers=2, report=False)
             config["run"].update(max_iters=6, iters_per_inner_epoch=3, cache_dir=str(tmp_path / f"{kind}-cache"))
 
-        host.run(tiny_config(change, f"{kind}.yaml"))
+        launch.run(tiny_config(change, f"{kind}.yaml"))
         log = next((tmp_path / kind).rglob("log.txt")).read_text().splitlines()
         losses[kind] = [json.loads(line)["train_loss"] for line in log if "train_loss" in line]
     assert losses["images"] == losses["shards"] and len(losses["images"]) == 2

@@ -11,11 +11,11 @@ import pytest
 from shards_case import edit_index, shapes, write
 
 from neucore_plugin import cli
-from neucore_plugin.datasets import shards
-from neucore_plugin.datasets.shard_reader import split_sum
+from neucore_plugin.common.errors import DataError, ImageError
+from neucore_plugin.common.images import load_image
+from neucore_plugin.datasets.shards import writer as shards
+from neucore_plugin.datasets.shards.reader import split_sum
 from neucore_plugin.datasets.triplets import Gallery, Triplet
-from neucore_plugin.errors import DataError, ImageError
-from neucore_plugin.images import load_image
 
 
 @pytest.fixture(scope="module")

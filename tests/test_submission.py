@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from neucore_plugin import submission
 from neucore_plugin.commands import submit
+from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.datasets.triplets import Gallery, Triplet
-from neucore_plugin.errors import ConfigError, DataError
+from neucore_plugin.evaluation import submission
 
 NAMES = tuple(f"test1-{number}" for number in range(60))
 QUERIES = [

@@ -10,15 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-from neucore_plugin import host  # noqa: E402
-from neucore_plugin.datasets import folder  # noqa: E402
-from neucore_plugin.errors import ConfigError, DataError  # noqa: E402
-from neucore_plugin.images import load_image  # noqa: E402
-from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
+from neucore_plugin import launch
+from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.common.images import load_image
+from neucore_plugin.datasets import folder
+from neucore_plugin.models.neucore import NeucoreModel
 
 QUERIES = {"val": 22, "test": 21}
 RECALLS = ("R@1", "R@5", "R@10", "R@50")
@@ -43,7 +39,7 @@ def trained(shapes_root, cache_root, tmp_path_factory):
     import conftest
 
     config = conftest.write_tiny(shapes_root, cache_root, tmp_path_factory.mktemp("trained"))
-    metrics = host.run(config)
+    metrics = launch.run(config)
     return config, config.parent / "output", run_folder(config), metrics
 
 
@@ -103,7 +99,7 @@ def test_evaluating_the_checkpoint_gives_the_same_metrics_and_keeps_the_run(trai
     _, _, run, metrics = trained
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     path = tiny_config(lambda config: config["model"].update(checkpoint=str(run / "checkpoint_best.pth")))
-    again = host.run(path, evaluate=True)
+    again = launch.run(path, evaluate=True)
     for split in ("val", "test"):
         assert {k: again[split][k] for k in RECALLS} == {k: metrics[split][k] for k in RECALLS}
     assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
@@ -112,7 +108,7 @@ def test_evaluating_the_checkpoint_gives_the_same_metrics_and_keeps_the_run(trai
 def test_two_runs_of_one_seed_are_bitwise_equal_and_another_seed_is_not(trained, tiny_config):
     _, _, run, _ = trained
     first = tiny_config()
-    host.run(first)
+    launch.run(first)
     assert same(weights(run_folder(first) / "checkpoint_last.pth"), weights(run / "checkpoint_last.pth"))
 
 
@@ -122,13 +118,13 @@ def test_iteration_runner_trains_the_same_way(tiny_config):
         config["run"].pop("max_epoch")
 
     path = tiny_config(iterations)
-    metrics = host.run(path)
+    metrics = launch.run(path)
     assert metrics["val"]["queries"] == 22
     log = [json.loads(line) for line in (run_folder(path) / "log.txt").read_text().splitlines()]
     assert [line["iteration"] for line in log if "train_loss" in line] == [2, 4, 5]
 
 
-def launch(config: Path, *options: str, processes: int = 1, kill_after: str = "", timeout: int = 400):
+def in_processes(config: Path, *options: str, processes: int = 1, kill_after: str = "", timeout: int = 400):
     """`python -m lavis.train` in processes of its own; `kill_after`: SIGKILL at the n-th call of a function."""
     code = "import runpy, sys\n"
     if kill_after:
@@ -158,19 +154,19 @@ def launch(config: Path, *options: str, processes: int = 1, kill_after: str = ""
 def test_killed_training_resumes_to_the_same_weights(tiny_config):
     """SIGKILL when the third checkpoint is about to be written; `resume: auto` goes on in the same folder."""
     path = tiny_config(lambda config: config["run"].update(resume="auto"))
-    killed = launch(path, kill_after="save:3")
+    killed = in_processes(path, kill_after="save:3")
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     folder_of_run = run_folder(path)
     assert (folder_of_run / "checkpoint_last.pth").exists()
-    finished = launch(path)
+    finished = in_processes(path)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert run_folder(path) == folder_of_run
     whole = tiny_config(lambda config: config["run"].update(output_dir=str(path.parent / "whole")), name="whole.yaml")
-    assert launch(whole).returncode == 0
+    assert in_processes(whole).returncode == 0
     (other,) = (entry for entry in (path.parent / "whole").iterdir() if entry.is_dir())
     for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
         assert same(weights(folder_of_run / name), weights(other / name))
-    again = launch(path)
+    again = in_processes(path)
     assert again.returncode == 0 and "finished already" in again.stderr + again.stdout
 
 
@@ -182,7 +178,7 @@ def test_two_processes_evaluate_like_one(trained, tiny_config):
             config["run"].update(evaluate=True),
         )
     )
-    both = launch(path, processes=2)
+    both = in_processes(path, processes=2)
     assert both.returncode == 0, both.stderr[-3000:]
     results = json.loads((path.parent / "output" / "results.json").read_text())
     assert results == json.loads((output / "results.json").read_text())
@@ -190,7 +186,7 @@ def test_two_processes_evaluate_like_one(trained, tiny_config):
 
 def test_two_processes_train(tiny_config):
     path = tiny_config(lambda config: config["run"].update(max_epoch=1, batch_size_train=16))
-    both = launch(path, processes=2)
+    both = in_processes(path, processes=2)
     assert both.returncode == 0, both.stderr[-3000:]
     assert json.loads((path.parent / "output" / "results.json").read_text())["val"]["neucore"]["queries"] == 22
 
@@ -207,7 +203,7 @@ def test_bad_images_are_all_listed_before_training(shapes_root, tiny_config, tmp
     (root / "images" / "cross-blue.png").write_text("no image at all")
     path = tiny_config(lambda config: config["datasets"]["folder"]["build_info"].update(root=str(root)))
     with pytest.raises(DataError, match="2 images cannot be read") as caught:
-        host.run(path)
+        launch.run(path)
     assert "circle-red.png" in str(caught.value) and "cross-blue.png" in str(caught.value)
     listing = Path(str(caught.value).split("all of them: ")[1].split(")")[0])
     assert len(json.loads(listing.read_text())) == 2
@@ -229,5 +225,5 @@ def test_bad_images_are_all_listed_before_training(shapes_root, tiny_config, tmp
 def test_bad_settings_are_told_before_training(tiny_config, change, message):
     path = tiny_config(change)
     with pytest.raises((ConfigError, DataError), match=message):
-        host.run(path)
+        launch.run(path)
     assert not list(path.parent.glob("output/*/checkpoint*"))

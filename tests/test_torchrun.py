@@ -9,11 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-from neucore_plugin import host  # noqa: E402
+from neucore_plugin import launch
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 EVERYTHING = {"grad_cache_chunk": 3, "ema_decay": 0.8, "accum_grad_iters": 2}
@@ -61,7 +57,7 @@ def assert_like_one(found: dict, one: dict) -> None:
 @pytest.mark.parametrize("run", [{}, EVERYTHING], ids=["plain", "cached, averaged, accumulated"])
 def test_two_processes_of_torchrun_train_like_one(tiny_config, run):
     one = config_of(tiny_config, "one", 16, **run)
-    host.run(one)
+    launch.run(one)
     two = config_of(tiny_config, "two", 8, **run)
     process = start(two, "--nproc_per_node=2")
     said = process.communicate(timeout=400)[0]
@@ -73,7 +69,7 @@ def test_two_processes_of_torchrun_train_like_one(tiny_config, run):
 def test_two_machines_train_like_one(tiny_config):
     """Two launchers of one process each that meet at an address, as on two machines."""
     one = config_of(tiny_config, "one", 16)
-    host.run(one)
+    launch.run(one)
     two = config_of(tiny_config, "two", 8)
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))

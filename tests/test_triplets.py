@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.datasets import folder
 from neucore_plugin.datasets.triplets import Gallery, GalleryDataset, ImageStore, Triplet, TripletDataset
-from neucore_plugin.errors import DataError, ImageError
 
 
 def pixels(image):

@@ -7,18 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-import neucore_plugin
-
-neucore_plugin.register()
-
-from neucore_plugin import checkpoint  # noqa: E402
-from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
-from neucore_plugin.config import model_defaults  # noqa: E402
-from neucore_plugin.errors import CheckpointError, ConfigError  # noqa: E402
-from neucore_plugin.models.backbones import build_backbone  # noqa: E402
-from neucore_plugin.models.backbones.tuning import Tuning, rate_scales, settle_modes  # noqa: E402
-from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
-from neucore_plugin.schedule import parameter_groups  # noqa: E402
+from neucore_plugin.common.errors import CheckpointError, ConfigError
+from neucore_plugin.concepts import ConceptVocabulary
+from neucore_plugin.config.loading import model_defaults
+from neucore_plugin.models.backbones import build_backbone
+from neucore_plugin.models.backbones.tuning import Tuning, rate_scales, settle_modes
+from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.training.schedule import parameter_groups
+from neucore_plugin.weights import checkpoint
 
 FROZEN = {"name": "efficientnet_lite0", "image_size": 64, "grid": 2}
 WORDS = ("red", "blue", "square", "long")

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from neucore_plugin import cli
+from neucore_plugin.common.errors import DataError
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, cached_concepts
-from neucore_plugin.errors import DataError
 
 CAPTIONS = [
     "is red and has long sleeves",

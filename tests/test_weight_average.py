@@ -9,9 +9,9 @@ import runner_case as case
 import torch
 from torch import nn
 
-from neucore_plugin import checkpoint
-from neucore_plugin.errors import CheckpointError, ConfigError
-from neucore_plugin.weight_average import WeightAverage
+from neucore_plugin.common.errors import CheckpointError, ConfigError
+from neucore_plugin.training.weight_average import WeightAverage
+from neucore_plugin.weights import checkpoint
 
 AVERAGED = {**case.ITERS, "ema_decay": 0.8}
 

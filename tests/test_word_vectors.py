@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from neucore_plugin.errors import DataError
+from neucore_plugin.common.errors import DataError
 from neucore_plugin.models.backbones.resnet_gru import GloveBiGRU, word_list
 
 WORDS = word_list(["red blue dress", "longer make it sleeve"])

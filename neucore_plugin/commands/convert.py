@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError
 
 HELP = "turn a checkpoint of the authors' released code into one of ours"
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     from neucore_plugin import register
 
     register()
-    from neucore_plugin.convert import convert, report
+    from neucore_plugin.released.convert import convert, report
 
     done = convert(
         arguments.source,

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from neucore_plugin.commands.data import PUBLISHED
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError
 
 HELP = "write a data set as tar shards (webdataset's layout), to train from with data_type: shards"
 
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write, or check. Raises ConfigError and DataError."""
-    from neucore_plugin.datasets import folder, published, shards
+    from neucore_plugin.datasets import folder
+    from neucore_plugin.datasets.published import catalogue as published
+    from neucore_plugin.datasets.shards import writer as shards
 
     if arguments.verify:
         print(f"{arguments.out}: {shards.verify(arguments.out):,} images, all as they were written")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError
 
 HELP = "write and check the files for the test servers of CIRR and CIRCO"
 SPLITS = {"cirr": "test1", "circo": "test"}
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write or check. Raises ConfigError and DataError; what has problems is not written."""
-    from neucore_plugin import submission
+    from neucore_plugin.evaluation import submission
 
     split = arguments.split or SPLITS[arguments.name]
     if arguments.check is not None:
@@ -48,7 +48,7 @@ def _split(arguments: argparse.Namespace, split: str) -> Any:
     """Triplets and gallery to compare with, where the annotations are at hand; images are not needed."""
     import os
 
-    from neucore_plugin.datasets import published
+    from neucore_plugin.datasets.published import catalogue as published
 
     reader = published.reader(arguments.name)
     allowed = [part for part in reader.SPLITS if part != "train"]
@@ -61,26 +61,30 @@ def _split(arguments: argparse.Namespace, split: str) -> Any:
 
 
 def _load(arguments: argparse.Namespace, split: str) -> tuple[Any, Any, Any]:
-    from neucore_plugin import config, host
+    from neucore_plugin import launch
+    from neucore_plugin.common import distributed
+    from neucore_plugin.config import loading
+    from neucore_plugin.host import registration
+    from neucore_plugin.weights import trust
 
-    options = [*config.dotlist(arguments.options), f"model.checkpoint={arguments.checkpoint}", "run.evaluate=true"]
-    host.register_all()
+    options = [*loading.dotlist(arguments.options), f"model.checkpoint={arguments.checkpoint}", "run.evaluate=true"]
+    registration.register_all()
     from lavis.common.registry import registry
 
-    cfg = config.load_config(arguments.cfg_path, options, host.registry_tables(), host.section_of)
+    cfg = loading.load_config(arguments.cfg_path, options, launch.registry_tables(), trust.section_of)
     if list(cfg.datasets_cfg) != [arguments.name]:
         raise ConfigError(f"{arguments.cfg_path}: describes {', '.join(cfg.datasets_cfg)}, not {arguments.name} alone")
-    host.setup_logging(True)
+    launch.setup_logging(True)
     task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
     dataset = task.build_split(cfg, arguments.name, split)
-    model = task.build_model(cfg).to(host.pick_device(cfg.run_cfg.get("device") or "auto")).eval()
+    model = task.build_model(cfg).to(distributed.pick_device(cfg.run_cfg.get("device") or "auto")).eval()
     arguments.out.mkdir(parents=True, exist_ok=True)
     task.prepare(model, {arguments.name: {split: dataset}}, cfg, arguments.out)
     return dataset, model, task
 
 
 def _contents(arguments: argparse.Namespace, dataset: Any, model: Any, task: Any, split: str) -> list[tuple[Path, Any]]:
-    from neucore_plugin import submission
+    from neucore_plugin.evaluation import submission
 
     ids, count = dataset.gallery.ids, submission.LENGTHS["recall"]
     whole, groups = task.rank_for_submission(model, dataset, count, submission.LENGTHS["recall_subset"])

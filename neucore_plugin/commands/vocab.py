@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 from neucore_plugin.commands.data import PUBLISHED
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.common.files import cache_dir
 
 HELP = "build the concept vocabulary of a data set and show what it holds"
 CIRR_POS = ("NOUN", "ADJ")  # as the paper has it
@@ -29,13 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the captions (images are not needed), find concepts, count. Raises ConfigError and DataError."""
-    from neucore_plugin import host
     from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, cached_concepts
 
     captions = _captions(arguments)
     extractor = ConceptExtractor(tuple(arguments.pos or (CIRR_POS if arguments.name == "cirr" else POS)))
     texts = sorted(set(captions))
-    found = cached_concepts(extractor, texts, host.cache_dir() / "features")
+    found = cached_concepts(extractor, texts, cache_dir() / "features")
     lemmas = [found[caption] for caption in captions]
     vocabulary = ConceptVocabulary.from_captions(lemmas, arguments.min_count)
     counts = Counter(lemma for caption in lemmas for lemma in caption)
@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _captions(arguments: argparse.Namespace) -> list[str]:
-    from neucore_plugin.datasets import folder, published
+    from neucore_plugin.datasets import folder
+    from neucore_plugin.datasets.published import catalogue as published
 
     name, split = arguments.name, arguments.split
     if name == "folder":
@@ -73,7 +74,7 @@ def _captions(arguments: argparse.Namespace) -> list[str]:
             raise ConfigError("--root is needed: the folder with the images and their annotations")
         return [t.caption for t in folder.load_split(arguments.root, split, folder.images(arguments.root))[0]]
     if name == "emoji":
-        from neucore_plugin.datasets import emoji
+        from neucore_plugin.datasets.emoji import splits as emoji
 
         if split not in emoji.SPLITS:
             raise ConfigError(f"emoji has no split {split!r}; allowed: {', '.join(emoji.SPLITS)}")

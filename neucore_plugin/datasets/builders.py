@@ -8,12 +8,16 @@ from typing import Any, ClassVar
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import OmegaConf
 
-from neucore_plugin import distributed, host
-from neucore_plugin.datasets import emoji, folder, protocols, published, shards
+from neucore_plugin.common import distributed
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.common.files import atomic_write, cache_dir
+from neucore_plugin.config.data import PUBLISHED_DATASETS
+from neucore_plugin.datasets import folder, protocols
+from neucore_plugin.datasets.emoji import splits as emoji
+from neucore_plugin.datasets.published import catalogue as published
+from neucore_plugin.datasets.shards import writer as shards
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
-from neucore_plugin.errors import ConfigError
-from neucore_plugin.files import atomic_write
-from neucore_plugin.schema_data import PUBLISHED_DATASETS
+from neucore_plugin.host.registration import register_builder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "datasets"
 
@@ -118,7 +122,7 @@ class PublishedBuilder(TripletBuilder):
         if not files:
             self.left_out = {}
             return
-        listing = host.cache_dir() / f"missing-images-{self.name}.txt"
+        listing = cache_dir() / f"missing-images-{self.name}.txt"
 
         def write() -> None:
             listing.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +149,7 @@ def _published(name: str) -> type[PublishedBuilder]:
         "credit": reader.CREDIT,
         "DATASET_CONFIG_DICT": {"default": str(CONFIGS / f"{name}.yaml")},
     }
-    return host.register_builder(name)(type(f"{name.capitalize()}Builder", (PublishedBuilder,), attributes))
+    return register_builder(name)(type(f"{name.capitalize()}Builder", (PublishedBuilder,), attributes))
 
 
 CirrBuilder = _published("cirr")
@@ -155,7 +159,7 @@ Fashion200kBuilder = _published("fashion200k")
 CircoBuilder = _published("circo")
 
 
-@host.register_builder("emoji")
+@register_builder("emoji")
 class EmojiBuilder(TripletBuilder):
     """The embedded default: OpenMoji drawings (see `datasets/emoji.py`)."""
 
@@ -173,7 +177,7 @@ class EmojiBuilder(TripletBuilder):
         return paths, {split: (data.triplets(split), data.gallery) for split in self.SPLITS}
 
 
-@host.register_builder("folder")
+@register_builder("folder")
 class FolderBuilder(TripletBuilder):
     """One's own images and JSON annotations (see `datasets/folder.py`)."""
 

@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from neucore_plugin.common.errors import DataError, nearest
+from neucore_plugin.common.images import IMAGE_SUFFIXES
 from neucore_plugin.datasets.triplets import Gallery, Triplet
-from neucore_plugin.errors import DataError
-from neucore_plugin.images import IMAGE_SUFFIXES
-from neucore_plugin.names import nearest
 
 
 def splits(root: str | Path) -> list[str]:

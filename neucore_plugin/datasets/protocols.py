@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from neucore_plugin.common.errors import ConfigError, nearest
 from neucore_plugin.datasets.triplets import Triplet
-from neucore_plugin.errors import ConfigError
-from neucore_plugin.names import nearest
 
 TEXTS = ("concat", "both_orders", "separate")
 

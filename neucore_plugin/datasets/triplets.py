@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from neucore_plugin.errors import DataError
-from neucore_plugin.features import FeatureCache
-from neucore_plugin.files import sha256_text
-from neucore_plugin.images import load_image
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.files import sha256_text
+from neucore_plugin.common.images import load_image
+from neucore_plugin.datasets.feature_cache import FeatureCache
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neucore_plugin.errors import ConfigError
-from neucore_plugin.models.concept_alignment import check_positive, check_shape
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.models.layers import check_positive, check_shape
 
 TERMS = ("fused", "explicit", "background")
 MAX_TEMPERATURE = math.log(100.0)

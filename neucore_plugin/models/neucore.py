@@ -9,18 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neucore_plugin import host
+from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.concepts import ConceptVocabulary
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.host.registration import register_model
 from neucore_plugin.models.backbones import Backbone
-from neucore_plugin.models.cir_model import CirModel, model_types
+from neucore_plugin.models.base import CirModel, model_types
 from neucore_plugin.models.concept_alignment import ConceptAlignment, ConceptAlignmentLoss
 from neucore_plugin.models.concept_maps import concept_maps
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.progressive_fusion import ProgressiveFusion
 
 
-@host.register_model("neucore")
+@register_model("neucore")
 class NeucoreModel(CirModel):
     """Composed image retrieval by concept alignment and progressive fusion (Zhao & Xu, 2023).
 

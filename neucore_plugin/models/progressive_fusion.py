@@ -12,14 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from neucore_plugin.errors import ConfigError
-from neucore_plugin.models.concept_alignment import (
-    FeedForward,
-    SelfAttention,
-    check_positive,
-    check_shape,
-    masked_softmax,
-)
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.models.layers import FeedForward, SelfAttention, check_positive, check_shape, masked_softmax
 
 MODES = ("progressive", "mixture")
 

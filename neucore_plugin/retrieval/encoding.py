@@ -17,13 +17,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from neucore_plugin.errors import DataError, ImageError
-from neucore_plugin.images import IMAGE_SUFFIXES, load_image
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.images import IMAGE_SUFFIXES, load_image
 from neucore_plugin.retrieval.store import DTYPES
 
 log = logging.getLogger(__name__)
 
-Picture = str | Path | Image.Image
 Source = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
 
@@ -52,19 +51,6 @@ class Failure:
     name: str
     path: Path
     reason: str
-
-
-def open_picture(picture: Picture) -> Image.Image:
-    """RGB of a file or of a picture at hand (transparent parts white). ImageError where it cannot be read."""
-    if not isinstance(picture, Image.Image):
-        return load_image(picture)
-    try:
-        if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-            layer = picture.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-        return picture.convert("RGB")
-    except OSError as error:  # opened lazily, and the file turns out to be damaged
-        raise ImageError(f"the {picture.format or 'given'} picture is damaged ({error}); give another one") from error
 
 
 @contextmanager

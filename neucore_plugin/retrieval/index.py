@@ -15,23 +15,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neucore_plugin.errors import DataError
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.images import Picture, open_picture
 from neucore_plugin.retrieval import store
 from neucore_plugin.retrieval.encoding import (
     Failure,
-    Picture,
     RetrievalModel,
     Source,
     collect,
     encode,
     evaluating,
-    open_picture,
     relative,
     settled,
     some,
     twice,
 )
-from neucore_plugin.retrieval.metrics import topk
+from neucore_plugin.retrieval.ranks import topk
 
 _GALLERY_CHUNK = 65536  # images scored at a time: bounds the float32 copy of a half precision gallery
 _QUERY_CELLS = 1 << 24  # scores held at a time, 64 MB

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neucore_plugin.errors import DataError
-from neucore_plugin.files import atomic_write, sha256_file, write_json
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.files import atomic_write, sha256_file, write_json
 
 FORMAT = "neucore-index-1"
 MANIFEST = "manifest.json"

@@ -28,9 +28,8 @@ from typing import Any
 
 from torch import nn
 
-from neucore_plugin.errors import ConfigError, NeucoreError
+from neucore_plugin.common.errors import ConfigError, NeucoreError, nearest
 from neucore_plugin.models.backbones.tuning import Tuning, settle_modes
-from neucore_plugin.names import nearest
 
 ENCODERS = {
     "image": {

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from neucore_plugin.models.backbones.embedded import MINILM_VOCABULARY, MINILM_VOCABULARY_SHA256, packaged_file
+from neucore_plugin.models.backbones.embedded import MINILM_VOCABULARY, MINILM_VOCABULARY_SHA256
+from neucore_plugin.weights.pretrained import packaged_file
 
 POSITIONS = 512  # of bert-base-uncased, [CLS] and [SEP] among them
 POSITION_IDS = "embeddings.position_ids"  # a constant that files of weights may lack

@@ -15,41 +15,18 @@ from lavis.models.vit import VisionTransformerEncoder
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from neucore_plugin.checkpoint import fingerprint
-from neucore_plugin.models.backbones import weights
+from neucore_plugin.common.errors import nearest
+from neucore_plugin.models.backbones import vit
 from neucore_plugin.models.backbones.bert_words import POSITION_IDS, BertText
-from neucore_plugin.names import nearest
+from neucore_plugin.models.backbones.vit import check_pixels, grid_of, sized
+from neucore_plugin.weights import pretrained as weights
+from neucore_plugin.weights.checkpoint import fingerprint
 
 _ROOT = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models"
 URLS = {"base": f"{_ROOT}/model_base_capfilt_large.pth", "large": f"{_ROOT}/model_large.pth"}
 VITS = {"base": {"width": 768, "depth": 12, "heads": 12}, "large": {"width": 1024, "depth": 24, "heads": 16}}
 DROP_PATH = {"base": 0.0, "large": 0.1}  # the host's stochastic depth in training
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-def check_pixels(pixels: Tensor, name: str, image_size: int) -> None:
-    """Raise ValueError unless pixels are [B,3,image_size,image_size]."""
-    if tuple(pixels.shape[1:]) != (3, image_size, image_size):
-        raise ValueError(f"{name} expects pixels [B,3,{image_size},{image_size}], given {list(pixels.shape)}")
-
-
-def sized(name: str, defaults: Mapping[str, int], given: Mapping[str, int] | None) -> dict[str, int]:
-    """`defaults` overruled by what an `architecture` says. Raises ValueError for what no attention can have."""
-    sizes = {**defaults, **{key: value for key, value in (given or {}).items() if value is not None}}
-    if unknown := set(sizes) - set(defaults):
-        raise ValueError(f"{name}: architecture has no {min(unknown)!r}.{nearest(min(unknown), defaults)}")
-    for prefix in ("", "query_"):
-        width, heads = sizes.get(f"{prefix}width", 0), sizes.get(f"{prefix}heads", 1)
-        if width % heads:
-            raise ValueError(f"{name}: architecture.{prefix}width {width} is no multiple of {prefix}heads {heads}")
-    return sizes
-
-
-def grid_of(name: str, image_size: int, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches. Raises ValueError where they do not fill the image."""
-    if image_size % patch_size or image_size < patch_size:
-        raise ValueError(f"{name}: image_size is a multiple of its patches' {patch_size} px; got {image_size}")
-    return (image_size // patch_size,) * 2
 
 
 class BlipImage(nn.Module):
@@ -107,7 +84,7 @@ class BlipImage(nn.Module):
         path = weights.locate(source, setting)
         state = weights.read_state(path)
         if (positions := "visual_encoder.pos_embed") in state:
-            state[positions] = weights.resized_positions(state[positions], self.grid, path=path)
+            state[positions] = vit.resized_positions(state[positions], self.grid, path=path)
         return weights.fit(self, state, path)
 
     @property

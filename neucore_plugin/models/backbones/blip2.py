@@ -15,11 +15,13 @@ from lavis.models.blip2_models.Qformer import BertModel
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from neucore_plugin.checkpoint import fingerprint
-from neucore_plugin.models.backbones import weights
+from neucore_plugin.common.errors import nearest
+from neucore_plugin.models.backbones import vit
 from neucore_plugin.models.backbones.bert_words import POSITION_IDS, BertText
-from neucore_plugin.models.backbones.blip import MEAN, STD, check_pixels, grid_of, sized
-from neucore_plugin.names import nearest
+from neucore_plugin.models.backbones.blip import MEAN, STD
+from neucore_plugin.models.backbones.vit import check_pixels, grid_of, sized
+from neucore_plugin.weights import pretrained as weights
+from neucore_plugin.weights.checkpoint import fingerprint
 
 _ROOT = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 URLS = {"eva_clip_g": f"{_ROOT}/blip2_pretrained.pth", "clip_L": f"{_ROOT}/blip2_pretrained_vitL.pth"}
@@ -129,7 +131,7 @@ class Blip2Image(nn.Module):
             aligned = self.vit == "clip_L"  # as the host does it
             positions = "positional_embedding" if aligned else "pos_embed"
             if positions in state:
-                table = weights.resized_positions(state[positions], patches, align_corners=aligned, path=path)
+                table = vit.resized_positions(state[positions], patches, align_corners=aligned, path=path)
                 state[positions] = table
             weights.fit(self.visual_encoder, state, path)
         if source == weights.NONE or not state:

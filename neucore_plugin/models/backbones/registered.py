@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from neucore_plugin.checkpoint import fingerprint
-from neucore_plugin.errors import ConfigError, NeucoreError
+from neucore_plugin.common.errors import ConfigError, NeucoreError, nearest
 from neucore_plugin.models.backbones.clip import MEAN, STD
 from neucore_plugin.models.backbones.host_model import HostModel, reason
-from neucore_plugin.names import nearest
+from neucore_plugin.weights.checkpoint import fingerprint
 
 
 class _Registered(nn.Module):

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neucore_plugin.checkpoint import fingerprint
-from neucore_plugin.errors import CheckpointError
+from neucore_plugin.common.errors import CheckpointError
 from neucore_plugin.models.backbones.word_vectors import read_word_vectors
+from neucore_plugin.weights.checkpoint import fingerprint
 
 NETWORKS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "resnet152": 2048}
 SPECIALS = ("<pad>", "<start>", "<and>", "<end>", "<unk>")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
-from neucore_plugin.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from neucore_plugin.errors import DataError
+from neucore_plugin.common.errors import DataError
 
 
 def read_word_vectors(path: str | Path, words: str | Path | None, rows: Mapping[str, int], into: Tensor) -> int:

@@ -1,0 +1,40 @@
+"""`neucore report`: the result table of a run, also as a page or a chart."""
+
+import argparse
+import json
+import sys
+
+from neucore_plugin.common.errors import DataError
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    found = next(
+        (path for name in ("evaluation.json", "results.json") if (path := arguments.folder / name).is_file()), None
+    )
+    if found is None:
+        raise DataError(
+            f"{arguments.folder}: neither evaluation.json nor results.json is there; `neucore evaluate` writes them"
+        )
+    try:
+        content = json.loads(found.read_text(encoding="utf-8"))
+        content = content if "results" in content else {"results": content}
+        results, per_change = content.pop("results"), content.pop("per_change", None)
+        from neucore_plugin.evaluation.results import table_lines
+
+        print("\n".join(table_lines(results)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{found}: is no result file ({type(error).__name__}: {error}); evaluate again") from error
+    if arguments.svg:
+        from neucore_plugin.common.files import atomic_write
+        from neucore_plugin.report.charts import results_chart_svg
+
+        with atomic_write(arguments.svg, "w") as stream:
+            stream.write(results_chart_svg(results))
+    if arguments.html:
+        from neucore_plugin.report.charts import row_label
+        from neucore_plugin.retrieval import write_report
+
+        rows = next(iter(results.values()), {})
+        title = f"{row_label(next(iter(rows), 'results'))}: {arguments.folder.resolve().name}"
+        write_report(arguments.html, title, results, settings=content, per_change=per_change)
+        print(f"page: {arguments.html}", file=sys.stderr)

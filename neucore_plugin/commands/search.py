@@ -1,0 +1,57 @@
+"""`neucore search`: a folder of images, with a picture and a sentence."""
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+
+from neucore_plugin.common.errors import ConfigError, DataError
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    if arguments.image is None and not (arguments.text or "").strip():
+        raise DataError("nothing to search with; give --image, --text, or both")
+    if not arguments.folder.is_dir():
+        raise DataError(f"--folder {arguments.folder} is no folder")
+    from neucore_plugin import load_model, register
+    from neucore_plugin.common.distributed import pick_device
+    from neucore_plugin.host.importing import before_import
+    from neucore_plugin.retrieval import GalleryIndex, search_page
+
+    before_import()
+    if arguments.module:
+        register()
+        try:
+            importlib.import_module(arguments.module)
+        except ImportError as error:
+            raise ConfigError(f"--module {arguments.module}: {error}; install it, or put it on PYTHONPATH") from error
+    model = load_model(arguments.checkpoint, device=pick_device(arguments.device))
+    log = logging.getLogger("neucore_plugin.retrieval")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what could not be read is printed below
+    try:
+        index = GalleryIndex.build(
+            model, arguments.folder, batch_size=arguments.batch_size, progress=not arguments.json
+        )
+    finally:
+        log.setLevel(level)
+    for failure in index.failures:
+        print(f"left out {failure.name}: {failure.reason}", file=sys.stderr)
+    hits = index.search(arguments.image, arguments.text, k=min(arguments.k, max(1, len(index) - 1)))
+    if arguments.json:
+        rows = [{"rank": hit.rank, "name": hit.name, "score": hit.score, "path": str(hit.path)} for hit in hits]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        for hit in hits:
+            print(f"{hit.rank:3d}  {hit.score:8.4f}  {hit.name}")
+    if arguments.html:
+        reference = index.reference(arguments.image)[0] if arguments.image is not None else None
+        search_page(arguments.html, reference, arguments.text, hits)
+        print(f"page: {arguments.html}", file=sys.stderr)

@@ -1,0 +1,137 @@
+"""Fashion200K (Han et al., ICCV 2017) with the queries of Vo et al. (TIRG, CVPR 2019).
+
+root/labels/{category}_{train,test}_detect_all.txt  "path <tab> detection score <tab> description" a line
+root/test_queries.txt                               "source target" a line
+root/women/{category}/{caption}/{id}/{file}.jpeg    the pictures
+
+A hit is any gallery image whose caption equals the target's. The text is "replace X with Y", X and Y the first words in
+which the captions differ. Training pairs are not published: each train image that has a caption one word apart is
+paired once with a drawn image of a drawn such caption, from a fixed seed (other code draws anew at every step).
+"""
+
+import random
+from collections import defaultdict
+from pathlib import Path
+
+from neucore_plugin.common.errors import DataError, nearest
+from neucore_plugin.datasets.published.annotations import read_lines, refuse, safe_name
+from neucore_plugin.datasets.triplets import Gallery, Triplet
+
+NAME, TITLE = "fashion200k", "Fashion200K"
+CREDIT = "Fashion200K (Han et al., ICCV 2017); queries: Vo et al., CVPR 2019"
+ROOT_VARIABLE = "NEUCORE_FASHION200K_ROOT"
+CATEGORIES = ("dress", "skirt", "jacket", "pants", "top")
+SPLITS = WITH_TARGETS = ("train", "test")
+SPECIAL = str.maketrans({".": "dotmark", "?": "questionmark", "&": "andmark", "*": "starmark"})
+SEED = 0
+
+
+def sources(root: str | Path) -> str:
+    """What to fetch, from where, and where it belongs."""
+    return f"""\
+the images and the labels come from the authors, by the links of https://github.com/xthan/fashion-200k
+    unpack them so that {Path(root) / "women"} and {Path(root) / "labels"} are there
+test_queries.txt comes with https://github.com/google/tirg: put it into {root}"""
+
+
+def annotations(split: str) -> tuple[str, ...]:
+    """Files that a split needs, below the root."""
+    labels = tuple(f"labels/{category}_{split}_detect_all.txt" for category in CATEGORIES)
+    return (*labels, "test_queries.txt") if split == "test" else labels
+
+
+def image_folder(root: str | Path, split: str) -> str:
+    """Where the images of a split belong."""
+    return str(Path(root) / "women")
+
+
+def read(root: str | Path, split: str) -> tuple[list[Triplet], Gallery]:
+    """Triplets and gallery of train or test. Images need not exist. Raises DataError listing every problem."""
+    if split not in SPLITS:
+        raise DataError(f"{TITLE} has no split {split!r}.{nearest(split, SPLITS)}")
+    root = Path(root).expanduser()
+    problems: list[str] = []
+    captions = _read_labels(root, split, problems)
+    triplets = _test_queries(root, captions, problems) if split == "test" else _train_queries(captions)
+    refuse(root, split, problems)
+    return triplets, Gallery(tuple(captions), tuple(root / name for name in captions))
+
+
+def clean(description: str) -> str:
+    """A description as the queries count it: lower case, one blank between words, marks spelt out."""
+    return " ".join(description.translate(SPECIAL).lower().split())
+
+
+def difference(source: str, target: str) -> tuple[str, str]:
+    """The first word of each caption that the other lacks; "" where there is none."""
+    ours, theirs = source.split(), target.split()
+    lost = next((word for word in ours if word not in theirs), "")
+    return lost, next((word for word in theirs if word not in ours), "")
+
+
+def _text(source: str, target: str) -> str:
+    lost, new = difference(source, target)
+    return f"replace {lost} with {new}".replace("  ", " ").strip()
+
+
+def _read_labels(root: Path, split: str, problems: list[str]) -> dict[str, str]:
+    """{image: caption} of a split, in the order of the files."""
+    captions: dict[str, str] = {}
+    for category in CATEGORIES:
+        file = f"labels/{category}_{split}_detect_all.txt"
+        for number, line in enumerate(read_lines(root / file, TITLE), start=1):
+            parts = line.split("\t")
+            if len(parts) != 3 or not safe_name(parts[0].strip()) or not parts[2].strip():
+                problems.append(f"{file}: line {number}: expected path, score and description, given {line[:80]!r}")
+            else:
+                captions.setdefault(parts[0].strip(), clean(parts[2]))
+    return captions
+
+
+def _test_queries(root: Path, captions: dict[str, str], problems: list[str]) -> list[Triplet]:
+    same: dict[str, list[str]] = defaultdict(list)
+    for name, caption in captions.items():
+        same[caption].append(name)
+    triplets = []
+    for number, line in enumerate(read_lines(root / "test_queries.txt", TITLE), start=1):
+        parts = line.split()
+        unknown = [name for name in parts if name not in captions]
+        if len(parts) != 2 or unknown:
+            what = f"expected two paths, given {line[:80]!r}"
+            if unknown and len(parts) == 2:
+                what = f"{unknown[0]!r} is in no label file of test"
+            problems.append(f"test_queries.txt: line {number}: {what}")
+            continue
+        source, target = parts
+        right = dict.fromkeys([target, *same[captions[target]]])
+        answers = tuple(name for name in right if name != source)
+        if not answers:
+            problems.append(f"test_queries.txt: line {number}: source and target are the same image {source!r}")
+            continue
+        triplets.append(Triplet(str(number - 1), source, _text(captions[source], captions[target]), answers))
+    return triplets
+
+
+def _train_queries(captions: dict[str, str]) -> list[Triplet]:
+    """One query an image. Captions one word apart share a mask (a caption without one word): no pairwise comparison."""
+    images: dict[str, list[str]] = defaultdict(list)
+    for name, caption in captions.items():
+        images[caption].append(name)
+    masked: dict[str, list[str]] = defaultdict(list)
+    for caption in images:
+        for mask in _masks(caption):
+            masked[mask].append(caption)
+    draw = random.Random(SEED)
+    triplets = []
+    for index, (name, caption) in enumerate(captions.items()):
+        groups = [mask for mask in _masks(caption) if len(masked[mask]) > 1]
+        if groups:
+            near = [other for other in masked[draw.choice(groups)] if other != caption]
+            other = draw.choice(near)
+            triplets.append(Triplet(str(index), name, _text(caption, other), (draw.choice(images[other]),)))
+    return triplets
+
+
+def _masks(caption: str) -> list[str]:
+    words = caption.split()
+    return list(dict.fromkeys(" ".join([*words[:place], *words[place + 1 :]]) for place in range(len(words))))

@@ -1,0 +1,298 @@
+"""Reading tar shards in webdataset's layout: every image once, triplets as JSON, an index. Knows no host, no model.
+
+A folder of shards holds
+    shard-00000.tar ...     members 000000.jpg, 000001.png, ...: the image files, byte for byte
+    triplets-{split}.json   the queries and the gallery of a split
+    index.json              counts, fingerprints, each shard's size and SHA-256, each image's name, shard and place
+
+A training sample needs two images that lie anywhere, so shards are read by place, as a map-style data set: order,
+resume, workers and processes are those of a folder. `stream` reads them from end to end with webdataset, for encoding.
+
+Shards come from elsewhere, so nothing in them is trusted: names are labels and never paths, members are bytes and never
+decoded by their suffix (webdataset's own `decode` unpickles .pyd, .pkl and .pth), nothing but local files is opened.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.files import sha256_file, sha256_text
+from neucore_plugin.common.images import IMAGE_SUFFIXES
+from neucore_plugin.datasets.published.annotations import read_json
+from neucore_plugin.datasets.triplets import Gallery, Triplet
+
+FORMAT = "neucore-shards-1"
+INDEX = "index.json"
+_SHARD = re.compile(r"shard-[0-9]{5,7}\.tar")
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,80}")
+_MEMBER = re.compile(rf"[0-9]{{6,12}}({'|'.join(map(re.escape, (*IMAGE_SUFFIXES, '.img')))})")
+_FIELDS = {field.name for field in dataclasses.fields(Triplet)}
+_NEEDED = {field.name for field in dataclasses.fields(Triplet) if field.default is dataclasses.MISSING}
+_LOST = ("missing_images", "skipped_queries")
+REMEDY = "write the shards again with `neucore shards`"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardImage:
+    """An image inside a shard: `load_image` takes it as it takes a path."""
+
+    shard: str
+    offset: int
+    size: int
+    name: str
+
+    def read(self) -> bytes:
+        """The bytes of the image file. Raises DataError where the shard ends before them."""
+        try:
+            opened = _opened(self.shard)  # held while reading: two threads may open one shard, and the cache keeps one
+            data = os.pread(opened.number, self.size, self.offset)
+        except OSError as error:
+            raise DataError(
+                f"{self.shard} cannot be read ({error.strerror}); is the folder of shards complete?"
+            ) from None
+        if len(data) != self.size:
+            raise DataError(f"{self.shard} is truncated: it ends before image {self.name!r}; copy the shard again")
+        return data
+
+    def open(self) -> io.BytesIO:
+        """The image file as a binary stream."""
+        return io.BytesIO(self.read())
+
+    def __str__(self) -> str:
+        return f"{self.shard}:{self.name}"
+
+
+class _Opened:
+    """A descriptor that is closed when its last user lets go of it: not before a thread has read to the end."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.number)
+
+
+@lru_cache(maxsize=128)  # of the 1,024 files that a process may usually open
+def _opened(path: str) -> _Opened:
+    """One descriptor a shard; reading by place moves no position, so threads and forked workers may share it."""
+    return _Opened(path)
+
+
+def read_shards(
+    folder: str | Path, name: str | None = None
+) -> tuple[dict[str, ShardImage], dict[str, tuple[list[Triplet], Gallery]]]:
+    """Images by name, and triplets and gallery by split. No image is read. `name`: the data set that is expected.
+
+    Raises DataError where the index is missing, altered or names places outside its shards, a shard is missing or of
+    another size than it was written with, or a split's file does not fit its sum.
+    """
+    root, index = open_index(folder)
+    if name is not None and index.get("name") != name:
+        raise DataError(f"{root}: holds shards of {str(index.get('name'))[:80]!r}, not of {name!r}; give another root")
+    _opened.cache_clear()  # a folder that was written anew is not read by the old files
+    images: dict[str, ShardImage] = {}
+    files: set[str] = set()
+    for shard in index["shards"]:
+        path = _shard_path(root, shard)
+        if path.name in files:
+            raise DataError(f"{root / INDEX}: {path.name} is listed twice; {REMEDY}")
+        files.add(path.name)
+        end = 0
+        for image in shard["images"]:
+            label, offset, size = (image.get(key) for key in ("name", "offset", "size"))
+            whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (offset, size))
+            if (
+                not isinstance(label, str)
+                or not whole
+                or size < 0
+                or offset < end + 512  # each member has a header before it
+                or offset + size > shard["bytes"]
+            ):
+                raise DataError(
+                    f"{root / INDEX}: image {str(label)[:80]!r} has no place of its own in {path.name}; {REMEDY}"
+                )
+            if label in images:
+                raise DataError(f"{root / INDEX}: image {label[:80]!r} is listed twice; {REMEDY}")
+            images[label] = ShardImage(str(path), offset, size, label)
+            end = offset + size
+    if not images:
+        raise DataError(f"{root / INDEX}: lists no images; {REMEDY}")
+    return images, {split: _read_split(root, split, row, images) for split, row in index["splits"].items()}
+
+
+def open_index(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder's path and the content of its index, of the right form. Raises DataError."""
+    if "://" in str(folder) or str(folder).startswith("pipe:"):
+        raise DataError(f"{folder}: shards are read from a folder; copy or mount it, then give its path")
+    root = Path(folder).expanduser()
+    if not (root / INDEX).is_file():
+        remedy = "`neucore shards` writes one"
+        if (root / "writing.json").is_file():
+            remedy = "its writing was interrupted: give the same `neucore shards` command again"
+        raise DataError(f"{root}: has no {INDEX}, so it is no complete folder of shards; {remedy}")
+    index = read_json(root / INDEX, dict, "the shards")
+    if index.get("format") != FORMAT:
+        raise DataError(f"{root / INDEX}: has the format {index.get('format')!r}, not {FORMAT!r}; {REMEDY}")
+    shards, splits = index.get("shards"), index.get("splits")
+    good = isinstance(shards, list) and isinstance(splits, dict) and all(isinstance(r, dict) for r in splits.values())
+    good = good and all(
+        isinstance(shard, dict) and isinstance(shard.get("bytes"), int) and isinstance(shard.get("images"), list)
+        and all(isinstance(image, dict) for image in shard["images"])
+        for shard in shards
+    )  # fmt: skip
+    if not good:
+        raise DataError(f"{root / INDEX}: lacks its lists of shards and splits; {REMEDY}")
+    return root, index
+
+
+def _shard_path(root: Path, shard: Mapping[str, Any]) -> Path:
+    file = shard.get("file")
+    if not isinstance(file, str) or not _SHARD.fullmatch(file):
+        raise DataError(f"{root / INDEX}: {str(file)[:80]!r} is no shard of this folder (shard-NNNNN.tar); {REMEDY}")
+    path = root / file
+    if not path.is_file():
+        raise DataError(f"{path} is missing; copy it again, or {REMEDY}")
+    if (found := path.stat().st_size) != shard["bytes"]:
+        raise DataError(
+            f"{path} has {found:,} bytes, not {shard['bytes']:,}: it is truncated or another file; copy it again"
+        )
+    return path
+
+
+def split_sum(plain: Mapping[str, Any]) -> str:
+    """The fingerprint of a split's file: of its content, however it is spaced."""
+    return sha256_text(json.dumps(plain, ensure_ascii=False, sort_keys=True))
+
+
+def _read_plain(root: Path, split: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    if not SPLIT_NAME.fullmatch(split):
+        raise DataError(f"{root / INDEX}: {split[:80]!r} is no name of a split; {REMEDY}")
+    path = root / f"triplets-{split}.json"
+    plain = read_json(path, dict, "the shards")
+    if split_sum(plain) != row.get("sha256"):
+        raise DataError(f"{path}: was altered since it was written; {REMEDY}")
+    lost = plain.get("left_out", {})
+    counts = [lost.get(key, 0) for key in _LOST] if isinstance(lost, dict) else [None]
+    if not isinstance(plain.get("triplets"), list) or not all(type(count) is int and count >= 0 for count in counts):
+        raise DataError(f"{path}: needs a list 'triplets', and counts of what was left out; {REMEDY}")
+    return plain
+
+
+def _read_split(
+    root: Path, split: str, row: Mapping[str, Any], images: Mapping[str, Any]
+) -> tuple[list[Triplet], Gallery]:
+    path, plain = root / f"triplets-{split}.json", _read_plain(root, split, row)
+    lost = plain.get("left_out", {})
+    if lost.get("missing_images"):
+        logging.warning(
+            "%s: %s was written without %s images that had no file, and without the %s queries that need them",
+            *(root, split, lost["missing_images"], lost.get("skipped_queries", 0)),
+        )
+    ids = plain.get("gallery")
+    if not isinstance(ids, list) or any(not isinstance(name, str) or name not in images for name in ids):
+        raise DataError(f"{path}: its gallery names images that no shard holds; {REMEDY}")
+    triplets = []
+    for entry in plain["triplets"]:
+        if not isinstance(entry, dict) or set(entry) - _FIELDS or not set(entry) >= _NEEDED:
+            raise DataError(f"{path}: a triplet with fields that this version does not know; {REMEDY}")
+        triplet = Triplet(**{key: _tuples(value) for key, value in entry.items()})
+        if not _well_formed(triplet):
+            raise DataError(f"{path}: triplet {str(triplet.query_id)[:80]!r} has a value of the wrong type; {REMEDY}")
+        triplets.append(triplet)
+    return triplets, Gallery(tuple(ids), tuple(images[name] for name in ids))
+
+
+def _well_formed(triplet: Triplet) -> bool:
+    texts = (triplet.query_id, triplet.reference, triplet.caption, triplet.change)
+    lists = (triplet.targets, triplet.members, triplet.captions)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(row, tuple) and all(isinstance(text, str) for text in row) for row in lists)
+        and isinstance(triplet.soft, tuple)
+        and all(isinstance(pair, tuple) and len(pair) == 2 for pair in triplet.soft)
+        and all(isinstance(name, str) and isinstance(weight, int | float) for name, weight in triplet.soft)
+    )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def left_out(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """By split, what missing images cost when the shards were written, as `published.without_absent` tells it.
+
+    {"missing_images", "skipped_queries", "listed_in"}; splits that lack nothing are not named.
+    """
+    root, index = open_index(folder)
+    found = {}
+    for split, row in index["splits"].items():
+        lost = _read_plain(root, split, row).get("left_out", {})
+        counts = {key: lost.get(key, 0) for key in _LOST}
+        if any(counts.values()):
+            found[split] = {**counts, "listed_in": str(root / f"triplets-{split}.json")}
+    return found
+
+
+def verify(folder: str | Path, progress: bool = True) -> int:
+    """Read every byte of every shard and compare the sums; returns the number of images. Raises DataError."""
+    images, _ = read_shards(folder)
+    root, index = open_index(folder)
+    for shard in tqdm(index["shards"], "checking shards", unit="shard", disable=not progress):
+        path = _shard_path(root, shard)
+        if sha256_file(path) != shard.get("sha256"):
+            raise DataError(f"{path}: its content has changed (SHA-256 does not fit); copy it again, or {REMEDY}")
+    return len(images)
+
+
+def stream(folder: str | Path) -> Any:
+    """A webdataset pipeline over the images, each once among all workers and processes: {"name", "bytes"}.
+
+    For reading a whole gallery from end to end. Whole shards are dealt out, so give no more workers than there are
+    shards. Raises DataError as `read_shards` does, and where a shard holds less than its index, or something else.
+    """
+    import webdataset
+
+    images, _ = read_shards(folder)
+    listed: dict[str, list[ShardImage]] = {}
+    for image in images.values():
+        listed.setdefault(image.shard, []).append(image)
+
+    def members(source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for entry in source:
+            yield from _members(entry["url"], listed[entry["url"]])
+
+    # A list, not a pattern, and opened here: webdataset's own opener would expand braces, fetch URLs and run `pipe:`.
+    return webdataset.DataPipeline(
+        webdataset.SimpleShardList(list(listed)), webdataset.split_by_node, webdataset.split_by_worker, members
+    )
+
+
+def _members(shard: str, listed: Sequence[ShardImage]) -> Iterator[dict[str, Any]]:
+    """The members of a shard as bytes, under their names of the index; all must be regular files of our form."""
+    number = 0
+    try:
+        with tarfile.open(shard, mode="r:") as archive:
+            for number, info in enumerate(archive, 1):
+                if info.type != tarfile.REGTYPE or not _MEMBER.fullmatch(info.name):
+                    raise DataError(f"{shard}: holds {info.name[:80]!r}, which is no member of ours; {REMEDY}")
+                image = listed[number - 1] if number <= len(listed) else None
+                if image is None or (image.offset, image.size) != (info.offset_data, info.size):  # before it is read
+                    raise DataError(f"{shard}: member {info.name} is not where the index says; {REMEDY}")
+                yield {"name": image.name, "bytes": archive.extractfile(info).read()}
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{shard}: no whole tar file ({error}); copy it again") from None
+    if number != len(listed):  # a cut at the end of a member looks like the end of the archive
+        raise DataError(f"{shard}: ends after {number:,} of {len(listed):,} images; copy it again")

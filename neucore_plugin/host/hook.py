@@ -1,0 +1,84 @@
+"""Whoever imports lavis, before or after us, finds our model, task, builders, processors and runners registered."""
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from typing import Any
+
+from neucore_plugin.host import importing
+
+_nesting = [0]
+
+
+def _loaded() -> bool:
+    """Whether lavis is there whole: `default_cfg` is set near the end of its __init__."""
+    host = sys.modules.get("lavis")
+    return hasattr(host, "default_cfg") and not getattr(host.__spec__, "_initializing", False)
+
+
+def _register() -> None:
+    from neucore_plugin.host.registration import register_all
+
+    register_all()
+
+
+class _WatchedLoader(Loader):
+    """Loads a module as its own loader does; when the outermost watched import has brought lavis, everything is
+    registered.
+
+    Waiting for the outermost matters: `import neucore_plugin.task` imports lavis, and registering at that moment would
+    import other modules of ours while this one is half made.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        is_host = module.__name__ == "lavis"
+        if is_host:
+            importing.before_import()
+        module.__spec__.loader = module.__loader__ = self._loader  # resources and reload go the module's own way
+        _nesting[0] += 1
+        try:
+            self._loader.exec_module(module)
+        except Exception as error:
+            if is_host:
+                raise importing.explain_import_failure(error) from error
+            raise
+        finally:
+            _nesting[0] -= 1
+        if _nesting[0] == 0 and _loaded():
+            _register()
+
+    def __getattr__(self, name: str) -> Any:  # get_code, get_source, ...: runpy and inspect ask for them
+        return getattr(self._loader, name)
+
+
+class _HostFinder(MetaPathFinder):
+    """Watches for the import of lavis and of our own modules; the other finders find and load them."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != "lavis" and not fullname.startswith("neucore_plugin."):
+            return None
+        for finder in sys.meta_path:
+            if isinstance(finder, _HostFinder) or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is None:
+                continue
+            # Without an origin it is a namespace: a folder `lavis` without the host in it (the host is not installed).
+            if spec.origin and hasattr(spec.loader, "exec_module"):
+                spec.loader = _WatchedLoader(spec.loader)
+            return spec
+        return None
+
+
+def install() -> None:
+    for finder in list(sys.meta_path):  # one left by an earlier load of this module (reload)
+        if type(finder).__module__ == __name__ and type(finder).__name__ == "_HostFinder":
+            sys.meta_path.remove(finder)
+    sys.meta_path.insert(0, _HostFinder())
+    if _loaded():
+        _register()

@@ -1,0 +1,190 @@
+"""How a baseline composes a query from image and text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neucore_plugin.models.layers import EncoderBlock
+from neucore_plugin.models.matching import Matching
+
+
+class ImageOnly(nn.Module):
+    """The reference itself: how far the images alone go."""
+
+    reads = ("pooled",)
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[Q,D] -> [Q,D]."""
+        return pooled
+
+
+class TextOnly(nn.Module):
+    """The relative caption alone, as in text-to-image retrieval."""
+
+    reads = ("sentence",)
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, sentence: Tensor) -> Tensor:
+        """[Q,D] -> [Q,D]."""
+        return sentence
+
+
+class Sum(nn.Module):
+    """Late fusion: the sum of both vectors."""
+
+    reads = ("pooled", "sentence")
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, pooled: Tensor, sentence: Tensor) -> Tensor:
+        """Both [Q,D] -> [Q,D]."""
+        return pooled + sentence
+
+
+class Tirg(nn.Module):
+    """Gated residual: f = w_g sigmoid(gate([x;t])) * x + w_r res([x;t]), gate and res of two layers each.
+
+    The convolutions of the paper are linear layers here, on pooled vectors, and without batch norm: a query is composed
+    by itself. w_g and w_r start at 1 and 10, as the authors' do.
+
+    Source: Vo et al., "Composing Text and Image for Image Retrieval - An Empirical Odyssey", CVPR 2019, section 3.2.
+    """
+
+    reads = ("pooled", "sentence")
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gate, self.residual = (
+            nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim)) for _ in range(2)
+        )
+        self.gate_weight = nn.Parameter(torch.tensor(1.0))
+        self.residual_weight = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, pooled: Tensor, sentence: Tensor) -> Tensor:
+        """Both [Q,D] -> [Q,D]."""
+        both = torch.cat([pooled, sentence], dim=-1)  # [Q,2D]
+        kept = self.gate(both).sigmoid() * pooled
+        return self.gate_weight * kept + self.residual_weight * self.residual(both)
+
+
+class Combiner(nn.Module):
+    """CLIP4Cir's fusion: f = out(h) + s t + (1 - s) x, of unit length, with h and s from [P t ; P x] by two branches.
+
+    Args:
+        dropout: after each of the four ReLUs. The hidden widths are the published 4 D and 8 D.
+
+    Source: Baldrati et al., "Effective Conditioned and Composed Image Retrieval Combining CLIP-Based Features", CVPR
+    2022, section 3.2.
+    """
+
+    reads = ("pooled", "sentence")
+
+    def __init__(self, dim: int, dropout: float = 0.5) -> None:
+        super().__init__()
+
+        def layer(width: int, wider: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(width, wider), nn.ReLU(), nn.Dropout(dropout))
+
+        self.text, self.image = layer(dim, 4 * dim), layer(dim, 4 * dim)
+        self.mix = nn.Sequential(layer(8 * dim, 8 * dim), nn.Linear(8 * dim, dim))
+        self.share = nn.Sequential(layer(8 * dim, 8 * dim), nn.Linear(8 * dim, 1))
+
+    def forward(self, pooled: Tensor, sentence: Tensor) -> Tensor:
+        """Both [Q,D] -> [Q,D]."""
+        both = torch.cat([self.text(sentence), self.image(pooled)], dim=-1)  # [Q,8D]
+        share = self.share(both).sigmoid()  # [Q,1], of the text
+        return F.normalize(self.mix(both) + share * sentence + (1 - share) * pooled, dim=-1)
+
+
+class CrossAttention(nn.Module):
+    """A plain transformer over [learned token ; reference tokens ; words]; the first output is the query.
+
+    Positions come with the encoders' own output; two segment vectors tell image from text.
+
+    Args:
+        depth, heads, mlp_ratio, dropout: of its pre-norm blocks.
+    """
+
+    reads = ("tokens", "words")
+
+    def __init__(self, dim: int, depth: int = 2, heads: int = 4, mlp_ratio: float = 2.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(dim) * 0.02)
+        self.segments = nn.Parameter(torch.randn(2, dim) * 0.02)
+        self.blocks = nn.ModuleList(EncoderBlock(dim, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
+        """tokens [Q,N,D], words [Q,L,D], word_mask [Q,L] -> [Q,D]."""
+        first = self.first.expand(len(tokens), 1, -1)
+        x = torch.cat([first, tokens + self.segments[0], words + self.segments[1]], dim=1)  # [Q,1+N+L,D]
+        seen = word_mask.new_ones(len(tokens), 1 + tokens.shape[1])
+        mask = torch.cat([seen, word_mask], dim=1)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x[:, 0])
+
+
+class Artemis(Matching):
+    """ARTEMIS fuses nothing: a target t is compared with the text m and, as m directs it, with the reference r.
+
+    s(r, m, t) = cos(Tr(m), A_EM(m) * t) + cos(A_IS(m) * r, A_IS(m) * t), A = softmax(MLP(m)). Both are what `Matching`
+    calls the explicit term, a vector against the weighted target; Tr is its `transform`, A_EM its `attention`.
+
+    Source: Delmas et al., "ARTEMIS: Attention-based Retrieval with Text-Explicit Matching and Implicit Similarity",
+    ICLR 2022, section 3.
+    """
+
+    reads = ("pooled", "sentence")
+
+    def __init__(self, dim: int, **temperature: Any) -> None:
+        super().__init__(dim, terms=["explicit"], **temperature)
+        self.implicit_attention = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))  # A_IS
+
+    def forward(self, pooled: Tensor, sentence: Tensor) -> dict[str, Tensor]:
+        """Both [Q,D] -> encoding of a query, four of [Q,D]."""
+        weights = self.implicit_attention(sentence).softmax(dim=-1)
+        return {
+            "text": self.transform(sentence),
+            "attention": self.attention(sentence).softmax(dim=-1),
+            "image": weights * pooled,
+            "image_attention": weights,
+        }
+
+    def score(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
+        """Scores [Q,G], in matrix products; [Q,G,D] is never built."""
+        explicit, implicit = self._both(query)
+        return super().score(explicit, gallery, chunk) + super().score(implicit, gallery, chunk)
+
+    def score_pairs(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> Tensor:
+        """Scores [B] of query i with image i."""
+        explicit, implicit = self._both(query)
+        return super().score_pairs(explicit, gallery) + super().score_pairs(implicit, gallery)
+
+    @staticmethod
+    def _both(query: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The query of each term, under the names of `Matching`, which takes its number of rows from `fused`."""
+        return [
+            {"fused": query[name], "text": query[name], "attention": query[weights]}
+            for name, weights in (("text", "attention"), ("image", "image_attention"))
+        ]
+
+
+COMPOSERS: dict[str, type[nn.Module]] = {
+    "image_only": ImageOnly,
+    "text_only": TextOnly,
+    "sum": Sum,
+    "tirg": Tirg,
+    "artemis": Artemis,
+    "combiner": Combiner,
+    "cross_attention": CrossAttention,
+}

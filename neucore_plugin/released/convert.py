@@ -1,0 +1,273 @@
+"""An authors' checkpoint and its vocabulary -> a checkpoint of ours that needs nothing else."""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neucore_plugin.common.errors import CheckpointError, ConfigError, DataError
+from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
+from neucore_plugin.config.loading import model_defaults, read_yaml
+from neucore_plugin.models.backbones.resnet_gru import NETWORKS, SPECIALS, word_list
+from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.processors import CaptionProcessor
+from neucore_plugin.released.names import cnn_names, converted_state, grouped, is_cnn, settings_from
+from neucore_plugin.released.vocabulary_pickle import read_vocabulary_pickle
+from neucore_plugin.weights import checkpoint
+
+NEW = ("absent_image", "absent_word", "absent_sentence")  # stand-ins that the released form does not have
+_STATES = ("state_dict", "model", "model_state_dict", "net")
+_HEADS = ("module_heads", "concept_heads")  # no shape tells them
+# Plain values that may stand beside the weights: a Namespace holds settings, numpy's scalars a metric. None runs code.
+_PLAIN = [
+    argparse.Namespace,
+    np.dtype,
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *dict.fromkeys(type(np.dtype(kind)) for kind in "?bhilqBHILQefd"),
+]
+_SETTINGS = ("opt", "args", "config", "options")
+
+
+@dataclass
+class Conversion:
+    """What was made of an authors' checkpoint."""
+
+    model: NeucoreModel
+    unused: list[str]
+    notes: list[str] = field(default_factory=list)
+
+
+def official_types() -> dict[str, dict[str, Any]]:
+    """{model type: its model section} of the released form."""
+    paths = {k: v for k, v in NeucoreModel.PRETRAINED_MODEL_CONFIG_DICT.items() if k.startswith("official_")}
+    return {name: read_yaml(path)["model"] for name, path in paths.items()}
+
+
+def load_released(
+    path: str | Path, wanted: str = "the .pth that the released code wrote"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights under the authors' names, settings the file holds) of a `.pth`, read as weights only.
+
+    wanted: what the file should be, for errors.
+
+    Raises: CheckpointError for a file that is missing, damaged, hostile, or no checkpoint of the released form.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}; give {wanted}")
+    try:
+        with torch.serialization.safe_globals(_PLAIN):
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the damage leads to
+        text = " ".join(str(error).split())
+        at = text.lower().find("unsupported")
+        if at >= 0:
+            raise CheckpointError(
+                f"{path} is refused: it holds more than weights and plain values ({text[at : at + 160]}). This may be "
+                "a type that is merely unknown here, or code that would run on loading: if you trust its author, save "
+                'its "state_dict" alone'
+            ) from error
+        text = text[:160] or type(error).__name__
+        raise CheckpointError(
+            f"{path} is truncated, damaged, or no checkpoint at all ({path.stat().st_size} bytes; {text})"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a dict of weights")
+    if value.get("format") == checkpoint.FORMAT:
+        raise CheckpointError(f"{path} is a checkpoint of ours already (use it as model.checkpoint), not {wanted}")
+    held = next((value[key] for key in _STATES if isinstance(value.get(key), dict)), value)
+    state = {str(name).removeprefix("module."): part for name, part in held.items() if isinstance(part, Tensor)}
+    if not state:
+        raise CheckpointError(
+            f"{path} holds no weights, so it is not {wanted}; it has the keys {', '.join(map(str, list(value)[:6]))}"
+        )
+    if odd := [name for name, part in state.items() if part.layout != torch.strided or part.is_quantized]:
+        raise CheckpointError(
+            f"{path} holds {len(odd)} sparse or quantised weights, such as {odd[0]}: dense ones are read"
+        )
+    settings = next((value[key] for key in _SETTINGS if key in value), {})
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+    return state, dict(settings) if isinstance(settings, Mapping) else {}
+
+
+def convert_state(
+    state: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    words: Sequence[str],
+    concepts: ConceptVocabulary,
+    model_type: str | None = None,
+) -> Conversion:
+    """The model of an authors' state dict: each of its entries is the file's, but for the stand-ins in NEW.
+
+    Args:
+        settings: the authors' settings (`opt`), for what shapes do not tell: data set and numbers of heads.
+        words: a word for each row of the embedding.
+    Raises: CheckpointError, with everything that is missing or does not fit.
+    """
+    wrong = checkpoint.non_finite(state)
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} weights hold NaN or infinity, such as {wrong[0]}: no trained model")
+    made = settings_from(state, settings, model_type, official_types())
+    section, notes = model_defaults(made), []
+    if assumed := [name for name in _HEADS if settings.get(name) is None]:
+        used = {"module_heads": made["fusion"]["heads"], "concept_heads": made["concept_alignment"]["heads"]}
+        notes.append(
+            f"{', '.join(f'{name} {used[name]}' for name in assumed)}: not in the file's settings but taken from "
+            f"{made['model_type']}; no shape tells them, and wrong ones give wrong results: --settings names the right"
+        )
+    count = state["txt_enc.embed.weight"].shape[0]
+    if len(words) != count or tuple(words[: len(SPECIALS)]) != SPECIALS:
+        raise CheckpointError(
+            f"the word vocabulary does not belong to this checkpoint: it has {len(words):,} words and begins with "
+            f"{', '.join(words[:5])}; the embedding has {count:,} rows, of which the first are {', '.join(SPECIALS)}. "
+            "Give the captions it was trained on, all of them and in their order, or the authors' vocabulary pickle"
+        )
+    model = NeucoreModel._build(section, concepts, words, load=False)
+    if any(value.dtype == torch.float64 for value in state.values()):
+        model.double()
+    new, unused = converted_state(state)
+    own = model.state_dict()
+    if "matching.temperature" not in new:
+        new["matching.temperature"] = own["matching.temperature"].clone()
+        notes.append(f"temperature: absent in the file, set to {made['matching']['temperature']:g}")
+    missing = sorted(set(own) - set(new) - set(NEW))
+    foreign = sorted(set(new) - set(own))
+    shapes = sorted(
+        f"{name} {list(new[name].shape)}, expected {list(own[name].shape)}"
+        for name in set(new) & set(own)
+        if new[name].shape != own[name].shape
+    )
+    problems = [f"missing: {', '.join(missing[:6])}"] * bool(missing)
+    problems += [f"without a place: {', '.join(foreign[:6])}"] * bool(foreign)
+    problems += [f"other shape: {', '.join(shapes[:6])}"] * bool(shapes)
+    if problems:
+        raise CheckpointError("the checkpoint does not fit the released form.\n  " + "\n  ".join(problems))
+    with torch.no_grad():
+        for name in NEW:
+            own[name].zero_()  # untrained: a query without image or text gets nothing rather than noise
+    model.load_state_dict({**own, **new}, strict=True)
+    model.trained = True
+    return Conversion(model.eval(), unused, notes)
+
+
+def cnn_state(path: str | Path, width: int) -> dict[str, Tensor]:
+    """torchvision's state dict of a ResNet whose maps have `width` channels, under names as the authors' code has them.
+
+    Raises: CheckpointError, with the file's name.
+    """
+    wanted = f"torchvision's state dict of one of {', '.join(NETWORKS)}"
+    state = {f"img_enc.cnn.{name}": value for name, value in load_released(path, wanted)[0].items()}
+    network = next((network for network in NETWORKS if cnn_names(state, network) is not None), None)
+    if network is None:
+        raise CheckpointError(f"the CNN {path} is not {wanted}: names or shapes of its weights differ")
+    if NETWORKS[network] != width:
+        raise CheckpointError(
+            f"the CNN {path} is a {network} with {NETWORKS[network]} channels; the checkpoint was trained on {width}"
+        )
+    if wrong := checkpoint.non_finite(state):
+        raise CheckpointError(f"the CNN {path}: {len(wrong)} weights hold NaN or infinity, such as {wrong[0]}")
+    return state
+
+
+def captions_of(paths: Iterable[str | Path]) -> list[str]:
+    """All relative captions of annotation files, in order: CIRR's, FashionIQ's, Shoes', or a list of texts."""
+    found: list[str] = []
+    for path in map(Path, paths):
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read the captions {path}: {error}") from error
+        before = len(found)
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, str):
+                found.append(entry)
+            elif isinstance(entry, dict):
+                texts = entry.get("captions", entry.get("caption", entry.get("RelativeCaption", ())))
+                found += [text for text in ([texts] if isinstance(texts, str) else texts) if isinstance(text, str)]
+        if len(found) == before:
+            raise DataError(
+                f"{path} holds no caption: a list of objects with `caption`, `captions` or `RelativeCaption` is wanted"
+            )
+    return [CaptionProcessor()(caption) for caption in found]
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    captions: Sequence[str | Path] = (),
+    vocabulary: str | Path | None = None,
+    concepts: str | Path | None = None,
+    model_type: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    cnn: str | Path | None = None,
+) -> Conversion:
+    """Write `output`, a checkpoint of ours, from the authors' `source`.
+
+    Args:
+        captions: annotation files of the training split. vocabulary: the authors' pickle; its order of words counts.
+        concepts: a concept vocabulary of ours as JSON; without it, the pickle's own, or the captions' concepts.
+        settings: the authors' settings where the file itself lacks them.
+        cnn: torchvision's state dict of the ResNet whose maps the model was trained on, where `source` holds no CNN:
+            the result then takes pictures instead of maps.
+    Raises: CheckpointError, ConfigError and DataError; nothing is written then.
+    """
+    if Path(output).is_dir():
+        raise ConfigError(
+            f"--out {output} is a folder; give the file that is to be written, such as {output}/model.pth"
+        )
+    state, held = load_released(source)
+    if cnn is not None:
+        if any(is_cnn(name) for name in state):
+            raise CheckpointError(f"{source} brings its own CNN; leave out the file {cnn}")
+        settings_from(state, {**held, **(settings or {})}, model_type, official_types())  # it is told first what lacks
+        state |= cnn_state(cnn, state["img_enc.proj.weight"].shape[1])
+    texts = captions_of(captions)
+    notes, listed = [], None
+    if vocabulary is not None:
+        words, listed = read_vocabulary_pickle(vocabulary)
+    elif texts:
+        words = word_list(texts)
+        notes.append("words: rebuilt from the captions in order of appearance; only their number could be checked")
+    else:
+        raise DataError("the words of the embedding are needed: give the training captions, or the vocabulary pickle")
+    held = {**held, **(settings or {})}
+    if concepts is not None:
+        known = ConceptVocabulary.from_json(concepts)
+    elif listed is not None:
+        known = ConceptVocabulary(listed)
+    elif texts:
+        section = settings_from(state, held, model_type, official_types())
+        pos = model_defaults(section)["concepts"]["pos"]
+        known = ConceptVocabulary.from_captions(ConceptExtractor(tuple(pos))(texts, progress=True), min_count=1)
+    else:
+        raise DataError("the vocabulary pickle names no concepts: give the training captions, or a concept vocabulary")
+    done = convert_state(state, held, words, known, model_type)
+    done.notes += notes
+    weights, frozen = checkpoint.model_state(done.model)
+    try:
+        checkpoint.save({"architecture": done.model.checkpoint_header(), "model": weights, "frozen": frozen}, output)
+    except OSError as error:
+        raise ConfigError(f"--out {output} cannot be written: {error.strerror or error}") from error
+    return done
+
+
+def report(done: Conversion, output: str | Path) -> list[str]:
+    """What a user should know of a conversion, line by line."""
+    config, words = done.model.config, set(done.model.backbone.text.words)
+    fusion, concepts = config["fusion"], done.model.vocabulary.words
+    unknown = sum(1 for word in concepts if word not in words)
+    return [
+        f"{output}: {config['model_type']}, width {config['embed_dim']}, "
+        f"images: {config['backbone']['image']['name']}, {fusion['steps']} instruction types, "
+        f"depth {fusion['module_depth']}, layers {fusion['layers']}",
+        f"{len(words):,} words, {len(concepts):,} concepts ({unknown:,} of them read as <unk>)",
+        f"not used: {', '.join(grouped(done.unused)) or 'nothing'}",
+        "new, not trained: the stand-ins for a query without image or without text",
+        *done.notes,
+    ]

@@ -1,0 +1,192 @@
+"""Ranks, recall@K, recall_subset@K and mAP@K, exactly as the data sets define them.
+
+Letters: Q queries, G gallery images, R right answers of a query, M group members of a query.
+
+Everywhere: a higher score is better; equal scores are ordered by gallery position, lower first, so a ranking depends on
+nothing but the scores; `excluded` (the reference) takes no place in the ranking, None = it is not in the gallery.
+Work is done in chunks of queries with a few temporaries [chunk, G]; the score matrix itself is never copied whole.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from neucore_plugin.common.errors import DataError
+
+_CHUNK_QUERIES = 256
+_CHUNK_CELLS = 1 << 24  # elements of one temporary: 64 MB in float32, however large the gallery is
+
+Positions = Sequence[Sequence[int]]
+Excluded = Sequence["int | None"] | None
+
+
+def target_ranks(scores: Tensor, targets: Positions, excluded: Excluded = None) -> Tensor:
+    """1-based rank [Q] (int64, on the CPU) of each query's best-placed right answer.
+
+    scores [Q,G]; targets: gallery positions of the right answers of each query, one or more; excluded: gallery position
+    of each query's reference or None.
+    DataError: NaN scores, positions outside the gallery, or a query with no right answer left. The gallery comes from
+    the split file, so a target it lacks is a broken split; counting it as a miss would lower the numbers in silence.
+    """
+    count, gallery = _check_scores(scores)
+    wanted = _padded(targets, count, gallery, "targets")
+    left_out = _excluded_tensor(excluded, count, gallery)
+    ranks = torch.empty(count, dtype=torch.long)
+    for rows in _chunks(count, gallery):
+        part = _finite_rows(scores, rows)
+        out = left_out[rows].to(part.device)
+        best, place = _best_answer(part, wanted[rows].to(part.device), out, rows.start)
+        ahead = _ahead(part, torch.arange(gallery, device=part.device), best, place)
+        known = (out >= 0).nonzero().squeeze(1)
+        ahead[known, out[known]] = False
+        ranks[rows] = 1 + ahead.sum(1).cpu()
+    return ranks
+
+
+def subset_ranks(scores: Tensor, targets: Positions, members: Positions, excluded: Excluded = None) -> Tensor:
+    """1-based rank [Q] of the best-placed right answer among the given group members (CIRR's subset).
+
+    The reference, where it is a member, is left out. scores [Q,G]; targets and members: gallery positions.
+    DataError where no right answer is a member.
+    """
+    count, gallery = _check_scores(scores)
+    wanted = _padded(targets, count, gallery, "targets")
+    group = _padded(members, count, gallery, "members")
+    left_out = _excluded_tensor(excluded, count, gallery)
+    ranks = torch.empty(count, dtype=torch.long)
+    for rows in _chunks(count, gallery):
+        part = _finite_rows(scores, rows)
+        out, inside = left_out[rows].to(part.device), group[rows].to(part.device)
+        answers = wanted[rows].to(part.device)
+        among = (answers[:, :, None] == inside[:, None, :]).any(2)  # [q,R]
+        best, place = _best_answer(part, answers.where(among, -1), out, rows.start, "among its group members")
+        ahead = _ahead(part.gather(1, inside.clamp(min=0)), inside, best, place)  # [q,M]
+        ahead &= (inside >= 0) & (inside != out[:, None])
+        ranks[rows] = 1 + ahead.sum(1).cpu()
+    return ranks
+
+
+def image_ranks(
+    scores: Tensor, images: Positions, excluded: Excluded = None, members: Positions | None = None
+) -> Tensor:
+    """1-based rank [Q,S] of each of the given images of a query, 0 where a query has fewer than S.
+
+    scores [Q,G]; images: gallery positions, none of them excluded; with `members` only these are ranked, and an image
+    that is no member has rank 0. For graded answers (CIRR's soft protocol).
+    """
+    count, gallery = _check_scores(scores)
+    wanted = _padded(images, count, gallery, "images")
+    group = None if members is None else _padded(members, count, gallery, "members")
+    left_out = _excluded_tensor(excluded, count, gallery)
+    ranks = torch.zeros(wanted.shape, dtype=torch.long)
+    for rows in _chunks(count, gallery):
+        part, out = _finite_rows(scores, rows), left_out[rows].to(scores.device)
+        if group is None:
+            columns = torch.arange(gallery, device=part.device).expand(len(part), -1)
+            values = part
+        else:
+            columns = group[rows].to(part.device)
+            values = part.gather(1, columns.clamp(min=0))
+        counted = (columns >= 0) & (columns != out[:, None])
+        for slot, place in enumerate(wanted[rows].to(part.device).split(1, dim=1)):
+            ahead = (_ahead(values, columns, part.gather(1, place.clamp(min=0)), place) & counted).sum(1)
+            present = ((columns == place) & counted).any(1) & (place[:, 0] >= 0)
+            ranks[rows, slot] = torch.where(present, 1 + ahead, 0).cpu()
+    return ranks
+
+
+def topk(scores: Tensor, k: int, excluded: Excluded = None) -> Tensor:
+    """Gallery positions [Q,k] (int64, on the CPU) of the k best images of each query, best first, ties by position.
+
+    scores [Q,G]. DataError: NaN scores, or k below 1 or above what is left of the gallery.
+    """
+    count, gallery = _check_scores(scores)
+    left_out = _excluded_tensor(excluded, count, gallery)
+    available = gallery - int(bool((left_out >= 0).any()))
+    if not 1 <= k <= available:
+        without = " without the reference" if available < gallery else ""
+        raise DataError(f"k={k}: the gallery has {available} images{without}; give k from 1 to {available}")
+    best = torch.empty(count, k, dtype=torch.long)
+    for rows in _chunks(count, gallery):
+        part, out = _finite_rows(scores, rows), left_out[rows].to(scores.device)
+        known = (out >= 0).nonzero().squeeze(1)
+        if len(known):
+            part = part.clone()
+            part[known, out[known]] = -torch.inf
+        # torch.topk settles ties as it likes: take from it the k-th value alone, then fill up with the first equal ones
+        threshold = part.topk(k, dim=1, sorted=True).values[:, -1:]
+        above, equal = part > threshold, part == threshold
+        equal[known, out[known]] = False  # an excluded image must not tie with a true score of -inf
+        missing = k - above.sum(1, keepdim=True)
+        above |= equal & (equal.cumsum(1, dtype=torch.int32) <= missing)
+        places = above.nonzero()[:, 1].view(-1, k)  # ascending in a row
+        order = part.gather(1, places).sort(dim=1, descending=True, stable=True).indices
+        best[rows] = places.gather(1, order).cpu()
+    return best
+
+
+def _chunks(count: int, gallery: int) -> Iterator[slice]:
+    step = max(1, min(_CHUNK_QUERIES, _CHUNK_CELLS // gallery))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _check_scores(scores: Tensor) -> tuple[int, int]:
+    if scores.ndim != 2 or not scores.is_floating_point() or 0 in scores.shape:
+        given = f"{str(scores.dtype).removeprefix('torch.')} {tuple(scores.shape)}"
+        raise DataError(f"scores must be a floating point matrix [queries, gallery], neither side empty; given {given}")
+    return scores.shape[0], scores.shape[1]
+
+
+def _finite_rows(scores: Tensor, rows: slice) -> Tensor:
+    part = scores[rows]
+    bad = part.isnan().any(1).nonzero()
+    if len(bad):
+        raise DataError(
+            f"the scores of query {rows.start + int(bad[0])} contain NaN, so they have no order; "
+            "the weights or the encodings are damaged (overflow in half precision, or a training run that diverged)"
+        )
+    return part
+
+
+def _padded(positions: Positions, count: int, gallery: int, what: str) -> Tensor:
+    """Lists of gallery positions as one matrix [Q, longest], -1 where a row is shorter."""
+    if len(positions) != count:
+        raise DataError(f"{what}: {len(positions)} lists for {count} queries; give one for each query")
+    matrix = torch.full((count, max((len(row) for row in positions), default=0) or 1), -1, dtype=torch.long)
+    for query, row in enumerate(positions):
+        for place in row:
+            if not 0 <= place < gallery:
+                raise DataError(f"query {query}: {what} names gallery position {place}, but the gallery has {gallery}")
+        matrix[query, : len(row)] = torch.as_tensor(tuple(row), dtype=torch.long)
+    return matrix
+
+
+def _excluded_tensor(excluded: Excluded, count: int, gallery: int) -> Tensor:
+    """Positions [Q], -1 for None."""
+    if excluded is None:
+        return torch.full((count,), -1, dtype=torch.long)
+    rows = [() if place is None else (place,) for place in excluded]
+    return _padded(rows, count, gallery, "excluded").squeeze(1)
+
+
+def _best_answer(
+    part: Tensor, wanted: Tensor, out: Tensor, start: int, where: str = "in the gallery"
+) -> tuple[Tensor, Tensor]:
+    """Score [q,1] and gallery position [q,1] of the right answer that stands first."""
+    valid = (wanted >= 0) & (wanted != out[:, None])  # [q,R]
+    empty = (~valid.any(1)).nonzero()
+    if len(empty):
+        raise DataError(
+            f"query {start + int(empty[0])} has no right answer {where} (the reference does not count); "
+            "mend the split or leave the query out"
+        )
+    answers = part.gather(1, wanted.clamp(min=0)).masked_fill(~valid, -torch.inf)
+    best = answers.max(1, keepdim=True).values
+    first = wanted.masked_fill(~valid | (answers != best), part.shape[1])
+    return best, first.min(1, keepdim=True).values
+
+
+def _ahead(values: Tensor, positions: Tensor, best: Tensor, place: Tensor) -> Tensor:
+    """Bool [q,*]: which of the images at `positions` stand before the image at `place` with score `best`."""
+    return (values > best) | ((values == best) & (positions < place))

@@ -1,0 +1,166 @@
+"""Batches of map-style data sets in an order that depends on (seed, epoch) alone, from any batch of an epoch on.
+
+What a sample looks like depends on (seed, epoch, index): its generators are seeded one by one. So the number of workers
+and processes changes nothing, and a training can be continued in the middle of an epoch. Knows no host.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from neucore_plugin.common.errors import DataError, NeucoreError
+from neucore_plugin.common.randomness import mix, preserved, seed_sample
+
+
+class _Failure:
+    """An error of a worker: torch would bury its text in a traceback."""
+
+    def __init__(self, error: NeucoreError) -> None:
+        self.error = error
+
+
+class _Batches(Dataset):
+    """Makes a whole batch from (epoch, indices); the epoch comes with it, so long-lived workers know it as well."""
+
+    def __init__(self, dataset: Any, collate: Callable[[list], Any], seed: int) -> None:
+        self.dataset, self.collate, self.seed = dataset, collate, seed
+        self._epoch: int | None = None
+
+    def __getitem__(self, plan: tuple[int | None, list[int]]) -> Any:
+        epoch, indices = plan
+        try:
+            if epoch is not None and epoch != self._epoch:
+                set_epoch(self.dataset, epoch)
+                self._epoch = epoch
+            with preserved():
+                samples = []
+                for index in indices:
+                    seed_sample(self.seed, epoch or 0, index)
+                    samples.append(self.dataset[index])
+                return self.collate(samples)
+        except NeucoreError as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure(error)
+
+
+class _Order:
+    """Sampler of (epoch, indices of one batch): of this process's part, from batch `start` of `epoch` on."""
+
+    def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int, rank: int, world: int) -> None:
+        self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 0, 0
+        own = len(range(rank, size, world))
+        # Training: all processes need equally many full batches. Evaluation: each index exactly once.
+        self.batches = size // (batch_size * world) if shuffle else -(-own // batch_size)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[int | None, list[int]]]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+            order = torch.randperm(self.size, generator=generator).tolist()[self.rank :: self.world]
+        else:
+            order = list(range(self.rank, self.size, self.world))
+        for batch in range(self.start, self.batches):
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield (self.epoch if self.shuffle else None), indices
+
+
+class BatchLoader:
+    """Loader of one split.
+
+    Training (`shuffle`): a new order every epoch, shared by the processes, full batches only. Evaluation: process r of
+    W gets the indices r, r + W, ... in order, each once. `collater` of the data set makes the batch.
+
+    Attributes: dataset (the one given), batch_size, num_workers; len() = batches of an epoch in this process.
+    Raises: DataError for a data set that is not map-style, or has fewer samples than processes (training).
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        name: str = "data",
+        shuffle: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        if (
+            isinstance(dataset, IterableDataset)
+            or not hasattr(dataset, "__getitem__")
+            or not hasattr(dataset, "__len__")
+        ):
+            raise DataError(
+                f"{name}: a {type(dataset).__name__} has no length or no index; a map-style data set is needed"
+            )
+        size = len(dataset)
+        if shuffle and size < world:
+            raise DataError(f"{name} has {size} samples for {world} processes; start at most {size} processes")
+        if shuffle and size < batch_size * world:
+            smaller = size // world
+            logging.warning("%s has %d samples: batches hold %d, not %d", name, size, smaller, batch_size)
+            batch_size = smaller
+        self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
+        self._order = _Order(size, batch_size, shuffle, seed, rank, world)
+        collate = getattr(dataset, "collater", None) or default_collate
+        self._loader = DataLoader(
+            _Batches(dataset, collate, seed),
+            batch_size=None,
+            sampler=self._order,
+            collate_fn=_same,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=shuffle and num_workers > 0,
+            generator=torch.Generator().manual_seed(0),  # else every epoch would draw from the training's generator
+        )
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def set_position(self, epoch: int, start: int = 0) -> None:
+        """The next iteration is over `epoch`, from batch number `start` on."""
+        self._order.epoch, self._order.start = epoch, start
+        set_epoch(self.dataset, epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            if isinstance(batch, _Failure):
+                raise batch.error
+            yield batch
+
+
+def set_epoch(dataset: Any, epoch: int) -> None:
+    """Call `set_epoch` of a data set, or of the parts of a concatenated one, where there is such a method."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+        return
+    for part in getattr(dataset, "datasets", ()):
+        set_epoch(part, epoch)
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+def datasets_by_split(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{split: {name: data set}} of {name: {split: data set}}. Raises DataError for an empty one."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, splits in datasets.items():
+        for split, dataset in splits.items():
+            if hasattr(dataset, "__len__") and len(dataset) == 0:
+                raise DataError(
+                    f"split {split!r} of the data set {name!r} is empty. Check its annotations and build_info, "
+                    "or take the split out of run.train_splits / valid_splits / test_splits"
+                )
+            found.setdefault(split, {})[name] = dataset
+    return found

@@ -1,0 +1,61 @@
+"""Number format of the training steps (run.amp). Knows no host."""
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+
+from neucore_plugin.common.errors import ConfigError
+
+AMP = ("false", "true", "bf16", "fp16")
+
+
+class Precision:
+    """Automatic mixed precision on `device`.
+
+    false: float32. true: bfloat16 where the GPU has it, else float16; float32 on a CPU, with a warning. bf16: bfloat16,
+    on a CPU as well. fp16: float16 with a gradient scaler, on a GPU.
+
+    Attributes: dtype (None for float32), scaler (None but for float16).
+    Raises: ConfigError for another value, or fp16 on a CPU.
+    """
+
+    def __init__(self, amp: Any, device: torch.device) -> None:
+        name = str(amp).lower()
+        if name not in AMP:
+            raise ConfigError(f"run.amp is {amp!r}; allowed are {', '.join(AMP)}")
+        on_gpu = device.type == "cuda"
+        if name == "fp16" and not on_gpu:
+            raise ConfigError("run.amp: fp16 needs a GPU; on a CPU use false or bf16")
+        if name == "true" and not on_gpu:
+            logging.warning("run.amp: true has no use on a CPU: training in float32 (amp: bf16 forces bfloat16)")
+            name = "false"
+        if name == "true":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        self.device_type = device.type
+        self.dtype = {"false": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type) if self.dtype == torch.float16 else None
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Context of a forward pass."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`, scaled up where the format needs it."""
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], clip: float | None) -> None:
+        """Clip the gradients' common norm to `clip`, update the weights, forget the gradients."""
+        if clip is not None:
+            if self.scaler:
+                self.scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+        if self.scaler:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

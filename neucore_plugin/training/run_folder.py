@@ -1,0 +1,219 @@
+"""The folder of one run, fresh or to be continued: its record run.json, config.yaml and log.txt. Knows no host.
+
+`<output_dir>/<job_id>/` holds run.json, config.yaml, log.txt (one JSON object a line), checkpoint_last.pth,
+checkpoint_best.pth, test_metrics.json and what the task writes.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.common.files import atomic_write, write_json
+from neucore_plugin.config.compare import config_differences
+from neucore_plugin.weights.checkpoint import jsonable
+
+LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
+RECORD, CONFIG, LOG, METRICS = "run.json", "config.yaml", "log.txt", "test_metrics.json"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = {"neucore_plugin": "neucore-plugin"}
+    packages |= {name: name for name in ("torch", "transformers", "salesforce-lavis", "numpy")}
+    found = {"python": platform.python_version()}
+    for name, package in packages.items():
+        try:
+            found[name] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+class RunFolder:
+    """One run's folder. `record` is what run.json holds: {"status", "kind", "fingerprint", "config", ...}."""
+
+    def __init__(self, path: Path, record: dict[str, Any], continued: bool) -> None:
+        self.path, self.record, self.continued = path, record, continued
+        self._lock: Any = None
+
+    @property
+    def finished(self) -> bool:
+        """Trained, tested and reported."""
+        return self.record["status"] == "finished"
+
+    @classmethod
+    def choose(
+        cls,
+        output_dir: str | Path,
+        job_id: str | None,
+        config: Mapping[str, Any],
+        fingerprint: str,
+        resume: str | Path | None = "never",
+        evaluate: bool = False,
+    ) -> "RunFolder":
+        """The folder to continue, or a new one with its record written.
+
+        Args:
+            output_dir: relative to the current directory.
+            job_id: name of a new folder; where it exists already, `-2`, `-3`, ... is appended.
+            resume: never; auto (the newest run with the same fingerprint under `output_dir`); or the path of a run
+                folder or of its checkpoint_last.pth.
+            evaluate: always a new folder.
+        Raises: ConfigError for a path that is no run, or one whose config differs (its keys are named).
+        """
+        resume = "never" if resume is None else str(resume)
+        if not evaluate and resume == "auto":
+            found = newest_run(output_dir, fingerprint)
+            if found is not None:
+                return found
+        elif not evaluate and resume != "never":
+            return cls._at(Path(resume), config, fingerprint)
+        path = _fresh(Path(output_dir).expanduser().absolute(), job_id or time.strftime("%Y%m%d-%H%M%S"))
+        record = {
+            "status": "running",
+            "kind": "evaluate" if evaluate else "train",
+            "created": time.time(),
+            "fingerprint": fingerprint,
+            "versions": versions(),
+            "config": jsonable(config),
+        }
+        folder = cls(path, record, continued=False)
+        with atomic_write(path / CONFIG, "w") as stream:
+            yaml.safe_dump(record["config"], stream, sort_keys=False, allow_unicode=True)
+        folder.write()
+        return folder
+
+    @classmethod
+    def _at(cls, given: Path, config: Mapping[str, Any], fingerprint: str) -> "RunFolder":
+        path = given.expanduser().absolute()
+        if path.is_file() and path.name != LAST:
+            raise ConfigError(
+                f"run.resume: {given} is no {LAST}, the file a training continues from; to start a new training from "
+                "its weights set model.checkpoint to it"
+            )
+        path = path if path.is_dir() else path.parent
+        record = read_record(path)
+        if record is None or record["kind"] != "train":
+            raise ConfigError(
+                f"run.resume: {given} is no training run (a folder with {RECORD}, or the {LAST} in it); allowed are "
+                "never, auto, or such a path"
+            )
+        if record["fingerprint"] != fingerprint:
+            changes = config_differences(record["config"], config)
+            if changes:
+                raise ConfigError(
+                    f"run.resume: {path} was started with another config, so it cannot be continued:\n  "
+                    + "\n  ".join(changes)
+                    + "\n  Set these keys back, or use resume: never for a new run"
+                )
+        return cls(path, record, continued=True)
+
+    def write(self, **changes: Any) -> None:
+        """Update run.json."""
+        self.record |= changes
+        write_json(self.path / RECORD, self.record)
+
+    def lock(self) -> None:
+        """Keep other processes out until this one ends, however it ends, and clear away what a kill left half-written.
+
+        Raises ConfigError where another one is in already.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system: nothing to lock with
+            return
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the process lives
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} is being trained by another process now. Wait for it, stop it, or set run.resume: never"
+            ) from error
+        for rest in self.path.glob(".*.tmp"):
+            rest.unlink(missing_ok=True)
+
+    # ---- log.txt ----------------------------------------------------------------------------
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Append one line to log.txt."""
+        with open(self.path / LOG, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(jsonable(entry), ensure_ascii=False) + "\n")
+
+    def trim_log(self, iteration: int) -> None:
+        """Drop what was logged after `iteration` (it is done again), of the tests, and half-written lines."""
+        path = self.path / LOG
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and entry.get("iteration", 0) <= iteration and entry.get("epoch") != "best":
+                kept.append(line + "\n")
+        with atomic_write(path, "w") as stream:
+            stream.writelines(kept)
+
+    # ---- results ----------------------------------------------------------------------------
+
+    def stored_metrics(self, splits: list[str]) -> dict[str, Any] | None:
+        """{"metrics", "data"} of all `splits`, from an earlier end of this run whose result files are still there."""
+        try:
+            stored = json.loads((self.path / METRICS).read_text(encoding="utf-8"))
+            complete = all(os.path.exists(path) for path in stored["files"])
+            metrics = {split: stored["metrics"][split] for split in splits}
+            return {"metrics": metrics, "data": stored["provenance"]["data"]} if complete else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What run.json of `folder` holds; None where there is none, or something else."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    needed = {"status", "kind", "fingerprint", "config", "created"}
+    return record if isinstance(record, dict) and needed <= set(record) else None
+
+
+def newest_run(output_dir: str | Path, fingerprint: str) -> RunFolder | None:
+    """The training run under `output_dir` that was created last with this fingerprint."""
+    root = Path(output_dir).expanduser().absolute()
+    records = [(path, read_record(path)) for path in (sorted(root.iterdir()) if root.is_dir() else [])]
+    same = [
+        (record["created"], path.name, path, record)
+        for path, record in records
+        if record is not None and record["kind"] == "train" and record["fingerprint"] == fingerprint
+    ]
+    if not same:
+        return None
+    _, _, path, record = max(same, key=lambda found: found[:2])
+    return RunFolder(path, record, continued=True)
+
+
+def _fresh(root: Path, name: str) -> Path:
+    """Create a folder that did not exist: making it claims it, so two processes cannot get the same."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 10_000):
+            path = root / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise ConfigError(
+            f"run.output_dir: {root} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    raise ConfigError(f"run.output_dir: {root} has 10,000 runs named {name}; clear it up")
