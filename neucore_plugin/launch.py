@@ -9,8 +9,8 @@ from typing import Any
 
 from neucore_plugin.common.distributed import init_distributed
 from neucore_plugin.config import loading
+from neucore_plugin.config.sections import DATASET_SPLITS, Tables
 from neucore_plugin.host.registration import register_all
-from neucore_plugin.loading.sections import DATASET_SPLITS, Tables
 from neucore_plugin.weights.trust import section_of
 
 

@@ -13,12 +13,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import neucore_plugin
 from neucore_plugin import cli
 from neucore_plugin.common.errors import ConfigError, NeucoreError
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("train", "evaluate", "search", "report", "data")
 
 

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
-from lavis.common.registry import registry  # noqa: F401 - for the tests
 from lavis.models.albef_models.albef_feature_extractor import AlbefFeatureExtractor
 from lavis.models.base_model import BaseModel
 from lavis.models.blip_models.blip_feature_extractor import BlipFeatureExtractor

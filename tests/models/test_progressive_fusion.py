@@ -1,9 +1,9 @@
 """Progressive fusion: against loops, closed forms and numerical gradients; padding and batch-mates; bad inputs."""
 
 import pytest
+import reference
 import torch
 
-import reference
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.progressive_fusion import (
     AdaptiveInstanceNorm,

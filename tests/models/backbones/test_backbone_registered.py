@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import torch
-from registered_case import Mine, Silent, TinyAlbef, TinyBlip, Vector, host_clip, registry
+from lavis.common.registry import registry
+from lavis.models.clip_models import model as host_clip
+from registered_case import Mine, Silent, TinyAlbef, TinyBlip, Vector
 from torch import nn
 
 from neucore_plugin.common.errors import ConfigError

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import COLOURS, FORMS, draw_shape, write_tiny
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
+from places import REAL, needs_real
+from shapes import COLOURS, FORMS, draw_shape, write_tiny
 
 from neucore_plugin import cli, launch
 from neucore_plugin.commands.data import PUBLISHED
@@ -23,7 +24,6 @@ from neucore_plugin.datasets.protocols import PRESETS
 from neucore_plugin.datasets.published import catalogue as published
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 
-REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CATEGORIES = ("dress", "shirt", "toptee")
 
 
@@ -379,7 +379,7 @@ def test_all_lists_of_data_sets_agree():
         assert "root" in reader.sources("root")
 
 
-@pytest.mark.skipif(not (REAL / "fashioniq").is_dir(), reason="the real annotation files are not beside the checkout")
+@needs_real("fashioniq")
 def test_check_on_real_files_without_images():
     report = published.check("fashioniq", REAL / "fashioniq")["splits"]
     counts = {split: (row["queries"], row["gallery"]) for split, row in report.items() if "queries" in row}

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import warnings
-from pathlib import Path
 
 import clip_case
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from places import PROJECTS
 
 import neucore_plugin
 from neucore_plugin import cli, launch
@@ -32,7 +32,7 @@ SECTION = {
     "embed_dim": 32,
     "cross_attention": {"depth": 2, "heads": 2},
 }
-EMOJI = Path(__file__).resolve().parent.parent / "projects" / "neucore" / "train_emoji.yaml"
+EMOJI = PROJECTS / "train_emoji.yaml"
 
 
 # ---- as models -----------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 import math
 
 import pytest
+import reference
 import torch
 
-import reference
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.concept_alignment import (
     ConceptAlignment,

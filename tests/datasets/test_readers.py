@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import os
 from pathlib import Path
 
 import pytest
+from places import REAL, needs_real
 
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.datasets.published import circo, fashion200k, fashioniq, shoes
-
-REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
 def put(path: Path, content) -> None:
@@ -92,7 +90,7 @@ def test_fashioniq_image_names_are_names(fashion, name):
         fashioniq.read(fashion, "val_dress")
 
 
-@pytest.mark.skipif(not (REAL / "fashioniq").is_dir(), reason=f"no real files at {os.path.relpath(REAL)}")
+@needs_real("fashioniq")
 @pytest.mark.parametrize(
     ("split", "pairs", "images"),
     [
@@ -284,7 +282,7 @@ def test_a_list_of_images_that_is_none(circo_root, images):
         circo.read(circo_root, "val")
 
 
-@pytest.mark.skipif(not (REAL / "circo").is_dir(), reason=f"no real files at {os.path.relpath(REAL)}")
+@needs_real("circo")
 def test_circo_counts(tmp_path):
     entries = json.loads((REAL / "circo/annotations/val.json").read_text())
     named = {image for e in entries for image in (e["reference_img_id"], e["target_img_id"], *e["gt_img_ids"])}

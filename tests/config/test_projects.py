@@ -1,15 +1,13 @@
 """The yamls of projects/neucore: each is a valid config, and an evaluation takes its model from the checkpoint."""
 
-from pathlib import Path
-
 import pytest
 import yaml
+from places import PROJECTS
 
 from neucore_plugin import launch
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.config import loading
 
-PROJECTS = Path(__file__).resolve().parent.parent / "projects" / "neucore"
 YAMLS = sorted(path.name for path in PROJECTS.glob("*.yaml"))
 
 

@@ -1,7 +1,6 @@
 """CIRR: the reader on hand-made files of the published shape, what it says of missing files, and R_subset@K."""
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
+from places import PROJECTS, REAL, needs_real
 from torch.utils.data import DataLoader
 
 from neucore_plugin import launch
@@ -21,9 +21,8 @@ from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, Tripl
 from neucore_plugin.evaluation.results import summary, table_lines
 from neucore_plugin.report.page import write_report
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-REAL = REPOSITORY.parent / "shared" / "data" / "cirr"
-YAML = REPOSITORY / "projects" / "neucore" / "train_cirr.yaml"
+YAML = PROJECTS / "train_cirr.yaml"
+CIRR = REAL / "cirr"
 ROWS = ("neucore", "text_only", "image_only")
 
 TRAIN = [f"train-{set_}-{pair}-img{side}" for set_ in (11041, 5247) for pair in range(2) for side in range(2)]
@@ -290,17 +289,17 @@ def test_the_yaml_says_what_the_paper_has():
         loading.load_config(YAML, ["datasets.cirr.build_info.rooot=x"])
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real annotation files are not at {os.path.relpath(REAL)}")
+@needs_real("cirr")
 def test_counts_of_the_real_files():
-    triplets, gallery = cirr.read(REAL, "val")
+    triplets, gallery = cirr.read(CIRR, "val")
     assert (len(triplets), len(gallery.ids)) == (4181, 2297)
     weights = [weight for triplet in triplets for _, weight in triplet.soft]
     assert [weights.count(value) for value in (1.0, -1.0, 0.5, 0.2)] == [4216, 807, 62, 6]
     assert sum(triplet.targets[0] not in dict(triplet.soft) for triplet in triplets) == 37
     assert all(len(set(triplet.members)) == 6 and len(triplet.targets) == 1 for triplet in triplets)
-    assert {path.parent for path in gallery.paths} == {REAL / "img_raw" / "dev"}
-    if not (REAL / "img_raw").exists():
-        report = published.check("cirr", REAL)
+    assert {path.parent for path in gallery.paths} == {CIRR / "img_raw" / "dev"}
+    if not (CIRR / "img_raw").exists():
+        report = published.check("cirr", CIRR)
         assert report["splits"]["val"]["images_missing"] == 2297 and not report["complete"]
 
 

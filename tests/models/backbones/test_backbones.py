@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import COLOURS, FORMS, draw_shape
+from shapes import COLOURS, FORMS, draw_shape
 
 import neucore_plugin
 from neucore_plugin import launch

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
+from places import ROOT
 from shards_case import shapes, write
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -388,7 +389,7 @@ def test_the_command_writes_what_training_reads(tmp_path, shapes_root, capsys, t
 
 
 def test_the_benchmark_reads_every_image_in_each_form(tmp_path):
-    place = Path(__file__).resolve().parent.parent / "benchmarks" / "data.py"
+    place = ROOT / "benchmarks" / "data.py"
     spec = importlib.util.spec_from_file_location("benchmark_of_data", place)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)

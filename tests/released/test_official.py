@@ -8,6 +8,7 @@ import pytest
 import released_reference as slow
 import torch
 import yaml
+from reference import contrastive_loss, focal_loss
 from torchvision import models as zoo
 
 from neucore_plugin import launch
@@ -19,7 +20,6 @@ from neucore_plugin.models.backbones.resnet_gru import SPECIALS, GloveBiGRU, Res
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.released import convert
 from neucore_plugin.weights import checkpoint
-from reference import contrastive_loss, focal_loss
 
 WORDS = [*SPECIALS, "red", "blue", "dress", "longer", "make", "it", "sleeve"]
 CONCEPTS = ("red", "dress", "sleeve")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from conftest import write_shapes
+from shapes import write_shapes
 
 from neucore_plugin.datasets import folder
 from neucore_plugin.datasets.shards import writer as shards

@@ -15,11 +15,11 @@ import official_case
 import pytest
 import released_reference as slow
 import torch
+from places import REAL
+from reference import contrastive_loss, focal_loss
 from torchvision import models as zoo
 
-from reference import contrastive_loss, focal_loss
-
-DEFAULT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "official" / "cirr_small.npz"
+DEFAULT = REAL / "official" / "cirr_small.npz"
 
 
 @pytest.fixture(scope="module")

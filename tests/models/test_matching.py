@@ -3,12 +3,12 @@
 import importlib.util
 import itertools
 import math
-from pathlib import Path
 
 import pytest
-import torch
-
 import reference
+import torch
+from places import ROOT
+
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models import matching as module
 from neucore_plugin.models.matching import TERMS, Matching
@@ -252,7 +252,7 @@ def test_bad_input(name: str) -> None:
 
 
 def test_benchmark_compares_equal_scores() -> None:
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "scoring.py"
+    path = ROOT / "benchmarks" / "scoring.py"
     spec = importlib.util.spec_from_file_location("scoring_benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)

@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from places import PROJECTS
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.config import data, encoders, loading, model, sections, values
@@ -341,7 +341,7 @@ def test_needs_neither_torch_nor_lavis(tmp_path):
     subprocess.run([sys.executable, "-c", code, write(tmp_path, minimal())], check=True, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "projects").rglob("train_*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(PROJECTS.rglob("train_*.yaml")), ids=str)
 def test_yamls_of_the_project_are_right(path):
     content = loading.read_yaml(path)
     roots = {"datasets": {name: {"build_info": {"root": "."}} for name in content["datasets"] if name != "emoji"}}

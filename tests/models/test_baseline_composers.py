@@ -3,9 +3,9 @@
 import math
 
 import pytest
+import reference
 import torch
 
-import reference
 from neucore_plugin.models.composers import COMPOSERS
 
 D = 6

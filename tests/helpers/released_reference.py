@@ -6,7 +6,6 @@ Built on the formulas of `reference.py`; no torch, no broadcasting. `w` maps the
 import math
 
 import numpy as np
-
 from reference import attended_entities, cosine, explicit_score, gelu, linear, mil_pooling, relu, softmax, weighted_sum
 
 ENGINE = "program_engine."
