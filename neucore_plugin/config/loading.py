@@ -56,6 +56,12 @@ class Config:
     datasets_cfg = property(lambda self: self.config.datasets, doc="Section `datasets`.")
     model_cfg = property(lambda self: self.config.model, doc="Section `model`.")
 
+    @property
+    def run(self) -> RunSchema:
+        """Section `run` as a validated object, for our runners; what a process notes in it (rank, gpu) is left out."""
+        content = self.to_dict()["run"]
+        return RunSchema.model_validate({key: content[key] for key in RunSchema.model_fields if key in content})
+
     def get_config(self) -> Any:
         """The whole as an OmegaConf mapping."""
         return self.config

@@ -49,7 +49,7 @@ class _WatchedLoader(Loader):
             raise
         finally:
             _nesting[0] -= 1
-        if _nesting[0] == 0 and _loaded():
+        if _nesting[0] == 0 and (is_host or _loaded()):
             _register()
 
     def __getattr__(self, name: str) -> Any:  # get_code, get_source, ...: runpy and inspect ask for them

@@ -336,7 +336,7 @@ def test_package_defaults_agree_with_the_schemas():
 
 
 def test_needs_neither_torch_nor_lavis(tmp_path):
-    code = "import sys; from neucore_plugin import config; loading.load_config(sys.argv[1]); "
+    code = "import sys; from neucore_plugin.config import loading; loading.load_config(sys.argv[1]); "
     code += "assert not {'torch', 'lavis', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code, write(tmp_path, minimal())], check=True, cwd=tmp_path)
 

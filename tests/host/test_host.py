@@ -25,7 +25,6 @@ from neucore_plugin import launch
 from neucore_plugin.common import distributed, files
 from neucore_plugin.common.errors import CheckpointError, ConfigError, NeucoreError
 from neucore_plugin.host import importing, registration
-from neucore_plugin.host import registration as host
 
 
 def python(code: str, **environment: str) -> str:
@@ -188,10 +187,10 @@ def test_importing_the_package_is_light():
 def test_import_failures_are_explained(monkeypatch, error, installed, message):
     def version(package: str) -> str:
         if package not in installed:
-            raise host.metadata.PackageNotFoundError(package)
+            raise importing.metadata.PackageNotFoundError(package)
         return installed[package]
 
-    monkeypatch.setattr(host.metadata, "version", version)
+    monkeypatch.setattr(importing.metadata, "version", version)
     explained = importing.explain_import_failure(error)
     assert isinstance(explained, NeucoreError)
     assert isinstance(explained, ImportError)
@@ -211,7 +210,7 @@ def test_a_missing_host_is_one_clear_error(tmp_path):
     import neucore_plugin
     try:
         neucore_plugin.register()
-    except neucore_plugin.host.HostError as error:
+    except neucore_plugin.host.importing.HostError as error:
         print(error)
     """
     assert python(code) == "`import lavis` failed: no module named lavis; run: pip install salesforce-lavis==1.0.2"
@@ -248,10 +247,12 @@ def test_two_processes_with_gloo(tmp_path):
     """Ranks, device and job id agree; the host's meters sum over processes on a CPU."""
     code = """
     import sys
+    import neucore_plugin
     import torch.distributed as dist
     from omegaconf import OmegaConf
-    from neucore_plugin import host
-    registration.register_all()
+    from neucore_plugin import launch
+    from neucore_plugin.common import distributed
+    neucore_plugin.register()
     from lavis.common.logger import SmoothedValue
     run = OmegaConf.create({"device": "cpu", "dist_url": "file://" + sys.argv[1], "dist_backend": "auto"})
     distributed.init_distributed(run)

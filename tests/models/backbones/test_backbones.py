@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from lavis.common.registry import registry
 from shapes import COLOURS, FORMS, draw_shape
 
 import neucore_plugin
@@ -279,8 +280,8 @@ def test_a_model_of_the_registry_can_be_tuned_when_both_sides_are_it():
 
     both = {"image": {"method": "image", "image_size": 32}, "text": {"method": "encode_texts"}}
     mine = {"name": "registered", "arch": "mine", "config": {"width": 12}, "freeze": False}
-    if "mine" not in case.registry.mapping["model_name_mapping"]:
-        case.registry.register_model("mine")(case.Mine)
+    if "mine" not in registry.mapping["model_name_mapping"]:
+        registry.register_model("mine")(case.Mine)
     backbone = {side: {**mine, **settings} for side, settings in both.items()}
     section = {"arch": "neucore", "model_type": "embedded", "embed_dim": 16, "concept_alignment": {"heads": 2}}
     model = NeucoreModel.from_config({**section, "backbone": backbone}, vocabulary=ConceptVocabulary(["red"]))
