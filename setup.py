@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 
@@ -20,6 +21,21 @@ def read_version() -> str:
 def read_readme() -> str:
     readme = HERE / "README.md"
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+class BuildWithProjects(build_py):
+    """Puts the yamls of projects/neucore into the built package, where `--cfg-path NAME` finds them after pip.
+
+    An editable install reads them where they lie (see neucore_plugin/config/shipped.py).
+    """
+
+    def run(self) -> None:
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            target = Path(self.build_lib, "neucore_plugin", "configs", "projects")
+            self.mkpath(str(target))
+            for path in sorted((HERE / "projects" / "neucore").glob("*.yaml")):
+                self.copy_file(str(path), str(target / path.name))
 
 
 REQUIREMENTS = [
@@ -82,6 +98,7 @@ setup(
     # Never packages named `projects` or `tests`: the host's wheel installs folders of these names.
     packages=find_packages(include=["neucore_plugin", "neucore_plugin.*"]),
     package_data={"neucore_plugin": ["configs/**/*.yaml", "report/*.j2"]},
+    cmdclass={"build_py": BuildWithProjects},
     # `python -m lavis.train`: the host's wheel lacks it. lavis/ here has no __init__.py, so these two files land inside
     # the installed host, and an uninstall takes them away again.
     py_modules=["lavis.train", "lavis.evaluate"],

@@ -13,13 +13,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import PROJECTS, ROOT
 
 import neucore_plugin
 from neucore_plugin import cli
 from neucore_plugin.common.errors import ConfigError, NeucoreError
 
-COMMANDS = ("train", "evaluate", "search", "report", "data")
+COMMANDS = [command.__name__.rpartition(".")[2] for command in cli.COMMANDS]
 
 
 def python(*arguments: str, cwd: Path, executable: str = sys.executable) -> subprocess.CompletedProcess:
@@ -31,7 +31,7 @@ def python(*arguments: str, cwd: Path, executable: str = sys.executable) -> subp
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy, so that no build folders are left in the tree."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
     for name in ("neucore_plugin", "lavis", "tests", "projects"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -50,6 +50,7 @@ def test_wheel_holds_the_package_and_two_modules_of_the_host(wheel):
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "neucore_plugin").rglob("*.py")}
     expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "neucore_plugin").rglob("*.yaml")}
     expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "neucore_plugin").rglob("*.j2")}
+    expected |= {f"neucore_plugin/configs/projects/{path.name}" for path in PROJECTS.glob("*.yaml")}
     assert expected == {name for name in names if name.startswith("neucore_plugin/")}
     assert any(name.endswith(".j2") for name in expected)
 
@@ -178,7 +179,10 @@ def test_exit_codes(capsys):
 def test_module_of_the_host_from_another_folder(tmp_path):
     done = python("-m", "lavis.train", "--cfg-path", "nope.yaml", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "error: config file nope.yaml does not exist. Give the path of a yaml file.\n"
+    assert done.stderr == (
+        "error: config file nope.yaml does not exist. Give the path of a yaml file, or a name that `neucore configs` "
+        "lists.\n"
+    )
 
 
 @pytest.mark.slow

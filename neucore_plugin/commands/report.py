@@ -1,13 +1,24 @@
-"""`neucore report`: the result table of a run, also as a page or a chart."""
+"""neucore report: the result table of a run, also as a page or a chart."""
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from neucore_plugin.common.errors import DataError
 
+HELP = "print the result table of a run, or write it as a page"
 
-def _report(arguments: argparse.Namespace) -> None:
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder, and the files to write."""
+    parser.add_argument("folder", type=Path, help="a run's folder, or the output folder that holds results.json")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write tables and charts as one HTML file")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the chart of R@1 and R@10 as a picture")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table, write what is asked for. Raises DataError."""
     found = next(
         (path for name in ("evaluation.json", "results.json") if (path := arguments.folder / name).is_file()), None
     )

@@ -1,12 +1,29 @@
-"""`neucore search`: a folder of images, with a picture and a sentence."""
+"""neucore search: a folder of images, with a picture and a sentence."""
 
 import argparse
 import importlib
 import json
 import logging
 import sys
+from pathlib import Path
 
 from neucore_plugin.common.errors import ConfigError, DataError
+
+HELP = "search a folder of images with a picture and a sentence"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint, the folder, the query, and the form of the answer."""
+    parser.add_argument("--checkpoint", required=True, type=Path, help="what training wrote: .../checkpoint_best.pth")
+    parser.add_argument("--folder", required=True, type=Path, help="images to search; sub-folders are included")
+    parser.add_argument("--image", help="reference: an image file, or the name of an image of the folder")
+    parser.add_argument("--text", help="relative caption: what should be different from the reference")
+    parser.add_argument("-k", type=_positive, default=10, help="number of results (default 10)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows the results")
+    parser.add_argument("--batch-size", type=_positive, default=32, help="images encoded at a time (default 32)")
+    parser.add_argument("--module", help="module of your own to import first: it registers the checkpoint's backbone")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
 
 
 def _positive(text: str) -> int:
@@ -15,7 +32,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _search(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
+    """Encode the folder, rank it, print or write what was found. Raises NeucoreError."""
     if arguments.image is None and not (arguments.text or "").strip():
         raise DataError("nothing to search with; give --image, --text, or both")
     if not arguments.folder.is_dir():

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from neucore_plugin.commands import train
 from neucore_plugin.common.errors import ConfigError
 
 HELP = "write and check the files for the test servers of CIRR and CIRCO"
@@ -13,9 +14,8 @@ SPLITS = {"cirr": "test1", "circo": "test"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """NAME with a config and a checkpoint, or --check FILE."""
     parser.add_argument("name", choices=tuple(SPLITS), help="the data set")
-    parser.add_argument("--cfg-path", metavar="YAML", help="config with the data set, such as eval_cirr.yaml")
+    train.add_arguments(parser, required=False)
     parser.add_argument("--checkpoint", help="what training wrote: .../checkpoint_best.pth")
-    parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--split", help="test1 (CIRR) or test (CIRCO) by default; val to try it out")
     parser.add_argument(
         "--out", type=Path, default=Path("output/submission"), help="folder (default output/submission)"

@@ -22,6 +22,7 @@ from neucore_plugin.config.encoders import BACKBONE_SCHEMAS, pixels_of
 from neucore_plugin.config.model import NeucoreSchema
 from neucore_plugin.config.run import OUR_RUNNERS, OUR_TASKS, RunSchema
 from neucore_plugin.config.sections import DATASET_SCHEMAS, MODEL_SCHEMAS, PROCESSOR_SCHEMAS, Tables
+from neucore_plugin.config.shipped import find_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT_TYPES = {"neucore": "embedded", "cir_baseline": "embedded"}
@@ -86,15 +87,11 @@ class Config:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A config file as plain containers. Raises ConfigError where it is missing, no YAML, or no mapping."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        names = [one.name for one in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        hint, question, _ = nearest(path.name, names).partition("?")
-        raise ConfigError(
-            f"config file {path} {what}.{hint + question if question else ' Give the path of a yaml file.'}"
-        )
+    """A config file, or the shipped one of that name, as plain containers.
+
+    Raises ConfigError where it is missing, no YAML, or no mapping.
+    """
+    path = find_config(path)
     try:
         content = OmegaConf.load(path)
         content = OmegaConf.to_container(content, resolve=True)

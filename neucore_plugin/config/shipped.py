@@ -1,0 +1,33 @@
+"""The yamls that ship with the package (`projects/neucore` of the repository), found by their bare names."""
+
+from pathlib import Path
+
+from neucore_plugin.common.errors import ConfigError, nearest
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def shipped_configs() -> dict[str, Path]:
+    """{bare name: file}: a wheel holds them inside the package, a checkout or an editable install beside it."""
+    inside, beside = PACKAGE / "configs" / "projects", PACKAGE.parent / "projects" / "neucore"
+    folder = inside if inside.is_dir() else beside
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(given: str | Path) -> Path:
+    """The file that `--cfg-path` means: the path itself, or the shipped yaml of that bare name, with or without suffix.
+
+    Raises ConfigError, with the nearest name, where there is neither.
+    """
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_configs() if path.parent == Path() else {}
+    if path.suffix in ("", ".yaml") and path.stem in shipped:
+        return shipped[path.stem]
+    names = {*shipped, *(one.stem for one in path.parent.glob("*.yaml"))}
+    hint = nearest(path.stem, names).partition(" Allowed:")[0].replace("'?", f"{path.suffix}'?")
+    what = "is a folder" if path.is_dir() else "does not exist"
+    raise ConfigError(
+        f"config file {path} {what}.{hint} Give the path of a yaml file, or a name that `neucore configs` lists."
+    )
