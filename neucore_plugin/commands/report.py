@@ -30,20 +30,20 @@ def run(arguments: argparse.Namespace) -> None:
         content = json.loads(found.read_text(encoding="utf-8"))
         content = content if "results" in content else {"results": content}
         results, per_change = content.pop("results"), content.pop("per_change", None)
-        from neucore_plugin.evaluation.results import table_lines
+        from neucore_plugin.report import table_lines
 
         print("\n".join(table_lines(results)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{found}: is no result file ({type(error).__name__}: {error}); evaluate again") from error
     if arguments.svg:
         from neucore_plugin.common.files import atomic_write
-        from neucore_plugin.report.charts import results_chart_svg
+        from neucore_plugin.report import results_chart_svg
 
         with atomic_write(arguments.svg, "w") as stream:
             stream.write(results_chart_svg(results))
     if arguments.html:
+        from neucore_plugin.report import write_report
         from neucore_plugin.report.charts import row_label
-        from neucore_plugin.retrieval import write_report
 
         rows = next(iter(results.values()), {})
         title = f"{row_label(next(iter(rows), 'results'))}: {arguments.folder.resolve().name}"

@@ -41,7 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     from neucore_plugin import load_model, register
     from neucore_plugin.common.distributed import pick_device
     from neucore_plugin.host.importing import before_import
-    from neucore_plugin.retrieval import GalleryIndex, search_page
+    from neucore_plugin.report import search_page
+    from neucore_plugin.retrieval import GalleryIndex
 
     before_import()
     if arguments.module:

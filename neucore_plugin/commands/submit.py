@@ -87,7 +87,7 @@ def _contents(arguments: argparse.Namespace, dataset: Any, model: Any, task: Any
     from neucore_plugin.evaluation import submission
 
     ids, count = dataset.gallery.ids, submission.LENGTHS["recall"]
-    whole, groups = task.rank_for_submission(model, dataset, count, submission.LENGTHS["recall_subset"])
+    whole, groups = task.evaluator.rank_for_submission(model, dataset, count, submission.LENGTHS["recall_subset"])
     queries = [triplet.query_id for triplet in dataset.triplets]
     rankings = {query: [ids[place] for place in row] for query, row in zip(queries, whole, strict=True)}
     if arguments.name == "circo":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neucore_plugin.commands.data import PUBLISHED
 from neucore_plugin.common.errors import ConfigError
-from neucore_plugin.common.files import cache_dir
+from neucore_plugin.common.files import features_dir
 
 HELP = "build the concept vocabulary of a data set and show what it holds"
 CIRR_POS = ("NOUN", "ADJ")  # as the paper has it
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     captions = _captions(arguments)
     extractor = ConceptExtractor(tuple(arguments.pos or (CIRR_POS if arguments.name == "cirr" else POS)))
     texts = sorted(set(captions))
-    found = cached_concepts(extractor, texts, cache_dir() / "features")
+    found = cached_concepts(extractor, texts, features_dir())
     lemmas = [found[caption] for caption in captions]
     vocabulary = ConceptVocabulary.from_captions(lemmas, arguments.min_count)
     counts = Counter(lemma for caption in lemmas for lemma in caption)

@@ -59,6 +59,15 @@ def sha256_text(text: str) -> str:
 
 
 def cache_dir(override: str | Path | None = None) -> Path:
-    """Folder for caches: `override`, else $NEUCORE_CACHE, else ~/.cache/neucore; it is not created here."""
+    """Folder for caches: `override`, else $NEUCORE_CACHE, else ~/.cache/neucore; it is not created here.
+
+    It holds features/ (outputs of frozen encoders, concepts of captions), emoji/ (drawings), and
+    missing-images-NAME.txt.
+    """
     chosen = override or os.environ.get("NEUCORE_CACHE") or "~/.cache/neucore"
     return Path(chosen).expanduser().absolute()
+
+
+def features_dir(override: str | Path | None = None) -> Path:
+    """Where features and concepts are kept, in the folder for caches."""
+    return cache_dir(override) / "features"

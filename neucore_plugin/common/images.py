@@ -13,40 +13,41 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from neucore_plugin.common.errors import ConfigError, DataError, ImageError
+from neucore_plugin.common.errors import DataError, ImageError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what a folder is searched for
 MAX_PIXELS = 64_000_000  # four times a 16-megapixel photograph; decoded as RGB it takes 192 MB
 
-_Source = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO
+Picture = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image
 
 
-def load_image(source: _Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture (path, bytes or binary file) as RGB, fully decoded and upright (EXIF orientation applied).
+def load_image(source: Picture) -> Image.Image:
+    """Read a picture (path, bytes, binary file, or one that Pillow opened) as RGB, fully decoded and upright (EXIF).
 
     Transparent parts become white; of an animation the first frame is taken. The size in the header is checked before
     any pixel is decoded. Raises ImageError, which names the file and the remedy.
     """
     name = _name(source)
-    stream = _open(source, name)
     try:
-        return _decode(stream, name, max_pixels)
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source, name)
+        with _stream(source, name) as stream, Image.open(stream) as image:  # reads the header only
+            return _upright_rgb(image, name)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is no image that Pillow can read: replace it, or remove its queries") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(name, f"more than {Image.MAX_IMAGE_PIXELS:,}", max_pixels) from error
+        raise _too_large(name, f"more than {Image.MAX_IMAGE_PIXELS:,}") from error
     except MemoryError as error:
         raise ImageError(f"{name} does not fit into memory: shrink it") from error
     except Exception as error:  # each decoder reports damage in its own way (OSError, SyntaxError, zlib.error, ...)
         raise ImageError(f"{name} is truncated or damaged ({error}): fetch it again, or remove its queries") from error
-    finally:
-        if stream is not source:
-            stream.close()
 
 
-def _name(source: _Source) -> str:
+def _name(source: Picture) -> str:
+    if isinstance(source, Image.Image):
+        return f"the {source.format or 'given'} picture"
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -56,7 +57,7 @@ def _name(source: _Source) -> str:
     return str(getattr(source, "name", "image stream"))
 
 
-def _open(source: _Source, name: str) -> BinaryIO:
+def _stream(source: Picture, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
     if isinstance(source, bytes | bytearray | memoryview):
         if not len(source):
             raise ImageError("image data of 0 bytes: nothing to read")
@@ -65,7 +66,7 @@ def _open(source: _Source, name: str) -> BinaryIO:
         if not hasattr(source, "read"):
             raise ImageError(f"an image is given as {type(source).__name__}: give a path, bytes or a binary file")
         if hasattr(source, "seek"):
-            return source
+            return contextlib.nullcontext(source)  # the caller closes it
         try:
             return io.BytesIO(source.read())  # an image of a shard
         except DataError as error:
@@ -85,24 +86,22 @@ def _open(source: _Source, name: str) -> BinaryIO:
         raise ImageError(f"{name} cannot be opened ({error}): check its name and permissions") from error
 
 
-def _too_large(name: str, pixels: int | str, max_pixels: int) -> ImageError:
-    count = f"{pixels:,}" if isinstance(pixels, int) else pixels
-    return ImageError(f"{name} has {count} pixels, the limit is {max_pixels:,} (decompression bomb?): shrink it first")
+def _too_large(name: str, pixels: str) -> ImageError:
+    return ImageError(f"{name} has {pixels} pixels, the limit is {MAX_PIXELS:,} (decompression bomb?): shrink it first")
 
 
-def _decode(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
-    with Image.open(stream) as image:  # reads the header only
-        width, height = image.size
-        if width * height > max_pixels:
-            raise _too_large(name, width * height, max_pixels)
-        if width < 1 or height < 1:
-            raise ImageError(f"{name} is {width} x {height} pixels: there is nothing to see")
-        with _whole_files_only:
-            image.load()
-        deep = 257.0 if image.format == "PNG" or image.mode.startswith("I;16") else None
-        with contextlib.suppress(Exception):  # damaged EXIF data: the picture itself is whole
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image, deep)
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _too_large(name, f"{width * height:,}")
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} is {width} x {height} pixels: there is nothing to see")
+    with _whole_files_only:
+        image.load()
+    deep = 257.0 if image.format == "PNG" or image.mode.startswith("I;16") else None
+    with contextlib.suppress(Exception):  # damaged EXIF data: the picture itself is whole
+        image = ImageOps.exif_transpose(image)
+    return _to_rgb(image, deep)
 
 
 class _WholeFilesOnly:
@@ -150,45 +149,22 @@ def _deep_grey_to_rgb(image: Image.Image, deep: float | None) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def check_images(
-    paths: Iterable[str | os.PathLike],
-    progress: bool = True,
-    workers: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> list[tuple[Path, str]]:
+def check_images(paths: Iterable[str | os.PathLike], progress: bool = True) -> list[tuple[Path, str]]:
     """Read every picture once and return [(path, reason)] of those that fail, in the given order.
 
-    Run before training: a bad file is then known at the start, not hours later. `workers` threads share the work
-    (default: the processor count, at most 8); decoding leaves the interpreter's lock.
+    Run before training: a bad file is then known at the start, not hours later. Threads share the work: decoding leaves
+    the interpreter's lock.
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}; at least 1 is wanted")
     files = [Path(path) if isinstance(path, str) else path for path in paths]
 
     def reason(path: Any) -> str:
         try:
-            load_image(path, max_pixels).close()
+            load_image(path).close()
         except ImageError as error:
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         reasons = pool.map(reason, files)
         bar = tqdm(reasons, total=len(files), desc="checking images", unit="image", disable=not progress)
         return [(path, text) for path, text in zip(files, bar, strict=True) if text]
-
-
-Picture = str | Path | Image.Image
-
-
-def open_picture(picture: Picture) -> Image.Image:
-    """RGB of a file or of a picture at hand (transparent parts white). ImageError where it cannot be read."""
-    if not isinstance(picture, Image.Image):
-        return load_image(picture)
-    try:
-        if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-            layer = picture.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-        return picture.convert("RGB")
-    except OSError as error:  # opened lazily, and the file turns out to be damaged
-        raise ImageError(f"the {picture.format or 'given'} picture is damaged ({error}); give another one") from error

@@ -1,58 +1,134 @@
-"""Encode the gallery once, rank it for every query, gather what the processes found."""
+"""Encode the gallery once, rank it for every query, gather what the processes found.
 
-from collections.abc import Mapping
+G gallery images, D width. A model here is any object with `title`, `device`, `fingerprint`, `encode_image`,
+`encode_query` and `score`.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized, is_main_process
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
+from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import DataError
+from neucore_plugin.datasets.triplets import GalleryDataset, TripletDataset
+from neucore_plugin.evaluation.ranking import Evaluated, QueryRanks, Ranking
+from neucore_plugin.retrieval.ranks import topk
+
+PARTIAL_QUERIES = ("text_only", "image_only")  # rows of a result for which the model sees less of each query
 
 
-def _quiet() -> bool | None:
-    return None if is_main_process() else True
+class Evaluator:
+    """Ranks the gallery of a data set by a model's scores; all processes of a group call it together.
 
+    The gallery is the split's own list; the reference takes no place in the ranking; ties go to the image that comes
+    first in the gallery; a query's rank is that of its best-placed right answer. The data set's protocol may say
+    otherwise (see `datasets/protocols.py`).
 
-def _gather(mine: dict[int, Any]) -> dict[int, Any]:
-    """Union of every process's {query index: value}."""
-    if not is_dist_avail_and_initialized():
-        return mine
-    parts: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(parts, mine)
-    return {index: value for part in parts for index, value in part.items()}
+    Args:
+        score_chunk: queries scored at a time. batch_size: queries encoded at a time where no loader says it.
+    """
 
+    def __init__(self, score_chunk: int, batch_size: int) -> None:
+        self.score_chunk, self.batch_size = score_chunk, batch_size
+        self._gallery: tuple[str, dict[str, Tensor]] | None = None
 
-def _gather_keys(found: dict[str, dict[str, dict[int, Any]]]) -> dict[str, dict[str, dict[int, Any]]]:
-    """`found` with the kinds and rows of every process, in one order: a process without queries has none."""
-    if not is_dist_avail_and_initialized():
-        return found
-    parts: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(parts, {kind: list(rows) for kind, rows in found.items()})
-    kinds = {kind: rows for part in parts for kind, rows in part.items()}
-    return {kind: {row: found.get(kind, {}).get(row, {}) for row in rows} for kind, rows in sorted(kinds.items())}
+    @torch.inference_mode()
+    def evaluate(self, model: Any, loader: DataLoader, partial: bool = False) -> Evaluated:
+        """Rank the gallery for this process's queries, then gather: the same result in every process.
 
+        partial: also with the text alone, and with the image alone. DataError where the loaders of all processes do not
+        give each query once.
+        """
+        model = getattr(model, "module", model)
+        model.eval()
+        dataset = loader.dataset
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        gallery = self._encode_gallery(model, dataset, loader)
+        rows = list(dict.fromkeys([model.title, *(PARTIAL_QUERIES if partial else ())]))  # a baseline may be text_only
+        ranking = Ranking(dataset)
+        mine: dict[str, dict[int, QueryRanks]] = {row: {} for row in rows}
+        for samples in _progress(loader, f"ranking {dataset.split}"):
+            indices = samples["index"].tolist()
+            for row in rows:
+                scores = model.score(_encode_queries(model, samples, row), gallery, chunk=self.score_chunk)
+                mine[row].update(zip(indices, ranking(scores, indices, shown=row == model.title), strict=True))
+        parts = distributed.gather(mine)
+        return Evaluated(dataset, {row: _in_order([part[row] for part in parts], len(dataset)) for row in rows})
 
-def _in_order(values: Mapping[int, Any], count: int) -> Any:
-    if sorted(values) != list(range(count)):
-        raise DataError(
-            f"evaluation saw {len(values)} of {count} queries; the loader must give each query exactly once"
+    @torch.inference_mode()
+    def rank_for_submission(
+        self, model: Any, dataset: TripletDataset, count: int, in_group: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Gallery positions of the `count` best images of each query, and of the `in_group` best of its group.
+
+        The reference takes no place. Groups are empty lists where the data set has none. DataError for a gallery that
+        is too small.
+        """
+        if len(dataset.gallery.ids) <= count:
+            raise DataError(f"a gallery of {len(dataset.gallery.ids)} images cannot give {count} images a query")
+        loader = DataLoader(dataset, batch_size=self.batch_size, collate_fn=dataset.collater)
+        gallery = self._encode_gallery(model, dataset, loader)
+        whole: list[list[int]] = []
+        groups: list[list[int]] = []
+        for samples in _progress(loader, f"ranking {dataset.split}"):
+            indices = samples["index"].tolist()
+            scores = model.score(_encode_queries(model, samples), gallery, chunk=self.score_chunk).cpu()
+            excluded = [dataset.reference_position(index) for index in indices]
+            whole += topk(scores, count, excluded).tolist()
+            for row, index in enumerate(indices):
+                members = sorted(set(dataset.member_positions(index)) - {excluded[row]})
+                order = sorted(members, key=lambda place: (-float(scores[row, place]), place))
+                groups.append(order[:in_group])
+        return whole, groups
+
+    def _encode_gallery(self, model: Any, dataset: TripletDataset, loader: DataLoader) -> dict[str, Tensor]:
+        """Gallery encoding [G,D]; kept until the weights or the gallery change, since splits often share it."""
+        key = f"{model.fingerprint()}|{dataset.gallery.fingerprint}"
+        if self._gallery is not None and self._gallery[0] == key:
+            return self._gallery[1]
+        images = GalleryDataset(dataset.gallery, dataset.images)
+        first, end = (len(images) * n // distributed.world_size() for n in (distributed.rank(), distributed.rank() + 1))
+        batches = DataLoader(
+            Subset(images, range(first, end)),
+            batch_size=loader.batch_size or self.batch_size,
+            num_workers=loader.num_workers,
+            collate_fn=images.collater,
         )
-    ordered = [values[index] for index in range(count)]
-    return ordered if isinstance(ordered[0], tuple) else torch.tensor(ordered)
+        mine = []
+        for batch in _progress(batches, "encoding gallery"):
+            encoded = model.encode_image(batch.get("image"), tokens=batch.get("tokens"), pooled=batch.get("pooled"))
+            mine.append({name: value.cpu() for name, value in encoded.items()})
+        parts = [part for process in distributed.gather(mine) for part in process]
+        encoding = {name: torch.cat([part[name] for part in parts]).to(model.device) for name in parts[0]}
+        self._gallery = (key, encoding)
+        return encoding
 
 
-def _interleave(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rank r holds rows r, r + W, ...; put the whole gallery back in order."""
-    if not is_dist_avail_and_initialized():
-        return own
-    parts: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(parts, own)
-    parts = [part for part in parts if part]
-    whole = {}
-    for name in parts[0]:
-        total = sum(len(part[name]) for part in parts)
-        whole[name] = parts[0][name].new_empty(total, *parts[0][name].shape[1:])
-        for rank, part in enumerate(parts):
-            whole[name][rank :: len(parts)] = part[name]
-    return whole
+def _progress(loader: DataLoader, title: str) -> Any:
+    return tqdm(loader, title, unit="batch", leave=False, disable=None if distributed.rank() == 0 else True)
+
+
+def _encode_queries(model: Any, samples: Mapping[str, Any], row: str | None = None) -> dict[str, Tensor]:
+    """Encoded queries of a batch; of the rows in PARTIAL_QUERIES the model sees the text, or the image, alone."""
+    inputs: dict[str, Any] = {}
+    if row != "text_only":
+        features = {key: samples.get(f"reference_{key}") for key in ("tokens", "pooled")}
+        inputs = {"pixels": samples.get("reference_image"), **features}
+    if row != "image_only":
+        features = {key: samples[key] for key in ("words", "word_mask", "sentence")} if "words" in samples else None
+        texts = {"texts": samples["text_input"], "concept_words": samples["concept_words"]}
+        inputs |= {**texts, "text_features": features}
+    return model.encode_query(**inputs)
+
+
+def _in_order(parts: Sequence[Mapping[int, QueryRanks]], count: int) -> list[QueryRanks]:
+    """The ranks that each process found, by query index -> one list."""
+    found = {index: ranks for part in parts for index, ranks in part.items()}
+    if sorted(found) != list(range(count)):
+        raise DataError(f"evaluation saw {len(found)} of {count} queries; the loader must give each query exactly once")
+    return [found[index] for index in range(count)]

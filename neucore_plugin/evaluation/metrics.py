@@ -1,4 +1,4 @@
-"""Metrics of ranks: recall, median rank, mean average precision; in percent."""
+"""Metrics of ranks: recall, graded recall, mean average precision; in percent, one value a query in."""
 
 from collections.abc import Sequence
 
@@ -6,80 +6,52 @@ import torch
 from torch import Tensor
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.retrieval.ranks import Positions, _padded
 
 RECALL_AT = (1, 5, 10, 50)
 SUBSET_AT = (1, 2, 3)
-PRECISION_AT = (5, 10, 25, 50)
+
+
+def recall_at(ranks: Sequence[int], ks: Sequence[int] = RECALL_AT, name: str = "R") -> dict[str, float]:
+    """{"R@1": percent of queries whose rank (from 1) is at most 1, ...}; `name` is the part before the @."""
+    if not ranks:
+        raise DataError("recall needs the rank of one query at least; none is given")
+    return {f"{name}@{k}": 100.0 * sum(rank <= k for rank in ranks) / len(ranks) for k in ks}
 
 
 def soft_recall_at(
-    ranks: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], ks: Sequence[int] = RECALL_AT, name: str = "R"
+    graded: Sequence[Sequence[tuple[int, float]]], ks: Sequence[int] = RECALL_AT, name: str = "R"
 ) -> dict[str, float]:
     """{"R@1": percent, ...}: the mean over queries of the largest weight among the top k, 0 where none is there.
 
-    ranks, weights: of each query's graded answers, equally many; rank 0 = not ranked.
+    graded: the (rank, weight) pairs of each query's graded answers; rank 0 = not ranked.
     """
-    if not ranks or len(ranks) != len(weights):
-        raise DataError(f"{len(ranks)} lists of ranks and {len(weights)} of weights; give both for each query")
-    scores = {}
-    for k in ks:
-        best = [
-            max((w for rank, w in zip(row, graded, strict=True) if 1 <= rank <= k), default=0.0)
-            for row, graded in zip(ranks, weights, strict=True)
-        ]
-        scores[f"{name}@{k}"] = 100.0 * sum(max(0.0, value) for value in best) / len(best)
-    return scores
+    return {
+        f"{name}@{k}": 100.0
+        * sum(max([0.0, *(weight for rank, weight in answers if 1 <= rank <= k)]) for answers in graded)
+        / len(graded)
+        for k in ks
+    }
 
 
-def recall_at(ranks: Tensor, ks: Sequence[int] = RECALL_AT, name: str = "R") -> dict[str, float]:
-    """{"R@1": percent of queries whose rank is at most 1, ...}; ranks [Q], 1-based. `name` is the part before the @."""
-    _check_ranks(ranks)
-    return {f"{name}@{k}": 100.0 * int((ranks <= k).sum()) / len(ranks) for k in ks}
+def mean_average_precision(
+    rankings: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], ks: Sequence[int]
+) -> dict[str, float]:
+    """{"mAP@5": percent, ...} of each query's best gallery positions and its right answers, one or more (CIRCO).
 
-
-def median_rank(ranks: Tensor) -> float:
-    """The median of the ranks [Q]; of an even number of queries the mean of the middle two."""
-    _check_ranks(ranks)
-    ordered, middle = ranks.sort().values, len(ranks) // 2
-    return float(ordered[middle]) if len(ranks) % 2 else (int(ordered[middle - 1]) + int(ordered[middle])) / 2
-
-
-def hits_in(top: Tensor, targets: Positions) -> Tensor:
-    """Bool [Q,k]: which places of the rankings `top` [Q,k] (gallery positions) hold a right answer.
-
-    DataError where an image stands twice in one ranking: it would be counted twice.
+    AP@k: the sum over the places i <= k that hold a right answer of precision(i), over min(right answers, k).
     """
-    ordered = top.sort(dim=1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]).any(1).nonzero()
-    if len(twice):
-        raise DataError(f"query {int(twice[0])}: an image stands twice in its ranking; a ranking names each image once")
-    highest = 1 + max((place for row in targets for place in row), default=0)
-    wanted = _padded(targets, len(top), highest, "targets").to(top.device)
-    return (top[:, :, None] == wanted[:, None, :]).any(2)
+    right = [set(row) for row in targets]
+    hits = torch.tensor(
+        [[place in wanted for place in ranking] for ranking, wanted in zip(rankings, right, strict=True)]
+    )
+    totals = torch.tensor([len(wanted) for wanted in right])
+    return {f"mAP@{k}": 100.0 * float(_average_precision(hits, totals, k).mean()) for k in ks}
 
 
-def average_precision_at(hits: Tensor, totals: Tensor, k: int) -> Tensor:
-    """AP@k [Q] in 0..1, float64: sum over places i <= k of precision(i) x hit(i), over min(right answers, k) (CIRCO).
-
-    hits: bool [Q,>=k] in ranking order; totals [Q]: how many right answers each query has in all (found or not).
-    """
+def _average_precision(hits: Tensor, totals: Tensor, k: int) -> Tensor:
+    """AP@k [Q] in 0..1 of hits [Q,>=k] and the number of right answers [Q], found or not."""
     if hits.shape[1] < k:
         raise DataError(f"AP@{k} needs rankings of {k} images, but these have {hits.shape[1]}")
-    if bool((totals < 1).any()):
-        raise DataError("a query without right answers has no average precision; leave it out of the split")
     relevant = hits[:, :k].double()
-    precision = relevant.cumsum(1) / torch.arange(1, k + 1, dtype=torch.float64, device=hits.device)
+    precision = relevant.cumsum(1) / torch.arange(1, k + 1, dtype=torch.float64)
     return (precision * relevant).sum(1) / totals.clamp(max=k)
-
-
-def mean_average_precision(top: Tensor, targets: Positions, ks: Sequence[int] = PRECISION_AT) -> dict[str, float]:
-    """{"mAP@5": percent, ...} of rankings `top` [Q,k] (gallery positions, reference already left out)."""
-    hits = hits_in(top, targets)
-    totals = torch.tensor([len(set(row)) for row in targets], device=top.device)
-    return {f"mAP@{k}": 100.0 * float(average_precision_at(hits, totals, k).mean()) for k in ks}
-
-
-def _check_ranks(ranks: Tensor) -> None:
-    if ranks.ndim != 1 or len(ranks) == 0:
-        raise DataError(f"ranks must be a vector with one rank for each query, not empty; given {tuple(ranks.shape)}")

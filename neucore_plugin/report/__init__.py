@@ -1,0 +1,17 @@
+"""Pages and charts of results. Takes plain values, and hits and pictures of any kind; knows no model.
+
+Names are imported on first use, so that importing this package costs neither torch nor jinja2.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {"results_chart_svg": "charts", "search_page": "page", "table_lines": "table", "write_report": "page"}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from neucore_plugin.common.errors import DataError
-
-Results = Mapping[str, Mapping[str, Mapping[str, float]]]
+from neucore_plugin.report.table import Results
 
 # One rule set for the page and for a chart that stands alone; colours keep apart for colour-blind readers and in grey.
 CHART_STYLE = """
@@ -98,10 +97,10 @@ def _panel(name: str, groups: Sequence[Group], series: Sequence[str], top: int, 
         for place, value in enumerate(values):
             x = left + place * (_BAR + _GAP)
             tall = 0.0 if value is None else _PLOT * min(max(value, 0.0), 100.0) / 100
-            told = f"{label}, {series[place]}: {_text(value)}"
+            spoken = f"{label}, {series[place]}: {_text(value)}"
             parts.append(
                 f'<rect class="s{place % _COLOURS}" x="{x:g}" y="{floor - tall:.1f}" width="{_BAR}" '
-                f'height="{tall:.1f}" rx="2"><title>{escape(told)}</title></rect>'
+                f'height="{tall:.1f}" rx="2"><title>{escape(spoken)}</title></rect>'
             )
             parts.append(
                 f'<text x="{x + _BAR / 2:g}" y="{floor - tall - 4:.1f}" font-size="11" text-anchor="middle">'

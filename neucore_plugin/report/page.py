@@ -16,14 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.common.files import atomic_write
-from neucore_plugin.common.images import Picture, open_picture
-from neucore_plugin.report.charts import CHART_STYLE, Results, row_label, split_chart_svg
+from neucore_plugin.common.images import Picture, load_image
+from neucore_plugin.report.charts import CHART_STYLE, row_label, split_chart_svg
+from neucore_plugin.report.table import Results, metric_columns
 
-RECALLS = ("R@1", "R@5", "R@10", "R@50")
-SUBSET_RECALLS = ("R_subset@1", "R_subset@2", "R_subset@3")  # these two only where a result has them
-PRECISIONS = ("mAP@5", "mAP@10", "mAP@25", "mAP@50")
 FITS = ("pad", "crop", "stretch")
 SHOWN = 10  # retrieved pictures of a query
 
@@ -49,31 +47,31 @@ def write_report(
     results: {split: {row: {"R@1": percent, ..., "median_rank": .., "queries": n}}}; per_change: {split: {change: ...}}.
     examples: dicts with split, query_id, reference (path), caption, change, rank, targets (ids), retrieved (dicts of
     id, path, score, correct), target (dict of id, path) and maps: None or dicts of concept, reference [h,w] and
-    candidate [h,w] in [0,1]. The candidate's map is drawn on example["candidate"] (dict of id, path) where given, else
-    on the first retrieved picture. settings: nested mapping, shown as a table. fit: how the image processor makes
-    pictures square ("pad", "crop" or "stretch"), so that maps lie where they belong.
+    candidate [h,w] in [0,1], the candidate being the first retrieved picture. settings: nested mapping, shown as a
+    table. fit: how the image processor makes pictures square ("pad", "crop" or "stretch"), so that maps lie where they
+    belong.
     DataError: an example without one of its keys, or an unknown fit.
     """
     if fit not in FITS:
         raise DataError(f"fit={fit!r}: give one of {', '.join(FITS)}, as the image processor has it")
     pictures = _Pictures(fit)
     order = [*results, *(per_change or {})]
-    held = {name for rows in results.values() for values in rows.values() for name in values}
-    subset = [name for name in SUBSET_RECALLS if name in held]
-    precisions = [name for name in PRECISIONS if name in held]
-    columns = [*RECALLS, *subset, *precisions, "median_rank", "queries"]
+    metrics = metric_columns(results)
+    recalls = [name for name in metrics if name.startswith("R@")]
+    columns = [*metrics, "median_rank", "queries"]
     groups: dict[str, list[dict[str, Any]]] = {split: [] for split in order}
     for number, example in enumerate(examples or ()):
         try:
             groups.setdefault(str(example["split"]), []).append(_example(example, pictures))
         except KeyError as error:
             raise DataError(f"example {number} of the report lacks {error}; it has {', '.join(example)}") from None
-    charts = [(split, Markup(split_chart_svg(split, rows, RECALLS))) for split, rows in results.items() if rows]
+    drawn = {split: rows for split, rows in results.items() if rows and recalls}
+    charts = [(split, Markup(split_chart_svg(split, rows, recalls))) for split, rows in drawn.items()]
     page = {
         "kind": "report",
         "title": title,
         "columns": columns,
-        "subset": bool(subset),
+        "subset": any(name.startswith("R_subset@") for name in metrics),
         "results": [(_title(split, rows), _table(rows, columns, best=True)) for split, rows in results.items() if rows],
         "charts": charts,
         "changes": [(split, _table(rows, columns)) for split, rows in (per_change or {}).items() if rows],
@@ -93,20 +91,17 @@ def search_page(
 ) -> list[str]:
     """Write one query with its results; returns the pictures that could not be shown.
 
-    hits: `index.Hit`s, or dicts of name, path and score, best first.
+    hits: objects with name, path and score, best first.
     """
     pictures = _Pictures("pad")
-    shown = []
-    for rank, hit in enumerate(hits, start=1):
-        known = hit if isinstance(hit, Mapping) else vars(hit)
-        shown.append(_retrieved(rank, {"id": known["name"], **known}, pictures))
+    retrieved = [{"id": hit.name, "path": hit.path, "score": hit.score} for hit in hits]
     page = {
         "kind": "search",
         "title": title,
         "reference": pictures.thumb(reference, _LARGE) if reference is not None else None,
         "reference_name": "" if reference is None or isinstance(reference, Image.Image) else Path(reference).name,
         "caption": caption or "",
-        "hits": shown,
+        "hits": [_tile(rank, item, pictures) for rank, item in enumerate(retrieved, start=1)],
     }
     return _write(path, page, pictures, credit)
 
@@ -122,23 +117,20 @@ class _Pictures:
     def thumb(self, picture: Picture, size: int = _THUMB) -> str | None:
         """A data address, or None where the picture cannot be read."""
         key = (str(picture), size)
-        if isinstance(picture, Image.Image) or key not in self._made:
+        if key not in self._made:
             image = self._open(picture)
-            address = _data_address(_shrunk(image, size)) if image else None
-            if isinstance(picture, Image.Image):
-                return address
-            self._made[key] = address
+            self._made[key] = _data_address(_shrunk(image, size)) if image else None
         return self._made[key]
 
-    def heat(self, picture: Picture, values: torch.Tensor, size: int = _THUMB) -> str | None:
+    def heat(self, picture: Picture, values: torch.Tensor) -> str | None:
         """The picture as the model saw it, square, with a map [h,w] in [0,1] laid over it."""
         image = self._open(picture)
-        return _data_address(heat_overlay(image, values, size, self.fit)) if image else None
+        return _data_address(heat_overlay(image, values, fit=self.fit)) if image else None
 
     def _open(self, picture: Picture) -> Image.Image | None:
         try:
-            return open_picture(picture)
-        except Exception as error:  # whatever is wrong with one picture, the page is still wanted
+            return load_image(picture)
+        except ImageError as error:  # the page is still wanted
             name = "a picture given in memory" if isinstance(picture, Image.Image) else str(picture)
             if name not in self.missing:
                 self.missing.append(name)
@@ -182,7 +174,7 @@ def _data_address(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(kinds[kind]).decode('ascii')}"
 
 
-def _retrieved(rank: int, item: Mapping[str, Any], pictures: _Pictures) -> dict[str, Any]:
+def _tile(rank: int, item: Mapping[str, Any], pictures: _Pictures) -> dict[str, Any]:
     score = item.get("score")
     return {
         "rank": rank,
@@ -195,19 +187,18 @@ def _retrieved(rank: int, item: Mapping[str, Any], pictures: _Pictures) -> dict[
 
 def _example(example: Mapping[str, Any], pictures: _Pictures) -> dict[str, Any]:
     retrieved = list(example["retrieved"])[:SHOWN]
-    shown = [_retrieved(rank, item, pictures) for rank, item in enumerate(retrieved, start=1)]
+    shown = [_tile(rank, item, pictures) for rank, item in enumerate(retrieved, start=1)]
     rank, target = int(example["rank"]), example.get("target")
-    lost = rank > len(shown) and target is not None
-    candidate = example.get("candidate") or (retrieved[0] if retrieved else None)
-    maps = []
-    for item in example.get("maps") or ():
-        maps.append(
-            {
-                "concept": str(item["concept"]),
-                "reference": pictures.heat(example["reference"], item["reference"]),
-                "candidate": pictures.heat(candidate["path"], item["candidate"]) if candidate else None,
-            }
-        )
+    beyond = rank > len(shown) and target is not None
+    first = retrieved[0] if retrieved else None
+    maps = [
+        {
+            "concept": str(item["concept"]),
+            "reference": pictures.heat(example["reference"], item["reference"]),
+            "candidate": pictures.heat(first["path"], item["candidate"]) if first else None,
+        }
+        for item in example.get("maps") or ()
+    ]
     return {
         "query_id": str(example["query_id"]),
         "reference": pictures.thumb(example["reference"], _LARGE),
@@ -216,9 +207,9 @@ def _example(example: Mapping[str, Any], pictures: _Pictures) -> dict[str, Any]:
         "rank": rank,
         "several": len(example.get("targets") or ()) > 1,
         "retrieved": shown,
-        "target": {"name": str(target["id"]), "picture": pictures.thumb(target["path"])} if lost else None,
+        "target": {"name": str(target["id"]), "picture": pictures.thumb(target["path"])} if beyond else None,
         "maps": maps,
-        "candidate": str(candidate["id"]) if candidate else "",
+        "candidate": str(first["id"]) if first else "",
     }
 
 

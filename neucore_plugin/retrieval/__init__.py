@@ -1,20 +1,13 @@
-"""Ranking metrics, the image index and the HTML report. Takes any model with the methods of `encoding.RetrievalModel`.
+"""Images ordered by a model's scores: ranks, and an index over one's own pictures.
 
-Names are imported on first use, so that importing this package costs neither torch nor jinja2.
+Takes any model with the methods of `encoding.RetrievalModel`. Names are imported on first use, so that importing this
+package does not cost torch.
 """
 
 from importlib import import_module
 from typing import Any
 
-_HOME = {
-    "GalleryIndex": "index",
-    "Hit": "index",
-    "Failure": "encoding",
-    "RetrievalModel": "encoding",
-    "results_chart_svg": "charts",
-    "search_page": "report",
-    "write_report": "report",
-}
+_HOME = {"GalleryIndex": "index", "Hit": "index", "Failure": "encoding", "RetrievalModel": "encoding"}
 
 __all__ = sorted(_HOME)
 

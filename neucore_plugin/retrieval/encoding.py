@@ -71,7 +71,7 @@ def collect(source: Source, root: Path | None = None) -> tuple[Path | None, list
     if isinstance(source, Mapping):
         if not source:
             raise DataError("an empty mapping of images; give at least one {name: file}")
-        return root, [(str(name), settled(path)) for name, path in source.items()]
+        return root, [(str(name), canonical(path)) for name, path in source.items()]
     if isinstance(source, (str, Path)):
         folder = Path(source)
         if not folder.is_dir():
@@ -83,17 +83,17 @@ def collect(source: Source, root: Path | None = None) -> tuple[Path | None, list
         if not paths:
             raise DataError(f"no images in {str(source)!r} or below; looked for {', '.join(IMAGE_SUFFIXES)}")
         return root, paths
-    paths = [settled(path) for path in source]
+    paths = [canonical(path) for path in source]
     if not paths:
         raise DataError("an empty list of images; give at least one file")
     root = root or Path(os.path.commonpath([path.parent for path in paths]))
     named = [(relative(path, root), path) for path in paths]
-    if again := twice([name for name, _ in named]):
+    if again := repeated([name for name, _ in named]):
         raise DataError(f"given twice: {some(again)}; give each image once")
     return root, named
 
 
-def settled(path: str | Path) -> Path:
+def canonical(path: str | Path) -> Path:
     """Absolute path with the links of its folder followed, so that one file has one spelling; its own name is kept."""
     plain = os.path.abspath(path)
     return Path(os.path.realpath(os.path.dirname(plain)), os.path.basename(plain))
@@ -171,7 +171,7 @@ def relative(path: Path, root: Path | None) -> str:
     return path.relative_to(root).as_posix() if root is not None and path.is_relative_to(root) else path.as_posix()
 
 
-def twice(names: Sequence[str]) -> list[str]:
+def repeated(names: Sequence[str]) -> list[str]:
     """The names that stand in the list more than once."""
     seen: set[str] = set()
     return [name for name in names if name in seen or seen.add(name)]

@@ -16,19 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.images import Picture, open_picture
+from neucore_plugin.common.images import Picture, load_image
 from neucore_plugin.retrieval import store
 from neucore_plugin.retrieval.encoding import (
     Failure,
     RetrievalModel,
     Source,
+    canonical,
     collect,
     encode,
     evaluating,
     relative,
-    settled,
+    repeated,
     some,
-    twice,
 )
 from neucore_plugin.retrieval.ranks import topk
 
@@ -68,7 +68,7 @@ class GalleryIndex:
         self.encodings, self.model, self.root = dict(encodings), model, root
         self.failures = list(failures)
         self.model_fingerprint = model_fingerprint or _fingerprint(model)
-        self._rehash()
+        self._index_names()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -143,7 +143,7 @@ class GalleryIndex:
 
     def add(self, source: Source, batch_size: int = 32, progress: bool = True, workers: int = 2) -> list[str]:
         """Encode further images and put them at the end; returns their names. DataError for a name already there."""
-        model = self._ready()
+        model = self._require_model()
         _, named = collect(source, self.root)
         if known := [name for name, _ in named if name in self]:
             raise DataError(f"already in the index: {some(known)}; remove them first to encode them anew")
@@ -155,7 +155,7 @@ class GalleryIndex:
         self.names += [name for name, _ in good]
         self.paths += [path for _, path in good]
         self.failures += failures
-        self._rehash()
+        self._index_names()
         return [name for name, _ in good]
 
     def remove(self, names: str | Sequence[str]) -> None:
@@ -166,7 +166,7 @@ class GalleryIndex:
             raise DataError(f"this would remove all {len(self)} images; an index holds at least one")
         self.encodings = {key: value[torch.tensor(keep)] for key, value in self.encodings.items()}
         self.names, self.paths = [self.names[p] for p in keep], [self.paths[p] for p in keep]
-        self._rehash()
+        self._index_names()
 
     def position(self, name: str) -> int:
         """Gallery position of a name; DataError with the nearest name when there is none."""
@@ -177,15 +177,15 @@ class GalleryIndex:
     def reference(self, image: Picture) -> tuple[Image.Image, int | None]:
         """The picture meant by a name in the index, a file or a picture, and its gallery position if it has one."""
         if isinstance(image, Image.Image):
-            return open_picture(image), None
+            return load_image(image), None
         if str(image) in self:
             place = self._position[str(image)]
-            return open_picture(self.paths[place]), place
+            return load_image(self.paths[place]), place
         if not os.path.exists(image):
             raise DataError(
                 f"reference {str(image)!r} is neither a file nor a name in the index.{_hint(str(image), self.names)}"
             )
-        return open_picture(image), self._locate(image)
+        return load_image(image), self._locate(image)
 
     def search(
         self, image: Picture | None = None, text: str | None = None, k: int = 10, exclude_reference: bool = True
@@ -201,7 +201,7 @@ class GalleryIndex:
         self, queries: Sequence[tuple[Picture | None, str | None]], k: int = 10, exclude_reference: bool = True
     ) -> list[list[Hit]]:
         """`search` for many (image, text) pairs, encoded and scored in batches; one list of hits for each, in order."""
-        model = self._ready()
+        model = self._require_model()
         if not queries:
             raise DataError("no queries given; give at least one pair (image, text)")
         groups: dict[tuple[bool, bool], list[int]] = {}
@@ -232,7 +232,7 @@ class GalleryIndex:
 
     def scores(self, query: dict[str, Tensor]) -> Tensor:
         """Scores [Q,G] (float32, on the CPU) of encoded queries against the whole gallery, in chunks of images."""
-        model = self._ready()
+        model = self._require_model()
         parts = []
         with torch.inference_mode():
             for start in range(0, len(self), _GALLERY_CHUNK):
@@ -243,20 +243,20 @@ class GalleryIndex:
                 parts.append(model.score(query, part).float().cpu())
         return torch.cat(parts, 1)
 
-    def _ready(self) -> RetrievalModel:
+    def _require_model(self) -> RetrievalModel:
         if self.model is None:
             raise DataError("this index was opened without a model; pass one: GalleryIndex.load(folder, model=model)")
         return self.model
 
-    def _rehash(self) -> None:
+    def _index_names(self) -> None:
         self._position = {name: place for place, name in enumerate(self.names)}
         if len(self._position) != len(self.names):
-            raise DataError(f"a name stands twice in the index: {some(twice(self.names))}; names must be unique")
+            raise DataError(f"a name stands twice in the index: {some(repeated(self.names))}; names must be unique")
         self._by_path = {os.path.abspath(path): place for place, path in enumerate(self.paths)}
 
     def _locate(self, path: str | Path) -> int | None:
         """Gallery position of a file, also when it is given by another spelling or through a link to its folder."""
-        for spelling in (os.path.abspath(path), str(settled(path)), os.path.realpath(path)):
+        for spelling in (os.path.abspath(path), str(canonical(path)), os.path.realpath(path)):
             if spelling in self._by_path:
                 return self._by_path[spelling]
         return None

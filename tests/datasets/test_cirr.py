@@ -1,16 +1,13 @@
-"""CIRR: the reader on hand-made files of the published shape, what it says of missing files, and R_subset@K."""
+"""CIRR: the reader on hand-made files of the published shape, and what it says of missing files."""
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
 from places import PROJECTS, REAL, needs_real
-from torch.utils.data import DataLoader
 
 from neucore_plugin import launch
 from neucore_plugin.common.errors import ConfigError, DataError
@@ -18,12 +15,9 @@ from neucore_plugin.config import loading, sections
 from neucore_plugin.datasets.published import catalogue as published
 from neucore_plugin.datasets.published import cirr
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
-from neucore_plugin.evaluation.results import summary, table_lines
-from neucore_plugin.report.page import write_report
 
 YAML = PROJECTS / "train_cirr.yaml"
 CIRR = REAL / "cirr"
-ROWS = ("neucore", "text_only", "image_only")
 
 TRAIN = [f"train-{set_}-{pair}-img{side}" for set_ in (11041, 5247) for pair in range(2) for side in range(2)]
 DEV = [f"dev-{set_}-0-img{side}" for set_ in (244, 1028, 430, 63) for side in range(2)]
@@ -261,7 +255,7 @@ def test_the_command_without_data_says_everything_before_encoders_are_loaded(giv
         raise AssertionError("data come first")
 
     task = registry.get_task_class("composed_image_retrieval")
-    monkeypatch.setattr(task, "_concepts", never)
+    monkeypatch.setattr(task, "_find_concepts", never)
     monkeypatch.setattr(task, "build_model", never)
     options = ["run.device=cpu", *([f"datasets.cirr.build_info.root={given}"] if given else [])]
     with pytest.raises(ConfigError) as caught:
@@ -301,125 +295,3 @@ def test_counts_of_the_real_files():
     if not (CIRR / "img_raw").exists():
         report = published.check("cirr", CIRR)
         assert report["splits"]["val"]["images_missing"] == 2297 and not report["complete"]
-
-
-# ---- R_subset --------------------------------------------------------------------------------------------------------
-
-
-class TableModel:
-    """Scores come from a table of small integers, full of ties: by the caption's query, the reference, or both."""
-
-    title, device = "neucore", torch.device("cpu")
-
-    def __init__(self, queries: int) -> None:
-        generator = torch.Generator().manual_seed(5)
-        self.by_text = torch.randint(0, 4, (queries, len(DEV)), generator=generator).float()
-        self.by_image = torch.randint(0, 4, (len(DEV), len(DEV)), generator=generator).float()
-        self.captions: list[str] = []
-        self.image_processor = registry.get_processor_class("cir_image")(image_size=8)
-
-    def eval(self):
-        return self
-
-    def fingerprint(self) -> str:
-        return "table"
-
-    def encode_image(self, pixels, **_):
-        return {"number": ((pixels[:, 0, 0, 0] * 0.5 + 0.5) * 255).round().long()}  # undoes the processor's scale
-
-    def encode_query(self, pixels=None, texts=None, **_):
-        rows = torch.zeros(len(texts) if texts is not None else len(pixels), len(DEV))
-        if texts is not None:
-            rows = rows + self.by_text[[self.captions.index(text) for text in texts]]
-        if pixels is not None:
-            rows = rows + self.by_image[self.encode_image(pixels)["number"]]
-        return {"rows": rows}
-
-    def score(self, query, gallery, chunk=None):
-        return query["rows"][:, gallery["number"]]
-
-    def concept_maps(self, reference, texts, candidates):
-        return [[] for _ in texts]
-
-
-def ranks_by_loop(dataset, model, row: str, in_group: bool) -> list[int]:
-    """Rank of each hard target by sorting names: over the gallery, or over the five others of the group."""
-    ranks = []
-    for query, triplet in enumerate(dataset.triplets):
-        scores = torch.zeros(len(DEV))
-        if row != "image_only":
-            scores = scores + model.by_text[query]
-        if row != "text_only":
-            scores = scores + model.by_image[DEV.index(triplet.reference)]
-        names = [name for name in (triplet.members if in_group else DEV) if name != triplet.reference]
-        assert len(names) == (5 if in_group else 7)
-        names.sort(key=lambda name: (-float(scores[DEV.index(name)]), DEV.index(name)))
-        ranks.append(1 + names.index(triplet.targets[0]))
-    return ranks
-
-
-@pytest.fixture
-def evaluated(root):
-    dataset = build(root)["val"]
-    model = TableModel(len(dataset))
-    model.captions = dataset.texts
-    task = registry.get_task_class("composed_image_retrieval")(SimpleNamespace(run_cfg={}, model_cfg={}))
-    loader = DataLoader(dataset, batch_size=2, collate_fn=dataset.collater)
-    return task, dataset, model, task.evaluation(model, loader, testing=True)
-
-
-def test_subset_recalls_by_loop(evaluated):
-    task, dataset, model, found = evaluated
-    metrics = task.after_evaluation(found, "val")
-    for row in ROWS:
-        whole, group = (ranks_by_loop(dataset, model, row, in_group) for in_group in (False, True))
-        assert found["ranks"][row].tolist() == whole and found["subset_ranks"][row].tolist() == group
-        values = metrics if row == "neucore" else metrics[row]
-        for k in (1, 2, 3):
-            assert values[f"R_subset@{k}"] == pytest.approx(100 * sum(rank <= k for rank in group) / 5)
-    assert metrics["agg_metrics"] == pytest.approx((metrics["R@5"] + metrics["R_subset@1"]) / 2)
-    assert len({tuple(found["subset_ranks"][row].tolist()) for row in ROWS}) == 3  # the case tells the rows apart
-
-
-def test_result_files_and_report_hold_the_subset_recalls(evaluated, tmp_path):
-    task, _, model, found = evaluated
-    metrics = task.after_evaluation(found, "val")
-    cfg = SimpleNamespace(run_cfg=SimpleNamespace(output_dir=str(tmp_path)))
-    (tmp_path / "run").mkdir()
-    task.finish({"val": metrics}, model=model, output_dir=tmp_path / "run", cfg=cfg, provenance={"seed": 1})
-    values = json.loads((tmp_path / "results.json").read_text())["val"]["neucore"]
-    assert values["R_subset@2"] == metrics["R_subset@2"] and values["queries"] == 5
-    page = (tmp_path / "report.html").read_text()
-    assert ">R_subset@3</th>" in page and "NLVR2" in page
-
-
-def test_without_groups_nothing_changes(evaluated):
-    task, dataset, model, _ = evaluated
-    dataset.triplets[2] = Triplet(
-        *[getattr(dataset.triplets[2], key) for key in ("query_id", "reference", "caption", "targets")]
-    )
-    loader = DataLoader(dataset, batch_size=3, collate_fn=dataset.collater)
-    metrics = task.after_evaluation(task.evaluation(model, loader), "val")
-    assert not [key for key in metrics if "subset" in key]
-    assert metrics["agg_metrics"] == pytest.approx((metrics["R@1"] + metrics["R@10"]) / 2)
-
-
-def test_tables_show_subset_columns_only_where_they_are(tmp_path):
-    def row(group):
-        subset = {"neucore": group} if group is not None else {}
-        found = {"dataset": None, "ranks": {"neucore": torch.tensor([1, 7])}, "subset_ranks": subset}
-        return {"neucore": summary(found, "neucore")}
-
-    plain, grouped = row(None), row(torch.tensor([2, 1]))
-    assert "R_subset" not in "\n".join(table_lines({"val": plain}))
-    head, first, second = table_lines({"cirr": grouped, "val": plain})
-    for k, text in ((1, "50.00"), (2, "100.00"), (3, "100.00")):
-        end = head.index(f"R_subset@{k}") + len("R_subset@1")
-        assert first[:end].endswith(text)
-    assert first.split()[2:] == ["50.00", "50.00", "100.00", "100.00", "50.00", "100.00", "100.00", "4.0", "2"]
-    assert second.split()[-5:] == ["–", "–", "–", "4.0", "2"] and len({len(line) for line in (first, second)}) == 1
-    for name, results, shown in (("a", {"val": plain}, False), ("b", {"cirr": grouped, "val": plain}, True)):
-        write_report(tmp_path / f"{name}.html", "A run", results)
-        page = (tmp_path / f"{name}.html").read_text()
-        assert (">R_subset@1</th>" in page) is shown and ("the query's own group" in page) is shown
-        assert "median rank</th>" in page

@@ -12,8 +12,9 @@ from neucore_plugin.datasets import protocols
 from neucore_plugin.datasets.protocols import PRESETS, STANDARD, presets
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 from neucore_plugin.evaluation.metrics import soft_recall_at
-from neucore_plugin.evaluation.ranking import Ranking
-from neucore_plugin.evaluation.results import summary, table_lines, with_means
+from neucore_plugin.evaluation.ranking import Evaluated, Ranking
+from neucore_plugin.evaluation.results import with_means
+from neucore_plugin.report import table_lines
 from neucore_plugin.retrieval.ranks import image_ranks
 
 NAMES = tuple(f"image-{number:02d}" for number in range(30))
@@ -100,10 +101,10 @@ def test_ranks_of_every_preset_by_sorting_names(name, seed):
     for number, query in enumerate(queries):
         names = union if protocol.gallery == "union" else set(NAMES)
         order = ranked(scores[number], names, query.reference if protocol.remove_reference else None)
-        assert found["ranks"][number] == 1 + min(order.index(name) for name in query.targets)
-        assert [NAMES[place] for place in found["top"][number]] == order[:10]
-        assert found["top_scores"][number] == [float(scores[number, NAMES.index(name)]) for name in order[:10]]
-    assert set(found) == {"ranks", "top", "top_scores"}
+        assert found[number].rank == 1 + min(order.index(name) for name in query.targets)
+        assert [NAMES[place] for place in found[number].top] == order[:10]
+        assert found[number].top_scores == tuple(float(scores[number, NAMES.index(name)]) for name in order[:10])
+        assert (found[number].subset_rank, found[number].soft, found[number].best) == (None, (), ())
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
@@ -111,9 +112,7 @@ def test_soft_recalls_by_looking_at_the_top(seed):
     queries = random_queries(seed)
     data = dataset(queries, PRESETS["cirr"]["soft"], NAMES[:25])
     scores = torch.randint(0, 4, (len(queries), 25), generator=torch.Generator().manual_seed(seed)).float()
-    kept = {kind: {"neucore": values} for kind, values in Ranking(data)(scores, range(len(queries))).items()}
-    kept |= {kind: {"neucore": torch.tensor(kept[kind]["neucore"])} for kind in ("ranks", "subset_ranks")}
-    values = summary({"dataset": data, **kept}, "neucore")
+    values = Evaluated(data, {"neucore": Ranking(data)(scores, range(len(queries)))}).table["neucore"]
     for prefix, ks, in_group in (("R", (1, 5, 10, 50), False), ("R_subset", (1, 2, 3), True)):
         for k in ks:
             total = 0.0
@@ -137,13 +136,11 @@ def test_soft_and_hard_by_hand():
         (("image-02", 1.0), ("image-03", 0.5), ("image-01", -1.0), ("image-05", 1.0)),
     )
     scores = torch.tensor([[3.0, 4.0, 2.0, 1.0, 0.0, 9.0]])
-    found = Ranking(dataset([query], PRESETS["cirr"]["soft"], NAMES[:6]))(scores, [0])
-    assert found["ranks"] == [2]
-    assert found["soft"] == [((3, 4), (3, 4), (1.0, 0.5))]
-    assert soft_recall_at([(3, 4)], [(1.0, 0.5)], (1, 2, 3, 4)) == {"R@1": 0, "R@2": 0, "R@3": 100, "R@4": 100}
-    assert soft_recall_at([(2,), ()], [(0.2,), ()], (1, 2)) == {"R@1": 0, "R@2": pytest.approx(10)}
-    with pytest.raises(DataError, match="0 lists of ranks"):
-        soft_recall_at([], [])
+    (found,) = Ranking(dataset([query], PRESETS["cirr"]["soft"], NAMES[:6]))(scores, [0])
+    assert found.rank == 2
+    assert found.soft == ((3, 3, 1.0), (4, 4, 0.5))
+    assert soft_recall_at([[(3, 1.0), (4, 0.5)]], (1, 2, 3, 4)) == {"R@1": 0, "R@2": 0, "R@3": 100, "R@4": 100}
+    assert soft_recall_at([[(2, 0.2)], []], (1, 2)) == {"R@1": 0, "R@2": pytest.approx(10)}
 
 
 def test_ranks_of_given_images_leave_out_who_is_no_member():
@@ -158,15 +155,9 @@ def test_average_precision_counts_all_answers_and_recall_the_target():
     query = Triplet("1", "image-00", "t", ("image-01", "image-06", "image-07"))
     scores = torch.tensor([[9.0, 5.0, 4.0, 7.0, 3.0, 2.0, 6.0, 1.0]])
     data = dataset([query], PRESETS["circo"]["circo"], NAMES[:8])
-    found = Ranking(data)(scores, [0])
-    kept = {
-        "dataset": data,
-        "ranks": {"neucore": torch.tensor(found["ranks"])},
-        "best": {"neucore": torch.tensor(found["best"])},
-        "subset_ranks": {},
-    }
-    values = summary(kept, "neucore")
-    assert found["ranks"] == [3]  # of the target, although another answer stands before it
+    found = Evaluated(data, {"neucore": Ranking(data)(scores, [0])})
+    values = found.table["neucore"]
+    assert found.rows["neucore"][0].rank == 3  # of the target, although another answer stands before it
     assert values["mAP@5"] == pytest.approx(100 * (1 / 2 + 2 / 3) / 3)
     assert "mAP@10" not in values  # this gallery has seven images to rank
     assert values["R@1"] == 0 and values["R@5"] == 100
@@ -177,7 +168,7 @@ def evaluated(protocol, splits, left_out=None):
     for number, split in enumerate(splits):
         data = SimpleNamespace(protocol=protocol, family="val_mean", left_out=left_out or {})
         table = {"neucore": {"R@10": 10.0 * number, "queries": 5, "median_rank": 1.0}}
-        found[split] = {"dataset": data, "table": table}
+        found[split] = SimpleNamespace(dataset=data, table=table)
     return found
 
 

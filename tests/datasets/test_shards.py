@@ -103,7 +103,7 @@ def test_no_more_descriptors_than_the_cache_holds(data, tmp_path):
     images, _ = shards.read_shards(tmp_path / "out")
     assert len({image.shard for image in images.values()}) == 300
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    assert check_images(list(images.values()), progress=False, workers=4) == []
+    assert check_images(list(images.values()), progress=False) == []
     assert {image.read() for image in images.values()} == {path.read_bytes()}
     if before:
         assert len(os.listdir("/proc/self/fd")) - before <= 128

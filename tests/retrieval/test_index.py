@@ -8,22 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from colour_model import COLOURS, NAMES, ColourModel, draw, make_folder, names
+from colour_model import COLOURS, NAMES, ColourModel, draw, names
 from PIL import Image
 
 from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.retrieval import encoding, index
 from neucore_plugin.retrieval.index import GalleryIndex, Hit
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return make_folder(tmp_path / "pictures")
-
-
-@pytest.fixture
-def built(folder):
-    return GalleryIndex.build(ColourModel(), folder, batch_size=2, progress=False)
 
 
 def test_build_from_a_folder(built, folder):
@@ -241,13 +231,13 @@ def test_reading_ahead_is_bounded(tmp_path, monkeypatch):
     assert all(count <= 3 * (number + 2) for number, count in enumerate(seen))
 
 
-def test_package_is_light():
+def test_packages_are_light():
     code = """
 import sys
-import neucore_plugin.retrieval as retrieval
+from neucore_plugin import report, retrieval
 assert not {"torch", "jinja2"} & set(sys.modules)
-retrieval.GalleryIndex, retrieval.write_report, retrieval.results_chart_svg
-barred = ("lavis", "neucore_plugin.models", "neucore_plugin.datasets")
-assert not [name for name in sys.modules if name.startswith(barred)]
+for package in (report, retrieval):
+    assert all(getattr(package, name) for name in package.__all__)
+assert not [name for name in sys.modules if name.startswith(("lavis", "neucore_plugin.models"))]
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})

@@ -6,21 +6,11 @@ import os
 import numpy as np
 import pytest
 import torch
-from colour_model import NAMES, ColourModel, make_folder, names
+from colour_model import NAMES, ColourModel, names
 
 from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.retrieval import index, store
 from neucore_plugin.retrieval.index import GalleryIndex
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return make_folder(tmp_path / "pictures")
-
-
-@pytest.fixture
-def built(folder):
-    return GalleryIndex.build(ColourModel(), folder, batch_size=2, progress=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import ConfigError, DataError, ImageError
-from neucore_plugin.common.files import atomic_write, write_json
+from neucore_plugin.common.files import atomic_write, cache_dir, write_json
 from neucore_plugin.common.images import load_image
 
 VERSION = "17.0.0"
@@ -29,15 +28,9 @@ _FORMAT = "neucore-emoji-drawings-1"
 _MANIFEST = "manifest.json"
 
 
-def default_cache() -> Path:
-    """Folder for derived files: the environment variable NEUCORE_CACHE, else ~/.cache/neucore."""
-    return Path(os.environ.get("NEUCORE_CACHE") or Path.home() / ".cache" / "neucore").expanduser()
-
-
-def drawings_folder(cache_dir: str | Path | None = None, image_size: int = 224) -> Path:
+def drawings_folder(cache: str | Path | None = None, image_size: int = 224) -> Path:
     """Where `prepare` puts the PNG files of one size."""
-    root = Path(cache_dir).expanduser() if cache_dir else default_cache()
-    return root / "emoji" / f"openmoji-{VERSION}-{image_size}px"
+    return cache_dir(cache) / "emoji" / f"openmoji-{VERSION}-{image_size}px"
 
 
 def svg_files() -> dict[str, Path]:

@@ -1,0 +1,220 @@
+"""The evaluator on a model whose scores are a table full of ties, against sorting names; result files and page."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+
+from neucore_plugin.common import distributed
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
+from neucore_plugin.evaluation.evaluator import Evaluator
+from neucore_plugin.evaluation.ranking import Evaluated, QueryRanks
+from neucore_plugin.evaluation.results import write_results
+from neucore_plugin.report import table_lines, write_report
+
+NAMES = tuple(f"image-{number}" for number in range(8))
+FIRST, SECOND = NAMES[:6], NAMES[2:]  # two groups
+QUERIES = [(0, 1, FIRST), (3, 2, FIRST), (7, 2, SECOND), (3, 6, SECOND), (6, 3, SECOND)]  # reference, target, group
+ROWS = ("neucore", "text_only", "image_only")
+
+
+class Red:
+    """Image processor: a picture -> the red of its first pixel."""
+
+    fit = "pad"
+
+    def __call__(self, image):
+        return torch.tensor(image.getpixel((0, 0))[:1])
+
+
+class TableModel:
+    """Scores are small integers: by the caption's query, the reference, or both."""
+
+    title, device, weights = "neucore", torch.device("cpu"), "table"
+
+    def __init__(self) -> None:
+        self.image_processor = Red()
+        generator = torch.Generator().manual_seed(5)
+        self.by_text = torch.randint(0, 4, (len(QUERIES), len(NAMES)), generator=generator).float()
+        self.by_image = torch.randint(0, 4, (len(NAMES), len(NAMES)), generator=generator).float()
+        self.encoded = 0
+
+    def eval(self):
+        return self
+
+    def fingerprint(self) -> str:
+        return self.weights
+
+    def encode_image(self, pixels, **_):
+        self.encoded += len(pixels)
+        return {"number": pixels[:, 0]}
+
+    def encode_query(self, pixels=None, texts=None, **_):
+        rows = torch.zeros(len(texts) if texts is not None else len(pixels), len(NAMES))
+        if texts is not None:
+            rows = rows + self.by_text[[int(text) for text in texts]]
+        if pixels is not None:
+            rows = rows + self.by_image[pixels[:, 0]]
+        return {"rows": rows}
+
+    def score(self, query, gallery, chunk):
+        return query["rows"][:, gallery["number"]]
+
+    def concept_maps(self, reference, texts, candidates):
+        return [[] for _ in texts]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Pictures tell their place in the gallery by their red, captions the query by its number."""
+    paths = tuple(tmp_path / f"{name}.png" for name in NAMES)
+    for number, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    triplets = [
+        Triplet(f"q{number}", NAMES[reference], str(number), (NAMES[target],), members=group)
+        for number, (reference, target, group) in enumerate(QUERIES)
+    ]
+    store = ImageStore(dict(zip(NAMES, paths, strict=True)), Red())
+    found = TripletDataset("x", "val", triplets, Gallery(NAMES, paths), store)
+    found.credit = "Pictures: nobody"
+    return found
+
+
+def evaluate(dataset, model=None, evaluator=None, chosen=None, **options) -> Evaluated:
+    part = dataset if chosen is None else Subset(dataset, chosen)
+    loader = DataLoader(part, batch_size=2, collate_fn=dataset.collater)
+    return (evaluator or Evaluator(256, 64)).evaluate(model or TableModel(), loader, **options)
+
+
+def order_by_loop(dataset, model, query: int, row: str, in_group: bool = False) -> list[str]:
+    """The gallery, or the five others of the group, by score and then by place."""
+    triplet, scores = dataset.triplets[query], torch.zeros(len(NAMES))
+    if row != "image_only":
+        scores = scores + model.by_text[query]
+    if row != "text_only":
+        scores = scores + model.by_image[NAMES.index(triplet.reference)]
+    names = [name for name in (triplet.members if in_group else NAMES) if name != triplet.reference]
+    assert len(names) == (5 if in_group else 7)
+    return sorted(names, key=lambda name: (-float(scores[NAMES.index(name)]), NAMES.index(name)))
+
+
+def test_ranks_and_recalls_of_every_row_by_loop(dataset):
+    model = TableModel()
+    found = evaluate(dataset, model, partial=True)
+    metrics = found.metrics()
+    assert tuple(found.rows) == ROWS
+    for row in ROWS:
+        whole, group = (
+            [
+                1 + order_by_loop(dataset, model, query, row, in_group).index(triplet.targets[0])
+                for query, triplet in enumerate(dataset.triplets)
+            ]
+            for in_group in (False, True)
+        )
+        assert [query.rank for query in found.rows[row]] == whole
+        assert [query.subset_rank for query in found.rows[row]] == group
+        values = metrics if row == "neucore" else metrics[row]
+        for k in (1, 2, 3):
+            assert values[f"R_subset@{k}"] == pytest.approx(100 * sum(rank <= k for rank in group) / 5)
+        assert values["R@5"] == pytest.approx(100 * sum(rank <= 5 for rank in whole) / 5)
+        assert values["median_rank"] == sorted(whole)[2] and values["queries"] == 5
+    assert metrics["agg_metrics"] == pytest.approx((metrics["R@5"] + metrics["R_subset@1"]) / 2)
+    assert len({tuple(query.subset_rank for query in found.rows[row]) for row in ROWS}) == 3  # tells the rows apart
+
+
+def test_without_groups_the_mean_of_two_recalls_selects(dataset):
+    dataset.triplets[2] = replace(dataset.triplets[2], members=(), change="colour")
+    metrics = evaluate(dataset).metrics()
+    assert not [key for key in metrics if "subset" in key]
+    assert metrics["agg_metrics"] == pytest.approx((metrics["R@1"] + metrics["R@10"]) / 2)
+    assert set(metrics["per_change"]) == {"colour"} and metrics["per_change"]["colour"]["queries"] == 1
+
+
+def test_the_gallery_is_encoded_once_until_the_weights_change(dataset):
+    model, evaluator = TableModel(), Evaluator(256, 64)
+    for weights, encoded in (("table", 8), ("table", 8), ("trained", 16)):
+        model.weights = weights
+        evaluate(dataset, model, evaluator)
+        assert model.encoded == encoded
+
+
+def test_every_query_is_wanted_once(dataset):
+    with pytest.raises(DataError, match="saw 4 of 5 queries; the loader must give each query exactly once"):
+        evaluate(dataset, chosen=[0, 1, 3, 4])
+
+
+def test_processes_share_the_work_and_all_have_the_whole(dataset, monkeypatch):
+    """Three threads play three processes, one of them without queries."""
+    whole, here = evaluate(dataset, partial=True), threading.local()
+    values, meeting = [None] * 3, threading.Barrier(3, timeout=60)
+
+    def gather(value):
+        values[here.rank] = value
+        meeting.wait()
+        found = list(values)
+        meeting.wait()
+        return found
+
+    def process(rank):
+        here.rank, model = rank, TableModel()
+        found = evaluate(dataset, model, chosen=([0, 3], [1, 4, 2], [])[rank], partial=True)
+        return found.rows, model.encoded
+
+    for name, stand_in in (("world_size", lambda: 3), ("rank", lambda: here.rank), ("gather", gather)):
+        monkeypatch.setattr(distributed, name, stand_in)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(process, range(3)))
+    assert [rows for rows, _ in results] == [whole.rows] * 3
+    assert [encoded for _, encoded in results] == [2, 3, 3]  # a third of the gallery each
+
+
+def test_rankings_for_a_submission(dataset):
+    model, evaluator = TableModel(), Evaluator(256, 2)
+    whole, groups = evaluator.rank_for_submission(model, dataset, 6, 3)
+    for query in range(5):
+        order = [NAMES.index(name) for name in order_by_loop(dataset, model, query, "neucore")]
+        assert whole[query] == order[:6]
+        order = [NAMES.index(name) for name in order_by_loop(dataset, model, query, "neucore", in_group=True)]
+        assert groups[query] == order[:3]
+    with pytest.raises(DataError, match="a gallery of 8 images cannot give 50 images a query"):
+        evaluator.rank_for_submission(model, dataset, 50, 3)
+
+
+def test_result_files_and_page(dataset, tmp_path):
+    found = evaluate(dataset, partial=True)
+    (tmp_path / "run").mkdir()
+    files = write_results({"val": found}, TableModel(), tmp_path / "run", tmp_path, {"seed": 1})
+    assert all(path.is_file() for path in files) and len(files) == 5
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results == {"val": found.table}
+    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert (record["results"], record["seed"], record["per_change"]) == (results, 1, {"val": {}})
+    page = (tmp_path / "report.html").read_text()
+    assert ">R_subset@3</th>" in page and "Pictures: nobody" in page
+
+
+def test_tables_show_subset_columns_only_where_they_are(tmp_path):
+    def table(*subset_ranks):
+        queries = [QueryRanks(rank, group) for rank, group in zip((1, 7), subset_ranks, strict=True)]
+        return Evaluated(SimpleNamespace(protocol=None), {"neucore": queries}).table
+
+    plain, grouped = table(None, None), table(2, 1)
+    assert "R_subset" not in "\n".join(table_lines({"val": plain}))
+    head, first, second = table_lines({"cirr": grouped, "val": plain})
+    for k, text in ((1, "50.00"), (2, "100.00"), (3, "100.00")):
+        end = head.index(f"R_subset@{k}") + len("R_subset@1")
+        assert first[:end].endswith(text)
+    assert first.split()[2:] == ["50.00", "50.00", "100.00", "100.00", "50.00", "100.00", "100.00", "4.0", "2"]
+    assert second.split()[-5:] == ["–", "–", "–", "4.0", "2"] and len({len(line) for line in (first, second)}) == 1
+    for name, results, shown in (("a", {"val": plain}, False), ("b", {"cirr": grouped, "val": plain}, True)):
+        write_report(tmp_path / f"{name}.html", "A run", results)
+        page = (tmp_path / f"{name}.html").read_text()
+        assert (">R_subset@1</th>" in page) is shown and ("the query's own group" in page) is shown
+        assert "median rank</th>" in page
