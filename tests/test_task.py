@@ -123,60 +123,57 @@ def test_iteration_runner_trains_the_same_way(tiny_config):
     assert [line["iteration"] for line in log if "train_loss" in line] == [2, 4, 5]
 
 
-def in_processes(config: Path, *options: str, processes: int = 1, kill_after: str = "", timeout: int = 400):
-    """`python -m lavis.train` in processes of its own; `kill_after`: SIGKILL at the n-th call of a function."""
-    code = "import runpy, sys\n"
-    if kill_after:
-        name, count = kill_after.split(":")
-        code += (
-            "import os, signal, neucore_plugin.weights.checkpoint as module\n"
-            f"original, calls = module.{name}, [0]\n"
-            "def dying(*args, **kwargs):\n"
-            "    calls[0] += 1\n"
-            f"    if calls[0] == {count}: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "    return original(*args, **kwargs)\n"
-            f"module.{name} = dying\n"
-        )
-    options = f", '--options', {', '.join(map(repr, options))}" if options else ""
-    code += f"sys.argv = ['train', '--cfg-path', {str(config)!r}{options}]\n"
-    code += "runpy.run_module('lavis.train', run_name='__main__')\n"
+def in_processes(config: Path, processes: int = 1, before: str = "") -> subprocess.CompletedProcess:
+    """`python -m lavis.train` in processes of its own, after the statements of `before`."""
     script = config.parent / "launch.py"
-    script.write_text(code)
-    command = [sys.executable, "-W", "ignore", str(script)]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, "-W", "ignore", *launcher, str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    script.write_text(
+        f"import runpy, sys\n{before}\nsys.argv = ['train', '--cfg-path', {str(config)!r}]\n"
+        "runpy.run_module('lavis.train', run_name='__main__')\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, "-W", "ignore", *(launcher if processes > 1 else []), str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 else str(torch.get_num_threads())}
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
 
 
-def test_killed_training_resumes_to_the_same_weights(tiny_config):
-    """SIGKILL when the third checkpoint is about to be written; `resume: auto` goes on in the same folder."""
+DIE_AT_THE_THIRD_CHECKPOINT = """
+import os, signal
+from neucore_plugin.weights import checkpoint
+save, calls = checkpoint.save, []
+def dying(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(*args, **kwargs)
+checkpoint.save = dying
+"""
+
+
+def test_killed_training_resumes_to_the_same_weights(trained, tiny_config, caplog):
+    """`resume: auto` goes on in the same folder; asked for once more, it says that the run is finished."""
+    _, _, whole, metrics = trained
     path = tiny_config(lambda config: config["run"].update(resume="auto"))
-    killed = in_processes(path, kill_after="save:3")
+    killed = in_processes(path, before=DIE_AT_THE_THIRD_CHECKPOINT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     folder_of_run = run_folder(path)
-    assert (folder_of_run / "checkpoint_last.pth").exists()
-    finished = in_processes(path)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    assert run_folder(path) == folder_of_run
-    whole = tiny_config(lambda config: config["run"].update(output_dir=str(path.parent / "whole")), name="whole.yaml")
-    assert in_processes(whole).returncode == 0
-    (other,) = (entry for entry in (path.parent / "whole").iterdir() if entry.is_dir())
+    assert (folder_of_run / "checkpoint_last.pth").exists() and not (folder_of_run / "results.json").exists()
+    with caplog.at_level("INFO"):
+        assert launch.run(path) == metrics
+        assert "finished already" not in caplog.text
+        assert launch.run(path) == metrics
+    assert run_folder(path) == folder_of_run and "finished already" in caplog.text
     for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
-        assert same(weights(folder_of_run / name), weights(other / name))
-    again = in_processes(path)
-    assert again.returncode == 0 and "finished already" in again.stderr + again.stdout
+        assert same(weights(folder_of_run / name), weights(whole / name))
 
 
 def test_two_processes_evaluate_like_one(trained, tiny_config):
     _, output, run, _ = trained
-    path = tiny_config(
-        lambda config: (
-            config["model"].update(checkpoint=str(run / "checkpoint_best.pth")),
-            config["run"].update(evaluate=True),
-        )
-    )
+
+    def evaluation(config: dict) -> None:
+        config["model"].update(checkpoint=str(run / "checkpoint_best.pth"))
+        config["run"].update(evaluate=True)
+
+    path = tiny_config(evaluation)
     both = in_processes(path, processes=2)
     assert both.returncode == 0, both.stderr[-3000:]
     results = json.loads((path.parent / "output" / "results.json").read_text())

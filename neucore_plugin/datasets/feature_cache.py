@@ -6,6 +6,7 @@ appended in order and progress is recorded, so an interrupted build goes on wher
 written last.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +23,10 @@ from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import sha256_file, sha256_text, write_json
 
 FORMAT = 1
+_FILES = ("tokens.f16", "pooled.f16", "counts.i32")
 _RECORD_EVERY = 8  # batches between two records of progress
+
+Encode = Callable[[Sequence[str]], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
 class FeatureCache:
@@ -33,14 +37,9 @@ class FeatureCache:
         self.folder, self.width, self.pooled_width = folder, manifest["width"], manifest["pooled_width"]
         counts = np.fromfile(folder / "counts.i32", dtype=np.int32)
         rows = int(counts.sum())
-        sizes = {
-            "tokens.f16": rows * self.width * 2,
-            "pooled.f16": len(names) * self.pooled_width * 2,
-            "counts.i32": len(names) * 4,
-        }
-        for name, size in sizes.items():
-            found = (folder / name).stat().st_size if (folder / name).exists() else -1
-            if found != size:
+        sizes = (rows * self.width * 2, len(names) * self.pooled_width * 2, len(names) * 4)
+        for name, size in zip(_FILES, sizes, strict=True):
+            if (found := _size(folder / name)) != size:
                 raise DataError(
                     f"{folder / name}: damaged feature cache ({found} bytes, expected {size}). Delete {folder}; "
                     "it is made anew"
@@ -48,12 +47,6 @@ class FeatureCache:
         self._offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._row = {name: index for index, name in enumerate(names)}
         self._maps: dict[str, np.ndarray] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._row
-
-    def __len__(self) -> int:
-        return len(self._row)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}  # loader workers map the files themselves
@@ -77,11 +70,11 @@ class FeatureCache:
         return torch.from_numpy(self._map("pooled.f16", self.pooled_width)[self._row[name]].astype(np.float32))
 
 
-def content_fingerprints(paths: Sequence[Path], progress: bool = True) -> list[str]:
+def content_fingerprints(paths: Sequence[Path]) -> list[str]:
     """sha256 of every file's bytes (or of those of an image in a shard): what makes a changed image visible."""
     return [
         sha256_file(path) if isinstance(path, str | os.PathLike) else hashlib.sha256(path.read()).hexdigest()
-        for path in tqdm(paths, "checking images", unit="image", disable=not progress or None, leave=False)
+        for path in tqdm(paths, "checking images", unit="image", disable=None, leave=False)
     ]
 
 
@@ -91,9 +84,8 @@ def build_cache(
     encoder: str,
     names: Sequence[str],
     contents: Sequence[str],
-    encode: Callable[[Sequence[str]], Iterator[tuple[np.ndarray, np.ndarray]]],
-    batch_size: int = 32,
-    progress: bool = True,
+    encode: Encode,
+    batch_size: int,
 ) -> FeatureCache:
     """Open the cache of these items, making or completing it first.
 
@@ -113,35 +105,28 @@ def build_cache(
         if manifest.exists() and json.loads(manifest.read_text()).get("identity") != identity:
             raise DataError(f"{folder}: holds the features of something else. Delete it; it is made anew")
         if not manifest.exists():
-            _fill(folder, identity, kind, names, encode, batch_size, progress)
+            _fill(folder, identity, kind, names, encode, batch_size)
     return FeatureCache(folder, names)
 
 
-def _fill(
-    folder: Path, identity: dict, kind: str, names: Sequence[str], encode, batch_size: int, progress: bool
-) -> None:
+def _fill(folder: Path, identity: dict, kind: str, names: Sequence[str], encode: Encode, batch_size: int) -> None:
     record = folder / "progress.json"
-    state = (
-        json.loads(record.read_text()) if record.exists() else {"items": 0, "sizes": {}, "width": 0, "pooled_width": 0}
-    )
-    if any(
-        not (folder / name).exists() or (folder / name).stat().st_size < size for name, size in state["sizes"].items()
-    ):
-        state = {"items": 0, "sizes": {}, "width": 0, "pooled_width": 0}  # a file lost its end: begin again
-    files = {}
-    try:
-        for name in ("tokens.f16", "pooled.f16", "counts.i32"):
-            path = folder / name
-            path.touch()
-            os.truncate(path, state["sizes"].get(name, 0))  # what was written after the last record is redone
-            files[name] = open(path, "ab")  # noqa: SIM115 - three files, closed below
-        bar = tqdm(
-            total=len(names),
-            initial=state["items"],
-            desc=f"encoding {kind}",
-            unit=kind[:-1],
-            disable=not progress,
-            mininterval=0.1 if sys.stderr.isatty() else 15,  # a log file gets a line now and then
+    state = json.loads(record.read_text()) if record.exists() else None
+    if state is None or any(_size(folder / name) < size for name, size in state["sizes"].items()):
+        # nothing was recorded, or a file lost its end: begin (again)
+        state = {"items": 0, "sizes": dict.fromkeys(_FILES, 0), "width": 0, "pooled_width": 0}
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / name, "ab")) for name in _FILES}
+        for name, stream in files.items():
+            stream.truncate(state["sizes"][name])  # what was written after the last record is redone
+        bar = stack.enter_context(
+            tqdm(
+                total=len(names),
+                initial=state["items"],
+                desc=f"encoding {kind}",
+                unit=kind[:-1],
+                mininterval=0.1 if sys.stderr.isatty() else 15,  # a log file gets a line now and then
+            )
         )
         for batch, start in enumerate(range(state["items"], len(names), batch_size), 1):
             part = names[start : start + batch_size]
@@ -155,13 +140,11 @@ def _fill(
                 for stream in files.values():
                     stream.flush()
                     os.fsync(stream.fileno())
-                state.update(items=start + len(part), sizes={name: (folder / name).stat().st_size for name in files})
+                state.update(items=start + len(part), sizes={name: _size(folder / name) for name in _FILES})
                 write_json(record, state)
-        bar.close()
-    finally:
-        for stream in files.values():
-            stream.close()
-    write_json(
-        folder / "manifest.json",
-        {"identity": identity, "items": len(names), "width": state["width"], "pooled_width": state["pooled_width"]},
-    )
+    widths = {key: state[key] for key in ("width", "pooled_width")}
+    write_json(folder / "manifest.json", {"identity": identity, "items": len(names), **widths})
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1

@@ -79,10 +79,10 @@ def write_results(
     run_folder, shared_folder = Path(run_folder), Path(shared_folder)
     lines = [f"protocol {preset.name}: {preset.summary}" for preset in dict.fromkeys(presets.values()) if preset]
     logging.info("\n".join(["results, percent", *lines, *table_lines(results)]))
-    files = [run_folder / "evaluation.json", run_folder / "results.json", shared_folder / "results.json"]
+    files = [run_folder / "evaluation.json", run_folder / "results.json"]
     write_json(files[0], {"results": results, "per_change": per_change, **provenance})
-    for path in files[1:]:
-        write_json(path, results)
+    write_json(files[1], results)
+    files.append(_copy(files[1], shared_folder))
     if report:
         page = run_folder / "report.html"
         datasets = [found.dataset for found in evaluated.values()]
@@ -96,9 +96,7 @@ def write_results(
             per_change=per_change,
             fit=model.image_processor.fit,
         )
-        with open(page, "rb") as source, atomic_write(shared_folder / "report.html") as copy:
-            shutil.copyfileobj(source, copy)
-        files += [page, shared_folder / "report.html"]
+        files += [page, _copy(page, shared_folder)]
     logging.info("written:\n%s", "\n".join(f"  {path}" for path in files))
     return files
 
@@ -107,10 +105,15 @@ def show_finished(run_folder: str | Path, shared_folder: str | Path) -> None:
     """The table of a finished run on the log, and copies of its results.json and report.html one level up."""
     for name in ("results.json", "report.html"):
         if (Path(run_folder) / name).is_file():
-            with open(Path(run_folder) / name, "rb") as source, atomic_write(Path(shared_folder) / name) as copy:
-                shutil.copyfileobj(source, copy)
+            _copy(Path(run_folder) / name, Path(shared_folder))
     results = json.loads((Path(run_folder) / "results.json").read_text(encoding="utf-8"))
     logging.info("\n".join(["results, percent", *table_lines(results), f"page: {Path(shared_folder) / 'report.html'}"]))
+
+
+def _copy(path: Path, folder: Path) -> Path:
+    with open(path, "rb") as source, atomic_write(folder / path.name) as copy:
+        shutil.copyfileobj(source, copy)
+    return folder / path.name
 
 
 def _examples(found: Evaluated, model: Any) -> list[dict[str, Any]]:

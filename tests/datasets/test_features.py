@@ -35,15 +35,11 @@ def check(cache):
 
 
 def build(root, encoder="a", names=NAMES, contents=None, encode=encode):
-    return build_cache(
-        root, "images", encoder, names, contents or [""] * len(names), encode, batch_size=4, progress=False
-    )
+    return build_cache(root, "images", encoder, names, contents or [""] * len(names), encode, batch_size=4)
 
 
 def test_holds_what_was_encoded_and_is_read_again_without_encoding(tmp_path):
-    cache = build(tmp_path)
-    check(cache)
-    assert len(cache) == 50 and "item-3" in cache and "other" not in cache
+    check(build(tmp_path))
 
     def refuse(part):
         raise AssertionError("a complete cache must not be encoded again")
@@ -77,10 +73,10 @@ def test_content_fingerprint_sees_a_changed_file_of_the_same_size_and_time(tmp_p
     path = tmp_path / "a.png"
     path.write_bytes(b"one")
     stat = path.stat()
-    before = content_fingerprints([path], progress=False)
+    before = content_fingerprints([path])
     path.write_bytes(b"two")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert content_fingerprints([path], progress=False) != before
+    assert content_fingerprints([path]) != before
 
 
 def test_killed_build_goes_on_where_it_stopped(tmp_path):

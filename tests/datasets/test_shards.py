@@ -48,7 +48,7 @@ def test_everything_comes_back(data, written):
     for split, (triplets, gallery) in splits.items():
         assert found[split][0] == triplets and found[split][1].ids == gallery.ids
     assert len(list(written.glob("*.tar"))) > 2
-    assert content_fingerprints(list(images.values()), False) == content_fingerprints(list(paths.values()), False)
+    assert content_fingerprints(list(images.values())) == content_fingerprints(list(paths.values()))
     assert check_images(list(images.values()), progress=False) == []
     assert shards.verify(written, progress=False) == len(paths)
     assert pickle.loads(pickle.dumps(images[next(iter(images))])) == next(iter(images.values()))
