@@ -2,6 +2,7 @@
 # Everything in one command. It makes the environment where needed, then:
 #   sh run.sh emoji [--options KEY=VALUE ...]   trains and evaluates the embedded default
 #   sh run.sh test [PYTEST ARGUMENTS]           style checks and tests
+#   sh run.sh docs                              the documentation site, into site/
 #   sh run.sh setup                             the environment alone
 # NEUCORE_VENV names another folder than .venv; PYTHON another Python (3.10 or 3.11).
 set -eu
@@ -129,8 +130,18 @@ test)
     "$VENV/bin/python" -m pytest "$@" || status=1
     exit $status
     ;;
+docs)
+    setup docs
+    if ! "$VENV/bin/python" -c 'import material, mkdocs, mkdocstrings' 2>/dev/null; then
+        say "adding the packages of the extra 'docs'"
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]' ||
+            fail "the installation did not finish (see above); the same command continues it"
+    fi
+    "$VENV/bin/python" -m mkdocs build --quiet "$@"
+    say "ready: site/index.html"
+    ;;
 *)
-    sed -n '2,7s/^# \{0,1\}//p' "$0"
-    [ "$command" = help ] || fail "unknown command '$command'; allowed: emoji, test, setup"
+    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    [ "$command" = help ] || fail "unknown command '$command'; allowed: emoji, test, docs, setup"
     ;;
 esac

@@ -170,17 +170,15 @@ def _subcommands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argpars
 
 def _command(name: str, command: argparse.ArgumentParser, text: str, level: int) -> list[str]:
     parts = [f"{'#' * level} {name}", f"{text[:1].upper()}{text[1:]}."]
-    inner = list(_subcommands(command))
     options = [one for one in command._actions if not isinstance(one, argparse._HelpAction | argparse._SubParsersAction)]
-    if not inner:
-        usage = " ".join(command.format_usage().removeprefix("usage: ").split())
-        wrapped = textwrap.fill(usage, 90, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-        parts.append(f"```text\n{wrapped}\n```")
+    usage = " ".join(command.format_usage().removeprefix("usage: ").split())
+    wrapped = textwrap.fill(usage, 90, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    parts.append(f"```text\n{wrapped}\n```")
     if options:
         rows = ["| argument | what it does |", "|---|---|"]
         rows += [f"| {_argument(one)} | {(one.help or '').replace('|', chr(92) + '|')} |" for one in options]
         parts.append("\n".join(rows))
-    for entry in inner:
+    for entry in _subcommands(command):
         parts += _command(*entry, level + 1)
     return parts
 
