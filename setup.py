@@ -82,8 +82,8 @@ EXTRAS = {
     # Low-rank adapters. peft 0.14 and later import names that transformers 4.26, which the host needs, does not have;
     # before 0.7 it lacks inject_adapter_in_model.
     "lora": ["peft>=0.7,<0.14"],
-    # The documentation site (`sh run.sh docs`). The hook makes pages with File.generated, which came with mkdocs 1.6; mkdocs 2
-    # drops plugins. Material's offline plugin is free from 9 on; mkdocstrings-python 2 reads sources by griffelib.
+    # The documentation site (`sh run.sh docs`). docs/generate.py makes pages by File.generated, new in mkdocs 1.6, and
+    # mkdocs 2 has no plugins. Of the other two the next major versions are not known to work.
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings-python>=2,<3"],
     "test": ["pytest>=8", "ruff>=0.6", "peft>=0.7,<0.14"],
 }

@@ -33,8 +33,8 @@ def config_page() -> str:
     """Every key of every schema, one table a section."""
     parts = [
         "# Config keys",
-        "Made from the schemas in `neucore_plugin/config/` when this site was built. A key that is not here is an error, "
-        "reported with the nearest name. How a yaml is put together: [Write a config](../howto/configs.md).",
+        "Made from the schemas in `neucore_plugin/config/` when this site was built. A key that is not here is an "
+        "error, reported with the nearest name. How a yaml is put together: [Write a config](../howto/configs.md).",
     ]
     for arch, schema in sections.MODEL_SCHEMAS.items():
         parts += [f"## model, arch {arch}", _text(schema), table(schema, "model")]
@@ -148,7 +148,10 @@ def _text(schema: type[BaseModel]) -> str:
 
 def commands_page() -> str:
     """Every command with its usage and options, from the parsers themselves."""
-    parts = ["# Commands", "Made from the argument parsers when this site was built; `neucore COMMAND --help` says the same."]
+    parts = [
+        "# Commands",
+        "Made from the argument parsers when this site was built; `neucore COMMAND --help` says the same.",
+    ]
     parser = cli.build_parser()
     for name, command, text in _subcommands(parser):
         parts += _command(name, command, text, 2)
@@ -170,10 +173,12 @@ def _subcommands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argpars
 
 def _command(name: str, command: argparse.ArgumentParser, text: str, level: int) -> list[str]:
     parts = [f"{'#' * level} {name}", f"{text[:1].upper()}{text[1:]}."]
-    options = [one for one in command._actions if not isinstance(one, argparse._HelpAction | argparse._SubParsersAction)]
+    aside = argparse._HelpAction | argparse._SubParsersAction
+    options = [one for one in command._actions if not isinstance(one, aside)]
     usage = " ".join(command.format_usage().removeprefix("usage: ").split())
-    wrapped = textwrap.fill(usage, 90, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    parts.append(f"```text\n{wrapped}\n```")
+    whole = re.sub(r"\[-.*?\](?= |$)", lambda option: option[0].replace(" ", "\0"), usage)  # no break within an option
+    lines = textwrap.wrap(whole, 88, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    parts.append("```text\n" + "\n".join(lines).replace("\0", " ") + "\n```")
     if options:
         rows = ["| argument | what it does |", "|---|---|"]
         rows += [f"| {_argument(one)} | {(one.help or '').replace('|', chr(92) + '|')} |" for one in options]
@@ -198,8 +203,8 @@ def yamls_page() -> str:
     """The yamls of projects/neucore and of configs/models, with what their first lines say."""
     parts = [
         "# Shipped configs",
-        "`neucore configs` lists them, `--cfg-path NAME` takes one by its bare name, `neucore configs copy NAME` writes "
-        "one to start from. The line beside each is the yaml's own first comment.",
+        "`neucore configs` lists them, `--cfg-path NAME` takes one by its bare name, `neucore configs copy NAME` "
+        "writes one to start from. The line beside each is the yaml's own first comment.",
         "## Runs",
         _listing(ROOT / "projects" / "neucore", "name"),
         "## Model types",

@@ -2,8 +2,9 @@
 
     python docs/make_query_picture.py output/emoji/RUN/checkpoint_best.pth docs/query.png
 
-Needs `neucore-plugin[emoji]` and a checkpoint of the main job (`sh run.sh emoji`). The gallery is every OpenMoji drawing;
-of those that are the same picture, byte for byte, one is kept. Drawings: OpenMoji, CC BY-SA 4.0, credited in the picture.
+Needs `neucore-plugin[emoji]` and a checkpoint of the main job (`sh run.sh emoji`). The gallery is every OpenMoji
+drawing; of those that are the same picture, byte for byte, one is kept. Drawings: OpenMoji, CC BY-SA 4.0, credited in
+the picture.
 """
 
 import sys
