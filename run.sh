@@ -137,7 +137,7 @@ docs)
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]' ||
             fail "the installation did not finish (see above); the same command continues it"
     fi
-    "$VENV/bin/python" -m mkdocs build --quiet "$@"
+    NO_MKDOCS_2_WARNING=1 "$VENV/bin/python" -m mkdocs build --quiet "$@"
     say "ready: site/index.html"
     ;;
 *)

@@ -20,6 +20,7 @@ from places import PROJECTS, ROOT
 from neucore_plugin import cli
 from neucore_plugin.config.shipped import shipped_configs
 
+TYPES = ROOT / "neucore_plugin" / "configs" / "models"
 DOCS = ROOT / "docs"
 FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*FRONT, *sorted(DOCS.rglob("*.md"))]
@@ -130,7 +131,11 @@ def wrong_arguments(words: list[str], whole: bool) -> str | None:
     if given and given.startswith("projects/") and not (ROOT / given).is_file():
         return f"--cfg-path {given}: no such file"
     unknown = [word for word in getattr(parsed, "options", ()) if not known_key(word.partition("=")[0])]
-    return f"--options: {unknown} is no key" if unknown else None
+    if unknown:
+        return f"--options: {unknown} is no key"
+    types = [word for word in getattr(parsed, "options", ()) if word.startswith("model.model_type=")]
+    absent = [word for word in types if not (TYPES / f"{word.partition('=')[2]}.yaml").is_file()]
+    return f"{absent}: no such model type" if absent else None
 
 
 def unknown_name(words: list[str]) -> str | None:
@@ -230,6 +235,7 @@ PLANTED = [
     ("```sh\npython -m lavis.train --cfg-path projects/neucore/nowhere.yaml\n```", "no such file"),
     ("```sh\ntorchrun --nproc_per_node=8 -m lavis.evaluate --checkpiont x\n```", "required"),
     ("`neucore train --cfg-path my.yaml --options run.sead=1`", "no key"),
+    ("`neucore train --cfg-path my.yaml --options model.model_type=clip`", "no such model type"),
     ("`neucore data chekc`", "none of"),
     ("`python -m neucore_plugin serach`", "none of"),
     ("`sh run.sh tset`", "none of"),
