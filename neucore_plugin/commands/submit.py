@@ -31,10 +31,10 @@ def run(arguments: argparse.Namespace) -> None:
     split = arguments.split or SPLITS[arguments.name]
     if arguments.check is not None:
         compared = _split(arguments, split)
-        told = submission.check(arguments.check, compared, (arguments.name, split))
+        found = submission.check(arguments.check, compared, (arguments.name, split))
         if compared is None:
-            told += f" ({'image ids' if arguments.name == 'circo' else 'pair ids and image names'} were not compared)"
-        print(f"{arguments.check}: good: {told}")
+            found += f" ({'image ids' if arguments.name == 'circo' else 'pair ids and image names'} were not compared)"
+        print(f"{arguments.check}: good: {found}")
         return
     if not arguments.cfg_path or not arguments.checkpoint:
         raise ConfigError("give --cfg-path and --checkpoint to make the files, or --check FILE to check one")
@@ -69,13 +69,13 @@ def _load(arguments: argparse.Namespace, split: str) -> tuple[Any, Any, Any]:
 
     options = [*loading.dotlist(arguments.options), f"model.checkpoint={arguments.checkpoint}", "run.evaluate=true"]
     registration.register_all()
-    from lavis.common.registry import registry
+    from neucore_plugin.task import ComposedImageRetrievalTask
 
     cfg = loading.load_config(arguments.cfg_path, options, launch.registry_tables(), trust.section_of)
     if list(cfg.datasets_cfg) != [arguments.name]:
         raise ConfigError(f"{arguments.cfg_path}: describes {', '.join(cfg.datasets_cfg)}, not {arguments.name} alone")
     launch.setup_logging(True)
-    task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
+    task = ComposedImageRetrievalTask.setup_task(cfg=cfg)
     dataset = task.build_split(cfg, arguments.name, split)
     model = task.build_model(cfg).to(distributed.pick_device(cfg.run_cfg.get("device") or "auto")).eval()
     arguments.out.mkdir(parents=True, exist_ok=True)

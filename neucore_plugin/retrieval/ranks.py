@@ -1,6 +1,6 @@
-"""Ranks, recall@K, recall_subset@K and mAP@K, exactly as the data sets define them.
+"""Ranks and the best K images, exactly as the data sets define them.
 
-Letters: Q queries, G gallery images, R right answers of a query, M group members of a query.
+Q queries, G gallery images, R right answers of a query, M group members of a query; q queries of one chunk.
 
 Everywhere: a higher score is better; equal scores are ordered by gallery position, lower first, so a ranking depends on
 nothing but the scores; `excluded` (the reference) takes no place in the ranking, None = it is not in the gallery.
@@ -35,8 +35,12 @@ def target_ranks(scores: Tensor, targets: Positions, excluded: Excluded = None) 
     ranks = torch.empty(count, dtype=torch.long)
     for rows in _chunks(count, gallery):
         part = _finite_rows(scores, rows)
-        out = left_out[rows].to(part.device)
-        best, place = _best_answer(part, wanted[rows].to(part.device), out, rows.start)
+        out, answers = left_out[rows].to(part.device), wanted[rows].to(part.device)  # [q], [q,R]
+        valid = (answers >= 0) & (answers != out[:, None])
+        _refuse_unanswered(~valid.any(1), "in the gallery", rows.start)
+        found = part.gather(1, answers.clamp(min=0)).masked_fill(~valid, -torch.inf)
+        best = found.amax(1, keepdim=True)  # [q,1]: the score, and the place, of the answer that stands first
+        place = answers.masked_fill(~valid | (found != best), gallery).amin(1, keepdim=True)
         ahead = _ahead(part, torch.arange(gallery, device=part.device), best, place)
         known = (out >= 0).nonzero().squeeze(1)
         ahead[known, out[known]] = False
@@ -50,21 +54,9 @@ def subset_ranks(scores: Tensor, targets: Positions, members: Positions, exclude
     The reference, where it is a member, is left out. scores [Q,G]; targets and members: gallery positions.
     DataError where no right answer is a member.
     """
-    count, gallery = _check_scores(scores)
-    wanted = _padded(targets, count, gallery, "targets")
-    group = _padded(members, count, gallery, "members")
-    left_out = _excluded_tensor(excluded, count, gallery)
-    ranks = torch.empty(count, dtype=torch.long)
-    for rows in _chunks(count, gallery):
-        part = _finite_rows(scores, rows)
-        out, inside = left_out[rows].to(part.device), group[rows].to(part.device)
-        answers = wanted[rows].to(part.device)
-        among = (answers[:, :, None] == inside[:, None, :]).any(2)  # [q,R]
-        best, place = _best_answer(part, answers.where(among, -1), out, rows.start, "among its group members")
-        ahead = _ahead(part.gather(1, inside.clamp(min=0)), inside, best, place)  # [q,M]
-        ahead &= (inside >= 0) & (inside != out[:, None])
-        ranks[rows] = 1 + ahead.sum(1).cpu()
-    return ranks
+    ranks = image_ranks(scores, targets, excluded, members)  # [Q,R], 0 for who is no member
+    _refuse_unanswered((ranks == 0).all(1), "among its group members")
+    return ranks.masked_fill(ranks == 0, scores.shape[1] + 1).amin(1)
 
 
 def image_ranks(
@@ -170,21 +162,12 @@ def _excluded_tensor(excluded: Excluded, count: int, gallery: int) -> Tensor:
     return _padded(rows, count, gallery, "excluded").squeeze(1)
 
 
-def _best_answer(
-    part: Tensor, wanted: Tensor, out: Tensor, start: int, where: str = "in the gallery"
-) -> tuple[Tensor, Tensor]:
-    """Score [q,1] and gallery position [q,1] of the right answer that stands first."""
-    valid = (wanted >= 0) & (wanted != out[:, None])  # [q,R]
-    empty = (~valid.any(1)).nonzero()
-    if len(empty):
+def _refuse_unanswered(without: Tensor, where: str, start: int = 0) -> None:
+    if len(queries := without.nonzero()):
         raise DataError(
-            f"query {start + int(empty[0])} has no right answer {where} (the reference does not count); "
+            f"query {start + int(queries[0])} has no right answer {where} (the reference does not count); "
             "mend the split or leave the query out"
         )
-    answers = part.gather(1, wanted.clamp(min=0)).masked_fill(~valid, -torch.inf)
-    best = answers.max(1, keepdim=True).values
-    first = wanted.masked_fill(~valid | (answers != best), part.shape[1])
-    return best, first.min(1, keepdim=True).values
 
 
 def _ahead(values: Tensor, positions: Tensor, best: Tensor, place: Tensor) -> Tensor:
