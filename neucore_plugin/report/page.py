@@ -16,14 +16,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
-from neucore_plugin.common.errors import DataError, ImageError
+from neucore_plugin.common.errors import ImageError
 from neucore_plugin.common.files import atomic_write
 from neucore_plugin.common.images import Picture, load_image
 from neucore_plugin.report.charts import CHART_STYLE, row_label, split_chart_svg
 from neucore_plugin.report.table import Results, metric_columns
-
-FITS = ("pad", "crop", "stretch")
-SHOWN = 10  # retrieved pictures of a query
 
 _THUMB = 192  # pixels at the longer side: sharp at 96 points on a dense screen
 _LARGE = 320
@@ -50,21 +47,15 @@ def write_report(
     candidate [h,w] in [0,1], the candidate being the first retrieved picture. settings: nested mapping, shown as a
     table. fit: how the image processor makes pictures square ("pad", "crop" or "stretch"), so that maps lie where they
     belong.
-    DataError: an example without one of its keys, or an unknown fit.
     """
-    if fit not in FITS:
-        raise DataError(f"fit={fit!r}: give one of {', '.join(FITS)}, as the image processor has it")
     pictures = _Pictures(fit)
     order = [*results, *(per_change or {})]
     metrics = metric_columns(results)
     recalls = [name for name in metrics if name.startswith("R@")]
     columns = [*metrics, "median_rank", "queries"]
     groups: dict[str, list[dict[str, Any]]] = {split: [] for split in order}
-    for number, example in enumerate(examples or ()):
-        try:
-            groups.setdefault(str(example["split"]), []).append(_example(example, pictures))
-        except KeyError as error:
-            raise DataError(f"example {number} of the report lacks {error}; it has {', '.join(example)}") from None
+    for example in examples or ():
+        groups.setdefault(str(example["split"]), []).append(_example(example, pictures))
     drawn = {split: rows for split, rows in results.items() if rows and recalls}
     charts = [(split, Markup(split_chart_svg(split, rows, recalls))) for split, rows in drawn.items()]
     page = {
@@ -186,7 +177,7 @@ def _tile(rank: int, item: Mapping[str, Any], pictures: _Pictures) -> dict[str, 
 
 
 def _example(example: Mapping[str, Any], pictures: _Pictures) -> dict[str, Any]:
-    retrieved = list(example["retrieved"])[:SHOWN]
+    retrieved = list(example["retrieved"])
     shown = [_tile(rank, item, pictures) for rank, item in enumerate(retrieved, start=1)]
     rank, target = int(example["rank"]), example.get("target")
     beyond = rank > len(shown) and target is not None
