@@ -145,7 +145,7 @@ class ComposedImageRetrievalTask(BaseTask):
 
 
 def _builder(cfg: Any, name: str, splits: Sequence[str]) -> Any:
-    """The builder of a data set, told which splits are wanted."""
+    """The builder of a data set, for the splits that are wanted."""
     builder = registry.get_builder_class(name)
     if builder is None:
         known = registry.mapping["builder_name_mapping"]

@@ -53,6 +53,7 @@ def test_training_leaves_results_report_checkpoints_and_concepts(trained):
             assert values["R@1"] <= values["R@5"] <= values["R@10"] <= values["R@50"] == 100
         assert metrics[split]["R@1"] == rows["neucore"]["R@1"]
         assert metrics[split]["agg_metrics"] == (rows["neucore"]["R@1"] + rows["neucore"]["R@10"]) / 2
+    assert results["val"]["neucore"]["R@5"] > 60  # it learns what the text says: chance is 22
     assert (output / "report.html").read_bytes() == (run / "report.html").read_bytes()
     record = json.loads((run / "evaluation.json").read_text())
     assert record["results"] == results and set(record["per_change"]["val"]) == {"colour", "form"}
@@ -87,13 +88,6 @@ def test_recalls_are_those_of_a_slow_evaluation(trained, shapes_root):
         assert abs(results[f"R@{k}"] - 100 * count / len(triplets)) <= 100 / len(triplets) + 1e-9
 
 
-def test_it_learns_what_the_text_says(trained):
-    """Three epochs on shapes suffice to be far above chance (1 in 23)."""
-    _, output, _, _ = trained
-    results = json.loads((output / "results.json").read_text())
-    assert results["val"]["neucore"]["R@5"] > 60
-
-
 def test_evaluating_the_checkpoint_gives_the_same_metrics_and_keeps_the_run(trained, tiny_config):
     _, _, run, metrics = trained
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
@@ -102,13 +96,6 @@ def test_evaluating_the_checkpoint_gives_the_same_metrics_and_keeps_the_run(trai
     for split in ("val", "test"):
         assert {k: again[split][k] for k in RECALLS} == {k: metrics[split][k] for k in RECALLS}
     assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-
-
-def test_two_runs_of_one_seed_are_bitwise_equal(trained, tiny_config):
-    _, _, run, _ = trained
-    first = tiny_config()
-    launch.run(first)
-    assert same(weights(run_folder(first) / "checkpoint_last.pth"), weights(run / "checkpoint_last.pth"))
 
 
 def test_iteration_runner_trains_the_same_way(tiny_config):
@@ -150,7 +137,7 @@ checkpoint.save = dying
 
 
 def test_killed_training_resumes_to_the_same_weights(trained, tiny_config, caplog):
-    """`resume: auto` goes on in the same folder; asked for once more, it says that the run is finished."""
+    """As those of an uninterrupted run of the same seed, bit for bit; asked for once more, it says it is finished."""
     _, _, whole, metrics = trained
     path = tiny_config(lambda config: config["run"].update(resume="auto"))
     killed = in_processes(path, before=DIE_AT_THE_THIRD_CHECKPOINT)

@@ -223,12 +223,14 @@ def test_missing_images_are_counted_and_a_few_named(root):
     (root / "captions" / "cap.rc2.train.json").unlink()
     with pytest.raises(ConfigError) as caught:
         build(root)
-    told = str(caught.value)
-    assert f"not complete below {root} (given by datasets.cirr.build_info.root)" in told
-    assert f"- {root}/captions/cap.rc2.train.json\n" in told and "cap.rc2.val.json" not in told
-    assert f"- {root}/img_raw/train: the images of train" not in told  # some are there: nothing to say without a list
-    assert f"- {root}/img_raw/dev: 8 of 8 images of val" in told
-    assert "https://github.com/Cuberick-Orion/CIRR" in told and "https://github.com/lil-lab/nlvr" in told
+    message = str(caught.value)
+    assert f"not complete below {root} (given by datasets.cirr.build_info.root)" in message
+    assert f"- {root}/captions/cap.rc2.train.json\n" in message and "cap.rc2.val.json" not in message
+    assert (
+        f"- {root}/img_raw/train: the images of train" not in message
+    )  # some are there
+    assert f"- {root}/img_raw/dev: 8 of 8 images of val" in message
+    assert "https://github.com/Cuberick-Orion/CIRR" in message and "https://github.com/lil-lab/nlvr" in message
 
 
 def test_an_empty_root_lacks_everything(tmp_path, monkeypatch):
@@ -260,11 +262,11 @@ def test_the_command_without_data_says_everything_before_encoders_are_loaded(giv
     options = ["run.device=cpu", *([f"datasets.cirr.build_info.root={given}"] if given else [])]
     with pytest.raises(ConfigError) as caught:
         launch.run(YAML, options)
-    told = str(caught.value)
-    assert "datasets.cirr.build_info.root" in told and (given or cirr.ROOT_VARIABLE) in told
+    message = str(caught.value)
+    assert "datasets.cirr.build_info.root" in message and (given or cirr.ROOT_VARIABLE) in message
     for part in ("cap.rc2.train.json", "cap.rc2.val.json", "split.rc2.train.json", "split.rc2.val.json"):
-        assert told.count(part) == 1
-    assert "img_raw/train: the images of train" in told and "img_raw/dev: the images of val" in told
+        assert message.count(part) == 1
+    assert "img_raw/train: the images of train" in message and "img_raw/dev: the images of val" in message
 
 
 def test_the_yaml_says_what_the_paper_has():

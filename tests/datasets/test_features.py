@@ -18,7 +18,7 @@ NAMES = [f"item-{number}" for number in range(50)]
 
 
 def rows_of(name: str) -> np.ndarray:
-    """Ragged: 0 to 4 rows of width 3, the values told by the name."""
+    """Ragged: 0 to 4 rows of width 3, the values follow from the name."""
     number = int(name.split("-")[1])
     return np.full((number % 5, 3), number / 64, dtype=np.float32) + np.arange(number % 5)[:, None]
 

@@ -35,11 +35,11 @@ def circo() -> dict:
     return {str(query): list(range(query, query + 50)) for query in range(3)}
 
 
-@pytest.mark.parametrize(("content", "told"), [(recall(), "CIRR recall, 2"), (subset(), "CIRR recall_subset, 2")])
-def test_good_cirr_files(tmp_path, content, told):
+@pytest.mark.parametrize(("content", "message"), [(recall(), "CIRR recall, 2"), (subset(), "CIRR recall_subset, 2")])
+def test_good_cirr_files(tmp_path, content, message):
     path = submission.write(tmp_path / "out.json", content, SPLIT)
     assert json.loads(path.read_text()) == content
-    assert submission.check(path, SPLIT) == submission.check(path) == f"{told} queries"
+    assert submission.check(path, SPLIT) == submission.check(path) == f"{message} queries"
 
 
 def test_good_circo_file_and_the_forms_that_are_written(tmp_path):
@@ -139,7 +139,7 @@ def test_the_command_wants_a_checkpoint_or_a_file():
 
 
 def test_a_check_without_a_root_wants_the_data_sets_form_and_all_queries(tmp_path, monkeypatch, capsys):
-    """A test split's number of queries is public; which pairs they are is told as not compared."""
+    """A test split's number of queries is public; that the pairs were not compared is printed."""
     for variable in ("NEUCORE_CIRR_ROOT", "NEUCORE_CIRCO_ROOT"):
         monkeypatch.delenv(variable, raising=False)
     ranking, cirr_file, circo_file = list(NAMES[:50]), tmp_path / "cirr.json", tmp_path / "circo.json"
@@ -161,8 +161,8 @@ def test_a_check_without_a_root_wants_the_data_sets_form_and_all_queries(tmp_pat
     for name, path, content in (("cirr", cirr_file, cirr), ("circo", circo_file, circo_full)):
         path.write_text(json.dumps(content))
         command(name, "--check", path)
-    told = capsys.readouterr().out
-    assert "good: CIRR recall, 4,148 queries (pair ids and image names were not compared)" in told
-    assert "good: CIRCO, 800 queries (image ids were not compared)" in told
+    printed = capsys.readouterr().out
+    assert "good: CIRR recall, 4,148 queries (pair ids and image names were not compared)" in printed
+    assert "good: CIRCO, 800 queries (image ids were not compared)" in printed
     with pytest.raises(ConfigError, match="no split 'train' to submit; allowed: val, test1"):
         command("cirr", "--check", cirr_file, "--split", "train")
