@@ -226,9 +226,7 @@ def test_missing_images_are_counted_and_a_few_named(root):
     message = str(caught.value)
     assert f"not complete below {root} (given by datasets.cirr.build_info.root)" in message
     assert f"- {root}/captions/cap.rc2.train.json\n" in message and "cap.rc2.val.json" not in message
-    assert (
-        f"- {root}/img_raw/train: the images of train" not in message
-    )  # some are there
+    assert f"- {root}/img_raw/train: the images of train" not in message  # some are there
     assert f"- {root}/img_raw/dev: 8 of 8 images of val" in message
     assert "https://github.com/Cuberick-Orion/CIRR" in message and "https://github.com/lil-lab/nlvr" in message
 
