@@ -138,8 +138,8 @@ def _ranking_problems(kind: str, ranking: Any, triplet: Triplet | None, known: s
     problems = []
     if len(ranking) != LENGTHS[kind]:
         problems.append(f"has {len(ranking)} images; exactly {LENGTHS[kind]} are wanted")
-    if twice := [image for image, n in Counter(ranking).items() if n > 1]:
-        problems.append(f"{twice[0]!r} stands twice")
+    if repeated := [image for image, n in Counter(ranking).items() if n > 1]:
+        problems.append(f"{repeated[0]!r} stands twice")
     names = [str(image) for image in ranking]
     if kind != "circo" and (suffixed := [name for name in names if name.endswith((".png", ".jpg", ".jpeg"))]):
         problems.append(f"{suffixed[0]!r} carries a suffix; names stand without one")
