@@ -30,3 +30,10 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     match = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.5)
     hint = f" Did you mean {match[0]!r}?" if match else ""
     return f"{hint} Allowed: {', '.join(allowed) or 'nothing'}."
+
+
+def first_few(items: Iterable[object], shown: int = 4, separator: str = ", ") -> str:
+    """The first items and the number of the others, such as `a, b, and 3 more`."""
+    texts = [str(item) for item in items]
+    rest = len(texts) - shown
+    return separator.join([*texts[:shown], *([f"and {rest} more"] if rest > 0 else [])])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from neucore_plugin.common.errors import DataError, ImageError
+from neucore_plugin.common.errors import DataError, ImageError, first_few
 from neucore_plugin.common.files import write_json
 from neucore_plugin.common.images import check_images, load_image
 from neucore_plugin.datasets.feature_cache import FeatureCache, build_cache, content_fingerprints
@@ -78,9 +78,8 @@ def _text_features(encoder: Any, texts: Sequence[str], root: Path) -> FeatureCac
 def _bad_images(failures: Sequence[tuple[Path, str]], folder: str | Path) -> DataError:
     listing = Path(folder) / "bad_images.json"
     write_json(listing, [{"path": str(path), "reason": reason} for path, reason in failures])
-    shown = "\n  ".join(reason for _, reason in failures[:10])  # each names its file
-    more = f"\n  ... and {len(failures) - 10} more" if len(failures) > 10 else ""
+    shown = first_few([reason for _, reason in failures], 10, "\n  ")  # each names its file
     return DataError(
         f"{len(failures)} images cannot be read (all of them: {listing}). Replace them, or "
-        f"delete the files and every mention of them\n  {shown}{more}"
+        f"delete the files and every mention of them\n  {shown}"
     )

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.common.errors import DataError, nearest
+from neucore_plugin.common.errors import DataError, first_few, nearest
 from neucore_plugin.common.images import IMAGE_SUFFIXES
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
@@ -65,10 +65,8 @@ def load_split(root: str | Path, split: str, known: dict[str, Path]) -> tuple[li
                 Triplet(query_id, entry["reference"], entry["caption"], tuple(targets), str(entry.get("change", "")))
             )
     if problems:
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise DataError(
-            f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  " + "\n  ".join(problems[:10]) + more
-        )
+        listed = first_few(problems, 10, "\n  ")
+        raise DataError(f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  {listed}")
     return triplets, _gallery(root / f"gallery.{split}.json", known)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.errors import DataError, first_few
 from neucore_plugin.common.files import atomic_write
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
@@ -86,8 +86,8 @@ def _count_problems(pairs: Sequence[tuple[str, Any]], published: tuple[str, str]
 
 
 def _told(path: Path, problems: Sequence[str]) -> str:
-    more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return f"{path}: {len(problems)} problems\n  " + "\n  ".join(problems[:SHOWN]) + more
+    separator = "\n  "
+    return f"{path}: {len(problems)} problems{separator}{first_few(problems, SHOWN, separator)}"
 
 
 def _parse(text: str) -> list[tuple[str, Any]]:

@@ -20,9 +20,9 @@ from neucore_plugin.processors import CaptionProcessor
 from neucore_plugin.released.names import cnn_names, converted_state, grouped, is_cnn, settings_from
 from neucore_plugin.released.vocabulary_pickle import read_vocabulary_pickle
 from neucore_plugin.weights import checkpoint
+from neucore_plugin.weights.files import misfits, read, state_of
 
 NEW = ("absent_image", "absent_word", "absent_sentence")  # stand-ins that the released form does not have
-_STATES = ("state_dict", "model", "model_state_dict", "net")
 _HEADS = ("module_heads", "concept_heads")  # no shape tells them
 # Plain values that may stand beside the weights: a Namespace holds settings, numpy's scalars a metric. None runs code.
 _PLAIN = [
@@ -43,7 +43,7 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
 
-def official_types() -> dict[str, dict[str, Any]]:
+def released_types() -> dict[str, dict[str, Any]]:
     """{model type: its model section} of the released form."""
     paths = {k: v for k, v in NeucoreModel.PRETRAINED_MODEL_CONFIG_DICT.items() if k.startswith("official_")}
     return {name: read_yaml(path)["model"] for name, path in paths.items()}
@@ -58,35 +58,14 @@ def load_released(
 
     Raises: CheckpointError for a file that is missing, damaged, hostile, or no checkpoint of the released form.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise CheckpointError(f"no file {path}; give {wanted}")
-    try:
-        with torch.serialization.safe_globals(_PLAIN):
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the damage leads to
-        text = " ".join(str(error).split())
-        at = text.lower().find("unsupported")
-        if at >= 0:
-            raise CheckpointError(
-                f"{path} is refused: it holds more than weights and plain values ({text[at : at + 160]}). This may be "
-                "a type that is merely unknown here, or code that would run on loading: if you trust its author, save "
-                'its "state_dict" alone'
-            ) from error
-        text = text[:160] or type(error).__name__
-        raise CheckpointError(
-            f"{path} is truncated, damaged, or no checkpoint at all ({path.stat().st_size} bytes; {text})"
-        ) from error
+    value = read(path, allowed=_PLAIN)
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a dict of weights")
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; {wanted} is a dict of weights")
     if value.get("format") == checkpoint.FORMAT:
         raise CheckpointError(f"{path} is a checkpoint of ours already (use it as model.checkpoint), not {wanted}")
-    held = next((value[key] for key in _STATES if isinstance(value.get(key), dict)), value)
-    state = {str(name).removeprefix("module."): part for name, part in held.items() if isinstance(part, Tensor)}
-    if not state:
-        raise CheckpointError(
-            f"{path} holds no weights, so it is not {wanted}; it has the keys {', '.join(map(str, list(value)[:6]))}"
-        )
+    state = state_of(value, path)
     if odd := [name for name, part in state.items() if part.layout != torch.strided or part.is_quantized]:
         raise CheckpointError(
             f"{path} holds {len(odd)} sparse or quantised weights, such as {odd[0]}: dense ones are read"
@@ -113,7 +92,7 @@ def convert_state(
     wrong = checkpoint.non_finite(state)
     if wrong:
         raise CheckpointError(f"{len(wrong)} weights hold NaN or infinity, such as {wrong[0]}: no trained model")
-    made = settings_from(state, settings, model_type, official_types())
+    made = settings_from(state, settings, model_type, released_types())
     section, notes = model_defaults(made), []
     if assumed := [name for name in _HEADS if settings.get(name) is None]:
         used = {"module_heads": made["fusion"]["heads"], "concept_heads": made["concept_alignment"]["heads"]}
@@ -136,16 +115,7 @@ def convert_state(
     if "matching.temperature" not in new:
         new["matching.temperature"] = own["matching.temperature"].clone()
         notes.append(f"temperature: absent in the file, set to {made['matching']['temperature']:g}")
-    missing = sorted(set(own) - set(new) - set(NEW))
-    foreign = sorted(set(new) - set(own))
-    shapes = sorted(
-        f"{name} {list(new[name].shape)}, expected {list(own[name].shape)}"
-        for name in set(new) & set(own)
-        if new[name].shape != own[name].shape
-    )
-    problems = [f"missing: {', '.join(missing[:6])}"] * bool(missing)
-    problems += [f"without a place: {', '.join(foreign[:6])}"] * bool(foreign)
-    problems += [f"other shape: {', '.join(shapes[:6])}"] * bool(shapes)
+    problems = misfits(own, new, optional=NEW)
     if problems:
         raise CheckpointError("the checkpoint does not fit the released form.\n  " + "\n  ".join(problems))
     with torch.no_grad():
@@ -225,7 +195,7 @@ def convert(
     if cnn is not None:
         if any(is_cnn(name) for name in state):
             raise CheckpointError(f"{source} brings its own CNN; leave out the file {cnn}")
-        settings_from(state, {**held, **(settings or {})}, model_type, official_types())  # it is told first what lacks
+        settings_from(state, {**held, **(settings or {})}, model_type, released_types())  # it is told first what lacks
         state |= cnn_state(cnn, state["img_enc.proj.weight"].shape[1])
     texts = captions_of(captions)
     notes, listed = [], None
@@ -242,7 +212,7 @@ def convert(
     elif listed is not None:
         known = ConceptVocabulary(listed)
     elif texts:
-        section = settings_from(state, held, model_type, official_types())
+        section = settings_from(state, held, model_type, released_types())
         pos = model_defaults(section)["concepts"]["pos"]
         known = ConceptVocabulary.from_captions(ConceptExtractor(tuple(pos))(texts, progress=True), min_count=1)
     else:

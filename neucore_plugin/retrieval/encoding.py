@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.errors import DataError, first_few
 from neucore_plugin.common.images import IMAGE_SUFFIXES, load_image
 from neucore_plugin.retrieval.store import DTYPES
 
@@ -89,7 +89,7 @@ def collect(source: Source, root: Path | None = None) -> tuple[Path | None, list
     root = root or Path(os.path.commonpath([path.parent for path in paths]))
     named = [(relative(path, root), path) for path in paths]
     if again := repeated([name for name, _ in named]):
-        raise DataError(f"given twice: {some(again)}; give each image once")
+        raise DataError(f"given twice: {first_few(map(repr, again), 5)}; give each image once")
     return root, named
 
 
@@ -153,11 +153,10 @@ def encode(
                 good += [item for item, _ in readable]
             bar.update(len(batch))
     if failures:
-        listed = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures[:5])
+        listed = first_few([f"{failure.name}: {failure.reason}" for failure in failures], 5, "; ")
         if not good:
             raise DataError(f"none of the {len(named)} images could be read: {listed}")
-        more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
-        log.warning("%d of %d images could not be read and are left out: %s%s", len(failures), len(named), listed, more)
+        log.warning("%d of %d images could not be read and are left out: %s", len(failures), len(named), listed)
     encodings = {key: torch.cat(values) for key, values in parts.items()}
     for key, value in encodings.items():
         if not bool(value.isfinite().all()):
@@ -175,8 +174,3 @@ def repeated(names: Sequence[str]) -> list[str]:
     """The names that stand in the list more than once."""
     seen: set[str] = set()
     return [name for name in names if name in seen or seen.add(name)]
-
-
-def some(names: Sequence[str]) -> str:
-    """The first five names, for a message."""
-    return ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

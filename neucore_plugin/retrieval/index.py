@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.errors import DataError, first_few
 from neucore_plugin.common.images import Picture, load_image
 from neucore_plugin.retrieval import store
 from neucore_plugin.retrieval.encoding import (
@@ -28,7 +28,6 @@ from neucore_plugin.retrieval.encoding import (
     evaluating,
     relative,
     repeated,
-    some,
 )
 from neucore_plugin.retrieval.ranks import topk
 
@@ -146,7 +145,8 @@ class GalleryIndex:
         model = self._require_model()
         _, named = collect(source, self.root)
         if known := [name for name, _ in named if name in self]:
-            raise DataError(f"already in the index: {some(known)}; remove them first to encode them anew")
+            names = first_few(map(repr, known), 5)
+            raise DataError(f"already in the index: {names}; remove them first to encode them anew")
         dtype = next(iter(self.encodings.values())).dtype
         encodings, good, failures = encode(model, named, batch_size, progress, dtype, workers)
         if (old := _shapes(self.encodings)) != (new := _shapes(encodings)):
@@ -251,7 +251,8 @@ class GalleryIndex:
     def _index_names(self) -> None:
         self._position = {name: place for place, name in enumerate(self.names)}
         if len(self._position) != len(self.names):
-            raise DataError(f"a name stands twice in the index: {some(repeated(self.names))}; names must be unique")
+            names = first_few(map(repr, repeated(self.names)), 5)
+            raise DataError(f"a name stands twice in the index: {names}; names must be unique")
         self._by_path = {os.path.abspath(path): place for place, path in enumerate(self.paths)}
 
     def _locate(self, path: str | Path) -> int | None:

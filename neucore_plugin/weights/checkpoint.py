@@ -7,9 +7,7 @@ of the others. The file of the best weights ends with "progress". Knows no host.
 
 import hashlib
 import math
-import pickletools
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neucore_plugin.common.errors import CheckpointError
+from neucore_plugin.common.errors import CheckpointError, first_few
 from neucore_plugin.common.files import atomic_write
+from neucore_plugin.weights.files import misfits, read
 
 FORMAT = "neucore-checkpoint-1"
-_SHOWN = 4  # names of each kind in an error
-_CODE_OPCODES = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ"}
 
 
 # ---- plain containers ----------------------------------------------------------------------------
@@ -168,29 +165,15 @@ def restore_model(model: nn.Module, state: Mapping[str, Any], frozen: Mapping[st
     model is unchanged then.
     """
     current = model.state_dict()
-    unexpected = sorted(set(state) - set(current))
-    shapes = [
-        f"{name} {_shape(state[name])} in the file, {_shape(current[name])} in the model"
-        for name in sorted(set(state) & set(current))
-        if _shape(state[name]) != _shape(current[name])
-    ]
     absent = {name: value for name, value in current.items() if name not in state}
     present = _group_fingerprints(absent)
-    doubtful = {name for name in present if present[name] != frozen.get(name)}
-    trainable = set(current) - _frozen_names(model)
-    missing = sorted(name for name in absent if _group(name) in doubtful and name in trainable)
-    differing = sorted({_group(name) for name in absent if _group(name) in doubtful and name not in trainable})
+    doubtful = {name for name in absent if present[_group(name)] != frozen.get(_group(name))}
+    still_frozen = doubtful & _frozen_names(model)
+    problems = misfits(current, state, optional=set(absent) - (doubtful - still_frozen))
+    differing = sorted({_group(name) for name in still_frozen})
     differing += sorted(f"{name} (absent in the model)" for name in set(frozen) - set(present))
-    problems = [
-        f"{title}: {_first(names)}"
-        for title, names in (
-            ("missing in the file", missing),
-            ("unknown to the model", unexpected),
-            ("other shape", shapes),
-            ("frozen weights that are not those of the training", differing),
-        )
-        if names
-    ]
+    if differing:
+        problems.append(f"frozen weights that are not those of the training: {first_few(differing)}")
     if problems:
         raise CheckpointError(
             f"{path} does not fit the model.\n  " + "\n  ".join(problems) + "\n  "
@@ -199,16 +182,6 @@ def restore_model(model: nn.Module, state: Mapping[str, Any], frozen: Mapping[st
         )
     model.load_state_dict(dict(state), strict=False)  # checked above: what is not in the file is proven to be the same
     model.brought = getattr(model, "brought", set()) | set(state)
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def _first(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def non_finite(state: Mapping[str, Any]) -> list[str]:
@@ -239,28 +212,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is a folder, not a checkpoint file; {hint}")
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file {path}; training writes checkpoint_best.pth into its run folder")
-    code = _foreign_code(path)
-    if code:
-        raise CheckpointError(
-            f"{path} is refused: it contains code that would run on loading ({_first(code)}). A checkpoint of ours "
-            "holds tensors and plain values only; do not load this file by other means unless you trust its author"
-        )
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch itself does not look at the checksums
-            if damaged:
-                raise ValueError(f"the part {damaged} does not match its checksum")
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # torch raises KeyError, EOFError, OSError, RuntimeError, ... depending on the damage
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} is truncated, damaged, or no checkpoint at all ({path.stat().st_size} bytes; {reason}). "
-            "Copy it again from where it was written, or train anew"
-        ) from error
-    return _checked(value, path)
+    return _checked(read(path), path)
 
 
 def _checked(value: Any, path: Path) -> dict[str, Any]:
@@ -275,32 +227,5 @@ def _checked(value: Any, path: Path) -> dict[str, Any]:
             f"{path} has format {mark}; this version reads {FORMAT}. Install the version that wrote it"
         )
     raise CheckpointError(
-        f"{path} is not one of our checkpoints: it has the keys {_first(map(str, value)) or 'none'}. "
-        f"Ours look like {ours}"
+        f"{path} is not one of our checkpoints: it has the keys {first_few(value) or 'none'}. Ours look like {ours}"
     )
-
-
-def _foreign_code(path: Path) -> list[str]:
-    """Imports a pickle would make that our files never need, found without running anything; [] where unreadable."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                streams = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
-        else:
-            with open(path, "rb") as stream:
-                streams = [stream.read(1 << 22)] if stream.read(1) == b"\x80" and stream.seek(0) == 0 else []
-    except (OSError, zipfile.BadZipFile, RuntimeError):
-        return []
-    found: list[str] = []
-    for content in streams:
-        texts: list[str] = []
-        try:
-            for opcode, argument, _ in pickletools.genops(content):
-                if isinstance(argument, str):
-                    texts.append(argument)
-                if opcode.name in _CODE_OPCODES:
-                    name = argument if isinstance(argument, str) else " ".join(texts[-2:])
-                    found.append(name.replace(" ", "."))
-        except ValueError:
-            pass  # damaged further on: what was seen so far counts
-    return sorted({name for name in found if not name.startswith("torch.") and name != "collections.OrderedDict"})

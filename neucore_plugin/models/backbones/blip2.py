@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from neucore_plugin.common.errors import nearest
-from neucore_plugin.models.backbones import vit
 from neucore_plugin.models.backbones.bert_words import POSITION_IDS, BertText
-from neucore_plugin.models.backbones.blip import MEAN, STD
-from neucore_plugin.models.backbones.vit import check_pixels, grid_of, sized
-from neucore_plugin.weights import pretrained as weights
+from neucore_plugin.models.backbones.encoder import Encoder, check_pixels, normalisation
+from neucore_plugin.models.backbones.vit import grid_of, resized_positions, sized
 from neucore_plugin.weights.checkpoint import fingerprint
+from neucore_plugin.weights.pretrained import fit, is_url, read_pretrained
 
 _ROOT = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 URLS = {"eva_clip_g": f"{_ROOT}/blip2_pretrained.pth", "clip_L": f"{_ROOT}/blip2_pretrained_vitL.pth"}
@@ -61,7 +60,7 @@ class QFormer(nn.Module):
         return self.bert(query_embeds=queries, encoder_hidden_states=patches, return_dict=True).last_hidden_state
 
 
-class Blip2Image(nn.Module):
+class Blip2Image(Encoder):
     """BLIP-2's queries, or the patches that they read; `pooled` is the queries' mean, or the class token.
 
     Args:
@@ -74,17 +73,17 @@ class Blip2Image(nn.Module):
         load: whether to read them.
     """
 
-    mean, std = MEAN, STD
+    mean, std = normalisation("blip2")
 
     def __init__(
         self,
-        vit: str = "eva_clip_g",
-        tokens: str = "queries",
-        image_size: int = 224,
-        queries: int = 32,
-        architecture: Mapping[str, int] | None = None,
-        pretrained: str | None = None,
-        vit_pretrained: str | None = None,
+        vit: str,
+        tokens: str,
+        image_size: int,
+        queries: int,
+        architecture: Mapping[str, int] | None,
+        pretrained: str | None,
+        vit_pretrained: str | None,
         load: bool = True,
     ) -> None:
         super().__init__()
@@ -107,41 +106,30 @@ class Blip2Image(nn.Module):
             self.grid, self.num_tokens, self.width = None, queries, own["width"]
             self.lora_targets = (*self.lora_targets, *BertText.lora_targets)
         self.pooled_width = self.width
-        self._settings = f"blip2:{vit}:{tokens}:{image_size}:{sizes['heads']}:{sizes['query_heads']}"
-        self.in_checkpoint = not (weights.is_url(source) and weights.is_url(vit_source))
+        self.settings = f"blip2:{vit}:{tokens}:{image_size}:{sizes['heads']}:{sizes['query_heads']}"
+        self.in_checkpoint = not (is_url(source) and is_url(vit_source))
         if load:
             self._load(source, vit_source, patches)
 
     def _load(self, source: str, vit_source: str, patches: tuple[int, int]) -> None:
-        side = "model.backbone.image"
-        whole = {}
-        if source != weights.NONE:
-            path = weights.locate(source, f"{side}.pretrained")
-            whole = weights.read_state(path)
-            weights.fit(self.ln_vision, whole, path, prefix="ln_vision.")
+        state, head = {}, "visual_encoder."
+        if found := read_pretrained(source, "model.backbone.image.pretrained", "blip2"):
+            whole, path = found
+            fit(self.ln_vision, whole, path, prefix="ln_vision.")
             if self.qformer is not None:
                 if "query_tokens" in whole:
                     whole["Qformer.query_tokens"] = whole["query_tokens"]
-                weights.fit(self.qformer, whole, path, absent=[f"bert.{POSITION_IDS}"], prefix="Qformer.")
-        state = weights.below(whole, "visual_encoder.")
-        if not state and vit_source != weights.NONE:
-            path = weights.locate(vit_source, f"{side}.vit_pretrained")
-            state = weights.read_state(path)
+                fit(self.qformer, whole, path, absent=[f"bert.{POSITION_IDS}"], prefix="Qformer.")
+            state = {name.removeprefix(head): value for name, value in whole.items() if name.startswith(head)}
+        if not state and (found := read_pretrained(vit_source, "model.backbone.image.vit_pretrained", "blip2")):
+            state, path = found
         if state:
             aligned = self.vit == "clip_L"  # as the host does it
             positions = "positional_embedding" if aligned else "pos_embed"
             if positions in state:
-                table = vit.resized_positions(state[positions], patches, align_corners=aligned, path=path)
+                table = resized_positions(state[positions], patches, align_corners=aligned, path=path)
                 state[positions] = table
-            weights.fit(self.visual_encoder, state, path)
-        if source == weights.NONE or not state:
-            key = "pretrained" if source == weights.NONE else "vit_pretrained"
-            weights.warn_random(f"{side}.{key}", "blip2")
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the settings, and of the weights as they are now."""
-        return f"{self._settings}:{fingerprint(self.state_dict())}"
+            fit(self.visual_encoder, state, path)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -185,9 +173,9 @@ class Blip2Text(BertText):
 
     def __init__(
         self,
-        max_words: int = 60,
-        architecture: Mapping[str, int] | None = None,
-        pretrained: str | None = None,
+        max_words: int,
+        architecture: Mapping[str, int] | None,
+        pretrained: str | None,
         load: bool = True,
         shared: QFormer | None = None,
     ) -> None:
@@ -208,29 +196,17 @@ class Blip2Text(BertText):
             _borrow(embeddings, shared.bert.embeddings, "LayerNorm")
             self.lora_targets = ("dense",)
         self.width = self.word_width = sizes["width"]
-        self._settings = f"blip2:{max_words}:{sizes['heads']}"
-        self.in_checkpoint = not weights.is_url(source)
-        if load:
-            self._load(source)
-
-    def _load(self, source: str, setting: str = "model.backbone.text.pretrained") -> None:
-        if source == weights.NONE:
-            return weights.warn_random(setting, "blip2")
-        path = weights.locate(source, setting)
-        state = weights.read_state(path)
-        return weights.fit(self.text_encoder, state, path, absent=[POSITION_IDS], prefix="Qformer.bert.")
+        self.settings = f"blip2:{max_words}:{sizes['heads']}"
+        self.in_checkpoint = not is_url(source)
+        if load and (found := read_pretrained(source, "model.backbone.text.pretrained", "blip2")):
+            fit(self.text_encoder, *found, absent=[POSITION_IDS], prefix="Qformer.bert.")
 
     @property
     def fingerprint(self) -> str:
         """Of the settings, and of the weights as they are now, borrowed ones included."""
         used = [self.text_encoder.embeddings.LayerNorm, *(layer.attention for layer in self.blocks)]
         used = {str(place): fingerprint(part.state_dict()) for place, part in enumerate(used)}
-        return f"{self._settings}:{fingerprint(self.state_dict(), used)}"
-
-    @property
-    def tail(self) -> list[nn.Module]:
-        """Nothing follows the layers."""
-        return []
+        return f"{self.settings}:{fingerprint(self.state_dict(), used)}"
 
     def hidden_states(self, ids: Tensor, attention: Tensor) -> Tensor:
         """ids, attention [B,L] -> [B,L,D]."""

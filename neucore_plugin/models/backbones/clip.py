@@ -6,7 +6,6 @@ B batch, P patches, N image tokens (1 + P of a ViT, the cells of a ResNet's map)
 import copy
 import dataclasses
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,13 +17,12 @@ from lavis.models.clip_models import pretrained as published
 from lavis.models.clip_models.tokenizer import _tokenizer as tokenizer
 from torch import Tensor, nn
 
-from neucore_plugin.common.errors import CheckpointError, ConfigError, nearest
-from neucore_plugin.common.files import sha256_file
-from neucore_plugin.models.backbones import vit
-from neucore_plugin.weights import pretrained as weights
-from neucore_plugin.weights.checkpoint import fingerprint
+from neucore_plugin.common.errors import ConfigError, nearest
+from neucore_plugin.models.backbones.encoder import Encoder, check_pixels, normalisation
+from neucore_plugin.models.backbones.vit import resized_positions
+from neucore_plugin.weights.files import is_torchscript
+from neucore_plugin.weights.pretrained import NONE, fit, is_url, read_pretrained
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 DOWNSCALE = 32  # of a ResNet's last map
 _VISION, _TEXT = (
     {field.name for field in dataclasses.fields(part) if not field.name.startswith("timm")}
@@ -37,7 +35,7 @@ _TEXT_PARTS = ("transformer", "token_embedding", "positional_embedding", "ln_fin
 _START, _END = (tokenizer.encoder[name] for name in ("<start_of_text>", "<end_of_text>"))
 
 
-class _Clip(nn.Module):
+class _Clip(Encoder):
     """What both towers share: which architecture, which weights, which activation."""
 
     side: ClassVar[str]
@@ -47,39 +45,27 @@ class _Clip(nn.Module):
         self.setting = f"model.backbone.{self.side}"
         self.config = _architecture(arch, config, self.setting)
         self.source = _source(arch if config is None else None, pretrained, f"{self.setting}.pretrained")
-        self.in_checkpoint = self.source is None or not weights.is_url(self.source)
-        named = "quickgelu" in Path(self.source or "").name.lower()  # open_clip's files say so in their names
+        self.in_checkpoint = not is_url(self.source)
+        named = "quickgelu" in Path(self.source).name.lower()  # open_clip's files say so in their names
         self._gelu_chosen = quick_gelu is not None
         self.quick_gelu = (
             bool(self.config.get("quick_gelu")) or pretrained.lower() == "openai" or named
             if quick_gelu is None
             else quick_gelu
         )
+        self.settings = f"clip_{self.side}:{json.dumps([self.config, self.quick_gelu], sort_keys=True)}"
 
-    def _state(self) -> tuple[dict[str, Tensor], Path]:
-        """The file's weights, by the host's names."""
-        path = weights.locate(self.source, f"{self.setting}.pretrained")
-        archive = _is_archive(path)
-        if archive:  # opening one may run what its author put in: only files that are known to be OpenAI's
-            if sha256_file(path) not in _openai_sums():
-                raise CheckpointError(
-                    f"{path} is refused: a TorchScript archive may run code of its author, and by its sha256 this is "
-                    "none of OpenAI's. Save its state_dict() with torch.save where you trust it, and give that file"
-                )
-            if not (self.quick_gelu or self._gelu_chosen):
-                raise ConfigError(f"{path} is OpenAI's, trained with quick GELU: set {self.setting}.quick_gelu: true")
-        return weights.read_state(path, archive=archive), path
+    def _read(self) -> tuple[dict[str, Tensor], Path] | None:
+        """(the file's weights by the host's names, the file); None for random weights."""
+        found = read_pretrained(self.source, f"{self.setting}.pretrained", f"CLIP's {self.side} tower", _openai_sums())
+        if found and is_torchscript(found[1]) and not (self.quick_gelu or self._gelu_chosen):
+            raise ConfigError(f"{found[1]} is OpenAI's, trained with quick GELU: set {self.setting}.quick_gelu: true")
+        return found
 
     @property
     def resolved(self) -> dict[str, Any]:
         """Settings that followed from others, for the checkpoint: the file of weights may lie elsewhere later."""
         return {"quick_gelu": self.quick_gelu}
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the settings, and of the weights as they are now."""
-        settings = json.dumps([self.config, self.quick_gelu], sort_keys=True)
-        return f"clip_{self.side}:{settings}:{fingerprint(self.state_dict())}"
 
 
 class ClipImage(_Clip):
@@ -102,15 +88,15 @@ class ClipImage(_Clip):
     """
 
     side = "image"
-    mean, std = MEAN, STD
+    mean, std = normalisation("clip")
 
     def __init__(
         self,
-        arch: str = "ViT-B-32",
-        image_size: int | None = None,
-        config: Mapping[str, Any] | None = None,
-        pretrained: str = "openai",
-        quick_gelu: bool | None = None,
+        arch: str,
+        image_size: int | None,
+        config: Mapping[str, Any] | None,
+        pretrained: str,
+        quick_gelu: bool | None,
         load: bool = True,
     ) -> None:
         super().__init__(arch, config, pretrained, quick_gelu)
@@ -129,16 +115,13 @@ class ClipImage(_Clip):
         self.visual = _host_model(
             self.config, self.setting, self.quick_gelu, vision_cfg={**vision, "image_size": self.image_size}
         ).visual
-        if self.source is None:
-            if load:
-                weights.warn_random(f"{self.setting}.pretrained", "CLIP's image tower")
-        elif load:
-            state, path = self._state()
+        if load and (found := self._read()):
+            state, path = found
             state = {name: value for name, value in state.items() if name.startswith("visual.")}
             table = f"visual.{'' if self.is_vit else 'attnpool.'}positional_embedding"
             if table in state:
-                state[table] = vit.resized_positions(state[table], self.grid, path=path)
-            weights.fit(self.visual, state, path, prefix="visual.", whole=True)
+                state[table] = resized_positions(state[table], self.grid, path=path)
+            fit(self.visual, state, path, prefix="visual.", exact=True)
         if not self.is_vit:
             self.visual.attnpool.requires_grad_(False)  # tokens do not depend on it: it would be idle in training
 
@@ -162,8 +145,7 @@ class ClipImage(_Clip):
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """pixels [B,3,H,W], H = W = image_size -> tokens [B,N,width], pooled [B,E]. Raises ValueError."""
-        if tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
-            raise ValueError(f"clip expects {self.image_size} px squares, given {list(pixels.shape)}")
+        check_pixels(pixels, "clip", self.image_size)
         visual = self.visual
         if not self.is_vit:
             cells = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels)))))
@@ -189,11 +171,11 @@ class ClipText(_Clip):
 
     def __init__(
         self,
-        arch: str = "ViT-B-32",
-        config: Mapping[str, Any] | None = None,
-        pretrained: str = "openai",
-        quick_gelu: bool | None = None,
-        max_words: int | None = None,
+        arch: str,
+        config: Mapping[str, Any] | None,
+        pretrained: str,
+        quick_gelu: bool | None,
+        max_words: int | None,
         load: bool = True,
     ) -> None:
         super().__init__(arch, config, pretrained, quick_gelu)
@@ -207,13 +189,10 @@ class ClipText(_Clip):
             setattr(self, name, getattr(model, name))
         self.register_buffer("causal", model.attn_mask, persistent=False)
         self._pieces: dict[str, list[int]] = {}  # of concept words
-        if self.source is None:
-            if load:
-                weights.warn_random(f"{self.setting}.pretrained", "CLIP's text tower")
-        elif load:
-            state, path = self._state()
+        if load and (found := self._read()):
+            state, path = found
             state = {name: value for name, value in state.items() if name.partition(".")[0] in _TEXT_PARTS}
-            weights.fit(self, state, path, whole=True)
+            fit(self, state, path, exact=True)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -228,7 +207,7 @@ class ClipText(_Clip):
     @property
     def fingerprint(self) -> str:
         """Of the settings, and of the weights as they are now."""
-        return f"{super().fingerprint}:{self.max_words}"
+        return f"{super().fingerprint}:{self.max_words}"  # the place that caches of earlier versions have it at
 
     def forward(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """texts -> words [B,L,E], mask [B,L], sentence [B,E]; an empty text has no word and a zero sentence."""
@@ -297,18 +276,18 @@ def _architecture(arch: str, config: Mapping[str, Any] | None, setting: str) -> 
     return config
 
 
-def _source(arch: str | None, pretrained: str, setting: str) -> str | None:
-    """URL or path of the weights, None for random ones. Raises ConfigError for an unknown tag."""
-    if pretrained.lower() == weights.NONE:
-        return None
+def _source(arch: str | None, pretrained: str, setting: str) -> str:
+    """URL or path of the weights, NONE for random ones. Raises ConfigError for an unknown tag."""
+    if pretrained.lower() == NONE:
+        return NONE
     tags = published.list_pretrained_model_tags(arch.replace("/", "-")) if arch else []
     if pretrained.lower() in tags:
         return published.get_pretrained_url(arch.replace("/", "-"), pretrained)
-    if weights.is_url(pretrained) or Path(pretrained).suffix or Path(pretrained).expanduser().is_file():
+    if is_url(pretrained) or Path(pretrained).suffix or Path(pretrained).expanduser().is_file():
         return pretrained
     what = f"of {arch}" if arch else "for an architecture given as config"
     raise ConfigError(
-        f"{setting}: {pretrained!r} is no tag {what}, no URL and no file.{nearest(pretrained, [*tags, weights.NONE])}"
+        f"{setting}: {pretrained!r} is no tag {what}, no URL and no file.{nearest(pretrained, [*tags, NONE])}"
     )
 
 
@@ -319,14 +298,6 @@ def _host_model(config: Mapping[str, Any], setting: str, quick_gelu: bool, **tow
         return host_clip.CLIP(embed_dim=config["embed_dim"], quick_gelu=quick_gelu, **towers)
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # sizes that do not fit
         raise ConfigError(f"{setting}: the host cannot build this CLIP ({type(error).__name__}: {error})") from error
-
-
-def _is_archive(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, by its list of members."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as file:
-        return any(name.endswith("/constants.pkl") for name in file.namelist())
 
 
 def _openai_sums() -> set[str]:

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neucore_plugin.common.errors import CheckpointError
+from neucore_plugin.models.backbones.encoder import Encoder, TextEncoder, check_pixels, normalisation
 from neucore_plugin.models.backbones.word_vectors import read_word_vectors
 from neucore_plugin.weights.checkpoint import fingerprint
+from neucore_plugin.weights.files import read_state
+from neucore_plugin.weights.pretrained import fit
 
 NETWORKS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "resnet152": 2048}
 SPECIALS = ("<pad>", "<start>", "<and>", "<end>", "<unk>")
@@ -36,16 +38,20 @@ def hold_as_buffers(module: nn.Module) -> None:
             part.to(value.dtype)  # it keeps a list of its weights, which only this renews
 
 
-class Features(nn.Module):
+class Features(Encoder):
     """Feature maps extracted before, [width, grid, grid] an image, given in place of pixels."""
 
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mean, std = normalisation("resnet")
 
-    def __init__(self, width: int = 2048, grid: int = 7, image_size: int = 224) -> None:
+    def __init__(self, width: int, grid: int, image_size: int) -> None:
         super().__init__()
         self.width, self.grid, self.num_tokens = width, (grid, grid), grid * grid
         self.image_size = image_size  # of the pictures that the maps were made from
-        self.fingerprint = f"features:{width}:{grid}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the settings: there are no weights."""
+        return f"features:{self.width}:{self.grid[0]}"
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """maps [B,width,grid,grid] -> tokens [B,N,width], pooled [B,width]."""
@@ -59,7 +65,7 @@ class Features(nn.Module):
         return {"tokens": tokens, "pooled": tokens.mean(1)}
 
 
-class ResNet(nn.Module):
+class ResNet(Encoder):
     """The last map of a torchvision ResNet as tokens.
 
     Args:
@@ -68,13 +74,13 @@ class ResNet(nn.Module):
         frozen: hold the weights as buffers. load: whether to read `weights`; a checkpoint brings its own.
     """
 
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mean, std = normalisation("resnet")
 
     def __init__(
         self,
-        network: str = "resnet50",
-        weights: str | Path | None = None,
-        image_size: int = 224,
+        network: str,
+        weights: str | Path | None,
+        image_size: int,
         frozen: bool = True,
         load: bool = True,
     ) -> None:
@@ -90,8 +96,10 @@ class ResNet(nn.Module):
         self.width, self.grid, self.num_tokens, self.image_size = NETWORKS[network], (side, side), side**2, image_size
         self.network = getattr(models, network)(weights=None)
         self.network.fc = nn.Identity()
+        self.settings = f"resnet:{image_size}"
         if weights is not None and load:
-            self._read(Path(weights).expanduser(), network)
+            path = Path(weights).expanduser()
+            fit(self.network, read_state(path), path)
         elif load:
             warnings.warn(
                 f"model.backbone.image: {network} has random weights; name a file of torchvision's in its `weights`",
@@ -100,26 +108,9 @@ class ResNet(nn.Module):
         if frozen:
             hold_as_buffers(self)
 
-    def _read(self, path: Path, network: str) -> None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-            self.network.load_state_dict(state)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"model.backbone.image.weights: no file {path}; download torchvision's") from error
-        except Exception as error:  # whatever torch raises on a file that is damaged, hostile or of another network
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise CheckpointError(f"{path} holds no weights of torchvision's {network}: {reason}") from error
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the weights as they are now."""
-        return f"resnet:{self.image_size}:{fingerprint(self.state_dict())}"
-
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """pixels [B,3,H,W], H = W = image_size -> tokens [B,N,width], pooled [B,width]."""
-        if tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
-            raise ValueError(f"resnet expects {self.image_size} px squares, given {list(pixels.shape)}")
+        check_pixels(pixels, "resnet", self.image_size)
         return self.encode(pixels)
 
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -145,7 +136,7 @@ def word_list(captions: Iterable[str], more: Iterable[str] = ()) -> list[str]:
     return list(words)
 
 
-class GloveBiGRU(nn.Module):
+class GloveBiGRU(TextEncoder):
     """Word embedding and bidirectional GRU over `<start> words <end>`, its sentence the two final states, unit length.
 
     Args:
@@ -160,13 +151,13 @@ class GloveBiGRU(nn.Module):
 
     def __init__(
         self,
+        word_dim: int,
+        width: int,
+        glove: str | Path | None,
+        glove_words: str | Path | None,
+        max_words: int,
+        freeze_words: bool,
         words: Sequence[str] = SPECIALS,
-        word_dim: int = 300,
-        width: int = 512,
-        glove: str | Path | None = None,
-        glove_words: str | Path | None = None,
-        max_words: int = 128,
-        freeze_words: bool = False,
         frozen: bool = False,
         load: bool = True,
     ) -> None:
@@ -200,8 +191,7 @@ class GloveBiGRU(nn.Module):
     def forward(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """texts -> words [B,L,D], mask [B,L], sentence [B,D]; a text without a word is masked, its sentence zero."""
         if not len(texts):
-            zero = self.embedding.weight.new_zeros
-            return {"words": zero(0, 0, self.width), "mask": zero(0, 0).bool(), "sentence": zero(0, self.width)}
+            return self.no_texts(self.embedding.weight)
         rows = [self.rows(text) for text in texts]
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.full((len(rows), int(lengths.max())), PAD)

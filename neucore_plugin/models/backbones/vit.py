@@ -10,12 +10,6 @@ from torch import Tensor
 from neucore_plugin.common.errors import CheckpointError, nearest
 
 
-def check_pixels(pixels: Tensor, name: str, image_size: int) -> None:
-    """Raise ValueError unless pixels are [B,3,image_size,image_size]."""
-    if tuple(pixels.shape[1:]) != (3, image_size, image_size):
-        raise ValueError(f"{name} expects pixels [B,3,{image_size},{image_size}], given {list(pixels.shape)}")
-
-
 def sized(name: str, defaults: Mapping[str, int], given: Mapping[str, int] | None) -> dict[str, int]:
     """`defaults` overruled by what an `architecture` says. Raises ValueError for what no attention can have."""
     sizes = {**defaults, **{key: value for key, value in (given or {}).items() if value is not None}}
