@@ -1,14 +1,16 @@
 """Tiny CLIPs of random weights: the host's own, and our towers on the same weights."""
 
-import torch
-from lavis.models.clip_models import model as host_clip
+from functools import partial
 
-from neucore_plugin.models.backbones.clip import ClipImage, ClipText
+import torch
+from encoder_case import encoder
+from lavis.models.clip_models import model as host_clip
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8}
 VIT = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
 RESNET = {"embed_dim": 24, "vision_cfg": {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8}, "text_cfg": TEXT}
+clip_image, clip_text = partial(encoder, "image", "clip"), partial(encoder, "text", "clip")
 
 
 def host_model(config, **more):
@@ -31,11 +33,11 @@ def write_hosts(folder):
 
 
 def image(hosts, name, **settings):
-    return ClipImage(config=VIT if name == "vit" else RESNET, pretrained=hosts[name][1], **settings).eval()
+    return clip_image(config=VIT if name == "vit" else RESNET, pretrained=hosts[name][1], **settings).eval()
 
 
 def text(hosts, **settings):
-    return ClipText(config=VIT, pretrained=hosts["vit"][1], **settings).eval()
+    return clip_text(config=VIT, pretrained=hosts["vit"][1], **settings).eval()
 
 
 def pixels(count, side):

@@ -36,7 +36,6 @@ class Mine(BaseModel):
         self.patches = nn.Conv2d(3, width, 8, stride=8)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
         self.letters = nn.Embedding(128, width)
-        self.norm = nn.LayerNorm(width)
         self.other = nn.Linear(width, 2)
 
     @classmethod
@@ -50,13 +49,7 @@ class Mine(BaseModel):
         return x
 
     def extract_features(self, samples, mode="multimodal"):
-        """No tokenizer: its words are letters, and each sees the padding of the batch."""
-        if mode == "image":
-            return SimpleNamespace(image_embeds=self.image(samples["image"]))
-        length = max(map(len, samples["text_input"]))
-        ids = torch.tensor([[ord(letter) % 128 for letter in text.ljust(length)] for text in samples["text_input"]])
-        x = self.norm(self.letters(ids))
-        return {"text_embeds": x + x.amax(1, keepdim=True)}
+        return SimpleNamespace(image_embeds=self.image(samples["image"]))
 
     def encode_pixels(self, images):
         tokens = self.image(images)
@@ -72,6 +65,9 @@ class Mine(BaseModel):
     def as_numbers(self, images):
         return [1.0, 2.0]
 
+    def one_vector(self, images):
+        return images.mean((2, 3))
+
     def broken(self, images):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -84,25 +80,14 @@ class Silent(BaseModel):
         self.layer = nn.Linear(1, 1)
 
 
-class Vector(Silent):
-    """One vector an image; several types."""
+class Typed(Silent):
+    """A user's model of several types."""
 
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {"small": "s.yaml", "large": "l.yaml"}
 
-    @classmethod
-    def from_config(cls, cfg=None):
-        return cls()
 
-    def extract_features(self, samples):
-        return self.layer(samples["image"].mean((1, 2, 3))[:, None]).expand(-1, 5)
-
-
-def tiny_vit():
-    return VisionTransformerEncoder(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
-
-
-class TinyBlip(BlipFeatureExtractor):
-    """The host's BLIP feature extractor, of tiny parts."""
+class Tiny:
+    """What both of the host's feature extractors need to be tiny and offline; `text` is their BERT."""
 
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {}
 
@@ -112,22 +97,18 @@ class TinyBlip(BlipFeatureExtractor):
 
     @classmethod
     def from_config(cls, cfg=None):
-        image = tiny_vit()
+        image = VisionTransformerEncoder(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
         image.vision_width = 16
-        return cls(image, XBertEncoder(BertConfig(**BERT, fusion_layer=0), add_pooling_layer=False), 8)
+        return cls(image, cls.text(), 8)
 
 
-class TinyAlbef(AlbefFeatureExtractor):
-    """The host's ALBEF feature extractor, of tiny parts."""
-
-    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {}
-
+class TinyBlip(Tiny, BlipFeatureExtractor):
     @classmethod
-    def init_tokenizer(cls):
-        return bert_tokenizer()
+    def text(cls):
+        return XBertEncoder(BertConfig(**BERT, fusion_layer=0), add_pooling_layer=False)
 
+
+class TinyAlbef(Tiny, AlbefFeatureExtractor):
     @classmethod
-    def from_config(cls, cfg=None):
-        image = tiny_vit()
-        image.vision_width = 16
-        return cls(image, BertForMaskedLM(BertConfig(**BERT, fusion_layer=1)), 8)
+    def text(cls):
+        return BertForMaskedLM(BertConfig(**BERT, fusion_layer=1))

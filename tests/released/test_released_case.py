@@ -1,7 +1,7 @@
 """The released code's numbers: every quantity of a golden case, made elsewhere with random weights in float64.
 
 The case is no part of the project: NEUCORE_RELEASED_CASE names its .npz file, otherwise it is looked up at
-`../shared/data/official/cirr_small.npz` beside the checkout. `official_case.py` does the comparing.
+`../shared/data/official/cirr_small.npz` beside the checkout. `released_case.py` does the comparing.
 A case of other settings (S 5, depth 3, T 2, pictures through a ResNet) is made here by plain loops.
 """
 
@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import official_case
+import released_case
 import pytest
 import released_reference as slow
 import torch
@@ -31,25 +31,25 @@ def path() -> Path:
 
 
 @pytest.fixture(scope="module")
-def case(path: Path) -> official_case.Case:
-    return official_case.run(path)
+def case(path: Path) -> released_case.Case:
+    return released_case.run(path)
 
 
 @pytest.mark.parametrize("part", ["out/main/", "out/edge/", "out/infer/", "out/gumbel", "out32/", "grad/", "adamw/"])
-def test_every_recorded_quantity(case: official_case.Case, part: str) -> None:
+def test_every_recorded_quantity(case: released_case.Case, part: str) -> None:
     recorded = {key for key in case.values if key.startswith(part)} if part.startswith("out") else set()
     found = {key for key in case.found if key.startswith(part)}
     assert found and recorded <= found | set(case.skipped)
-    assert not [f"{key}: {case.found[key]}" for key in found if not case.found[key][0] <= official_case.TOLERANCE]
+    assert not [f"{key}: {case.found[key]}" for key in found if not case.found[key][0] <= released_case.TOLERANCE]
 
 
-def test_what_is_not_compared_has_a_reason(case: official_case.Case) -> None:
+def test_what_is_not_compared_has_a_reason(case: released_case.Case) -> None:
     assert not [name for name, reason in case.skipped.items() if reason == "not known here"]
 
 
-def test_the_model_as_users_call_it(case: official_case.Case) -> None:
+def test_the_model_as_users_call_it(case: released_case.Case) -> None:
     for name in ("encode_query, encode_image, score", "forward"):
-        assert case.found[name][0] <= official_case.TOLERANCE
+        assert case.found[name][0] <= released_case.TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_a_difference_is_found(path: Path, tmp_path: Path, name: str, spoiled: t
     values[name] = values[name] * 1.001 if name != "w/noun_encoder.bias" else values[name] + np.float16(0.01)
     np.savez(tmp_path / "case.npz", **values)
     shutil.copy(path.with_suffix(".json"), tmp_path / "case.json")
-    assert official_case.main([str(tmp_path / "case.npz")]) == 1
+    assert released_case.main([str(tmp_path / "case.npz")]) == 1
     lines = capsys.readouterr().out.splitlines()
     for key in spoiled:
         assert any(line.startswith(key) and line.endswith("<- above") for line in lines), key
 
 
 def test_a_case_needs_both_files(tmp_path: Path, capsys) -> None:
-    assert official_case.main([str(tmp_path / "none.npz")]) == 2
+    assert released_case.main([str(tmp_path / "none.npz")]) == 2
     assert "CASE.json must lie side by side" in capsys.readouterr().err
 
 
@@ -146,7 +146,7 @@ def make(folder: Path, height: int = 64, width: int = 64, extra: int = 1) -> Pat
 
 
 def test_a_case_of_other_settings(made: Path, capsys) -> None:
-    assert official_case.main([str(made)]) == 0, capsys.readouterr().out
+    assert released_case.main([str(made)]) == 0, capsys.readouterr().out
     printed = capsys.readouterr().out
     for name in ("out/main/loss", "out/main/hat_t", "out/infer/infer_scores_single", "encode_query", "forward"):
         assert f"\n{name}" in printed
@@ -154,7 +154,7 @@ def test_a_case_of_other_settings(made: Path, capsys) -> None:
 
 
 def test_pictures_that_are_not_square_and_no_further_gallery(tmp_path: Path, capsys) -> None:
-    assert official_case.main([str(make(tmp_path, 64, 96, extra=0))]) == 0, capsys.readouterr().out
+    assert released_case.main([str(make(tmp_path, 64, 96, extra=0))]) == 0, capsys.readouterr().out
     printed = capsys.readouterr().out
     for name in ("out/main/loss", "out/main/r_token", "out/infer/infer_scores_single", "encode_query", "forward"):
         assert f"\n{name}" in printed
@@ -166,17 +166,17 @@ def test_a_quantity_that_is_not_known_here_is_no_success(made: Path, tmp_path: P
         values = {key: arrays[key] for key in arrays.files}
     np.savez(tmp_path / "case.npz", **values, **{name: np.ones(3)})
     shutil.copy(made.with_suffix(".json"), tmp_path / "case.json")
-    assert official_case.main([str(tmp_path / "case.npz")]) == 1
+    assert released_case.main([str(tmp_path / "case.npz")]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert f"not compared: {name} (not known here)" in lines and lines[-1] == "1 not known here"
 
 
 def test_batch_statistics_of_the_cnn_are_recognised(made: Path) -> None:
     """A case recorded with batch norm by the batch is met as such, with its gradients."""
-    case = official_case.Case(made)
-    by_batch = official_case.set_batch_norm(case.model, True)
-    tokens = by_batch.image_tokens(official_case.inputs(case, "main", by_batch)["img_src"])
-    out = official_case.everything(by_batch, case, "main")
+    case = released_case.Case(made)
+    by_batch = released_case.set_batch_norm(case.model, True)
+    tokens = by_batch.image_tokens(released_case.inputs(case, "main", by_batch)["img_src"])
+    out = released_case.everything(by_batch, case, "main")
     out["loss"].backward()
     name = "img_enc.cnn.module.0.weight"
     gradient = by_batch.backbone.image.network.conv1.weight.grad.reshape(-1).numpy()
@@ -189,12 +189,12 @@ def test_batch_statistics_of_the_cnn_are_recognised(made: Path) -> None:
         "grad/norm": np.array([np.linalg.norm(gradient)]),
         "grad/sample4": drawn[None],
     }
-    official_case.set_batch_norm(case.model.requires_grad_(True), False).zero_grad()
-    official_case.check_forward(case, "main")
-    official_case.check_gradients(case)
-    assert not official_case.failures(case)
+    released_case.set_batch_norm(case.model.requires_grad_(True), False).zero_grad()
+    released_case.check_forward(case, "main")
+    released_case.check_gradients(case)
+    assert not released_case.failures(case)
     assert case.found["out/main/loss"][1] == case.found[f"grad/{name}"][1] == "batch norm by the batch"
 
 
-def recorded_here(case: official_case.Case) -> list[str]:
-    return official_case.recorded(case, "out/main/")
+def recorded_here(case: released_case.Case) -> list[str]:
+    return released_case.recorded(case, "out/main/")

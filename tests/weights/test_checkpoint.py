@@ -94,7 +94,7 @@ def test_mismatches_are_listed_together():
     assert "some/file.pth" in text
     assert "missing in the file: scale" in text
     assert "unknown to the model: extra.weight" in text
-    assert "head.weight (5, 4) in the file, (2, 4) in the model" in text
+    assert "head.weight [5, 4] in the file, [2, 4] in the model" in text
     assert "gone (absent in the model)" in text
     assert "config" in text
 
@@ -170,10 +170,10 @@ def torch_bytes(value) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda whole, path: whole[: len(whole) // 2], "truncated, damaged, or no checkpoint"),
-        (lambda whole, path: whole[:-30], "truncated, damaged, or no checkpoint"),
+        (lambda whole, path: whole[: len(whole) // 2], "truncated, damaged, or no file of weights"),
+        (lambda whole, path: whole[:-30], "truncated, damaged, or no file of weights"),
         (lambda whole, path: b"", "0 bytes"),
-        (lambda whole, path: b"not a checkpoint at all\n" * 9, "truncated, damaged, or no checkpoint"),
+        (lambda whole, path: b"not a checkpoint at all\n" * 9, "truncated, damaged, or no file of weights"),
         (lambda whole, path: whole.replace(b"\x00\x00\x80\x3f", b"\x00\x00\x81\x3f", 1), "checksum"),
         (lambda whole, path: torch_bytes({"model": Hostile(path)}), r"refused: it contains code.*system"),
         (lambda whole, path: pickle.dumps(Hostile(path)), r"refused: it contains code.*system"),

@@ -99,7 +99,9 @@ class ResNet(Encoder):
         self.settings = f"resnet:{image_size}"
         if weights is not None and load:
             path = Path(weights).expanduser()
-            fit(self.network, read_state(path), path)
+            state = {name: value for name, value in read_state(path).items() if not name.startswith("fc.")}
+            counters = [name for name in self.network.state_dict() if name.endswith("num_batches_tracked")]
+            fit(self.network, state, path, absent=counters, exact=True)  # old files lack the counters
         elif load:
             warnings.warn(
                 f"model.backbone.image: {network} has random weights; name a file of torchvision's in its `weights`",

@@ -7,14 +7,15 @@ from functools import partial
 import blip_case as case
 import pytest
 import torch
+from encoder_case import backbone as build
+from encoder_case import encoder as made
 from lavis.models import clip_vit, eva_vit
 from lavis.models.blip2_models import Qformer as host_qformer
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from torch import nn
 
 from neucore_plugin.common.errors import CheckpointError, ConfigError
-from neucore_plugin.models.backbones import blip2, build_backbone
-from neucore_plugin.models.backbones.blip2 import Blip2Image, Blip2Text
+from neucore_plugin.models.backbones import blip2
 
 SIZE, QUERIES = 28, 3
 SIZES = case.IMAGE | {"query_width": 16, "query_layers": 3, "query_heads": 2}
@@ -65,12 +66,13 @@ def published(request, tmp_path_factory):
 
 def image(vit="eva_clip_g", tokens="queries", size=SIZE, **settings):
     settings = {"pretrained": "none", "vit_pretrained": "none", "load": False, **settings}
-    return Blip2Image(vit, tokens, size, QUERIES, SIZES, **settings).eval()
+    settings = {"architecture": SIZES, **settings}
+    return made("image", "blip2", vit=vit, tokens=tokens, image_size=size, queries=QUERIES, **settings).eval()
 
 
 def text(shared=None, **settings):
-    settings = {"max_words": 20, "pretrained": "none", "load": False, **settings}
-    return Blip2Text(architecture=None if shared else TEXT, shared=shared, **settings).eval()
+    settings = {"architecture": None if shared else TEXT, "pretrained": "none", "load": False, **settings}
+    return made("text", "blip2", shared=shared, **{"max_words": 20, **settings}).eval()
 
 
 def files(folder):
@@ -161,7 +163,7 @@ def test_texts(shared):
     case.check_text(encoder)
     case.check_adapters(encoder)
     case.check_fingerprint(encoder)
-    assert len(encoder.blocks) == 3 and encoder.tail == []
+    assert len(encoder.blocks) == 3 and not encoder.tail
     found = encoder.train()(case.TEXTS)
     case.seeded_sum(found["words"], found["sentence"]).backward()
     reached, named = case.with_gradient(encoder)
@@ -208,8 +210,8 @@ def sections(**image_section):
 
 @torch.no_grad()
 def test_a_checkpoint_restores_both_sides():
-    trained = case.scrambled(build_backbone(sections(), load=False))
-    fresh = build_backbone(sections(), load=False)
+    trained = case.scrambled(build(sections(), load=False))
+    fresh = build(sections(), load=False)
     fresh.load_state_dict(trained.state_dict())
     for ours, theirs, given in (
         (fresh.text, trained.text, case.TEXTS),
@@ -225,25 +227,25 @@ def test_a_shared_qformer_must_be_the_same():
     with pytest.raises(ValueError, match="one architecture and one file of weights.*none.*other.pth"):
         text(side.qformer, pretrained="other.pth")
     with pytest.raises(ValueError, match="one architecture"):
-        Blip2Text(architecture={**TEXT, "layers": 2}, pretrained="none", load=False, shared=side.qformer)
-    assert Blip2Text(architecture=TEXT, load=False, shared=side.qformer).in_checkpoint
+        text(side.qformer, architecture={**TEXT, "layers": 2})
+    assert text(side.qformer, architecture=TEXT, pretrained=None).in_checkpoint
 
 
 def test_a_backbone_shares_where_both_sides_are_one_model():
     config = sections()
-    backbone = build_backbone(config, load=False)
+    backbone = build(config, load=False)
     borrowed = backbone.image.qformer.bert.encoder.layer[1].attention
     assert backbone.text.blocks[1].attention is borrowed
     config["text"]["freeze"] = False
     with pytest.raises(ConfigError, match="must be the same on both sides"):
-        build_backbone(config, load=False)
+        build(config, load=False)
     config["image"]["tokens"] = "patches"  # no Q-Former there
-    alone = build_backbone(config, load=False)
+    alone = build(config, load=False)
     assert any(".attention." in name for name in alone.text.state_dict())
 
 
 def test_what_cannot_be():
-    with pytest.raises(ValueError, match=r"blip2 expects pixels \[B,3,28,28\], given \[1, 3, 14, 28\]"):
+    with pytest.raises(ValueError, match=r"blip2 expects 28 px squares, given \[1, 3, 14, 28\]"):
         image()(torch.zeros(1, 3, 14, 28))
     with pytest.raises(ValueError, match="multiple of its patches' 14 px; got 32"):
         image(size=32)
@@ -252,7 +254,7 @@ def test_what_cannot_be():
     with pytest.raises(ValueError, match="blip2.tokens: 'query' is none. Did you mean 'queries'"):
         image(tokens="query")
     with pytest.raises(ValueError, match="query_width 16 is no multiple of query_heads 3"):
-        Blip2Image(architecture={**SIZES, "query_heads": 3})
+        image(architecture={**SIZES, "query_heads": 3})
 
 
 # ---- files of weights -----------------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ def test_a_file_of_another_network_is_refused_by_name(published, tmp_path):
     vit, _, folder = published
     other = tmp_path / "other.pth"
     torch.save({"model": {"ln_vision.weight": torch.ones(12), "ln_vision.bias": torch.ones(12)}}, other)
-    with pytest.raises(CheckpointError, match=f"(?s){other} holds weights of another.*missing: Qformer.query_tokens"):
+    with pytest.raises(CheckpointError, match=f"(?s){other} holds weights of another.*missing in .*: Qformer.query"):
         image(vit, **{**files(folder), "pretrained": str(other)})
     with pytest.raises(CheckpointError, match=f"(?s){other} holds weights of another.*It has ln_vision.weight"):
         image(vit, **{**files(folder), "vit_pretrained": str(other)})

@@ -4,15 +4,29 @@ import json
 
 import pytest
 import torch
-from clip_case import RESNET, TEXT, VISION, VIT, host_clip, host_model, image, pixels, text, write_hosts
+from clip_case import (
+    RESNET,
+    TEXT,
+    VISION,
+    VIT,
+    clip_image,
+    clip_text,
+    host_clip,
+    host_model,
+    image,
+    pixels,
+    text,
+    write_hosts,
+)
 from lavis.models.clip_models import pretrained as published
 from lavis.models.clip_models.tokenizer import tokenize
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.config.loading import model_defaults
-from neucore_plugin.models.backbones.clip import MEAN, STD, ClipImage, ClipText
+from neucore_plugin.models.backbones.encoder import normalisation
 from neucore_plugin.weights import pretrained as weights
 
+MEAN, STD = normalisation("clip")
 TEXTS = ["make it red", "", "a longer dress, with no sleeves", "blue"]
 LONG = "red dress " * 60
 
@@ -85,7 +99,7 @@ def test_quick_gelu_is_the_hosts(hosts, chosen):
     ],
 )
 def test_quick_gelu_follows_the_names(arch, pretrained, expected):
-    encoder = ClipText(arch, pretrained=pretrained, load=False)
+    encoder = clip_text(arch=arch, pretrained=pretrained, load=False)
     assert encoder.quick_gelu is expected
     assert isinstance(encoder.blocks[0].mlp.gelu, host_clip.QuickGELU) is expected
     assert encoder.in_checkpoint is (pretrained == "none")
@@ -187,7 +201,7 @@ def test_another_size_interpolates_the_positions(hosts, name, size, side):
 @pytest.mark.parametrize(("config", "size", "wanted"), [(VIT, 36, "a multiple of 8"), (RESNET, 80, "a multiple of 32")])
 def test_a_size_that_does_not_fit_is_refused(config, size, wanted):
     with pytest.raises(ConfigError, match=f"model.backbone.image.image_size is {size}; .*{wanted}"):
-        ClipImage(config=config, pretrained="none", image_size=size)
+        clip_image(config=config, pretrained="none", image_size=size)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -261,13 +275,13 @@ def test_fingerprints_change_with_a_weight(hosts):
 )
 def test_wrong_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
-        ClipImage(**settings)
+        clip_image(**settings)
 
 
 def test_wrong_number_of_words():
     for count in (0, 76):
         with pytest.raises(ConfigError, match=f"text.max_words is {count}; this CLIP keeps 1 to 75 word pieces"):
-            ClipText(config=VIT, pretrained="none", max_words=count)
+            clip_text(config=VIT, pretrained="none", max_words=count)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +299,7 @@ def test_sizes_of_published_architectures(arch, size, tokens, width, monkeypatch
     """Published sizes, without building the networks."""
     empty = torch.nn.ModuleDict({"visual": torch.nn.ModuleDict({"attnpool": torch.nn.Identity()})})
     monkeypatch.setattr(host_clip, "CLIP", lambda **settings: empty)
-    encoder = ClipImage(arch, pretrained="none", load=False)
+    encoder = clip_image(arch=arch, pretrained="none", load=False)
     assert (encoder.image_size, encoder.num_tokens, encoder.width) == (size, tokens, width)
     assert (encoder.mean, encoder.std) == (MEAN, STD)
 

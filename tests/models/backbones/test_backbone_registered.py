@@ -1,20 +1,17 @@
 """Any registered model as a backbone: models of one's own, the host's feature extractors, shared ones, and mistakes."""
 
-import inspect
-import json
 import sys
 
 import pytest
 import torch
+from encoder_case import encoder as encoder_of
 from lavis.common.registry import registry
-from lavis.models.clip_models import model as host_clip
-from registered_case import Mine, Silent, TinyAlbef, TinyBlip, Vector
+from registered_case import Mine, Silent, TinyAlbef, TinyBlip, Typed
 from torch import nn
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.config.loading import model_defaults
-from neucore_plugin.models.backbones.clip import MEAN
-from neucore_plugin.models.backbones.registered import RegisteredImage, RegisteredText
+from neucore_plugin.models.backbones.encoder import normalisation
 
 TEXTS = ["red dress", "", "a much longer red dress", "sleeveless"]
 
@@ -22,7 +19,7 @@ TEXTS = ["red dress", "", "a much longer red dress", "sleeveless"]
 @pytest.fixture(autouse=True)
 def models():
     """Names in the host's registry, for one test."""
-    names = {"test_mine": Mine, "test_silent": Silent, "test_vector": Vector}
+    names = {"test_mine": Mine, "test_silent": Silent, "test_typed": Typed}
     names |= {"test_blip": TinyBlip, "test_albef": TinyAlbef}
     torch.manual_seed(0)
     for name, kind in names.items():
@@ -37,7 +34,13 @@ def pixels(count=3, side=32):
 
 
 def image(arch="test_mine", **settings):
-    return RegisteredImage(arch, image_size=32, **settings).eval()
+    return encoder_of("image", "registered", arch=arch, **{"image_size": 32, **settings}).eval()
+
+
+def text(arch="test_mine", **settings):
+    """By `encode_texts` of Mine; the host's extractors are asked for features."""
+    settings = {"method": "encode_texts" if arch == "test_mine" else None, **settings}
+    return encoder_of("text", "registered", arch=arch, **settings).eval()
 
 
 # ---- models of one's own ---------------------------------------------------------------------------------------------
@@ -50,7 +53,7 @@ def test_a_model_of_ones_own_is_found_by_name():
     assert (encoder.width, encoder.num_tokens, encoder.grid, encoder.pooled_width) == (12, 16, (4, 4), 12)
     assert torch.equal(out["tokens"], encoder.host.model.image(images))
     assert torch.equal(out["pooled"], out["tokens"].mean(1))
-    assert (encoder.mean, encoder.in_checkpoint) == (MEAN, True)
+    assert (encoder.mean, encoder.in_checkpoint) == (normalisation("clip")[0], True)
     assert image(config={"width": 20}, save_weights=False, mean=[0, 0, 0]).width == 20
     assert image(spatial=False).grid is None
     with pytest.raises(ValueError, match="test_mine expects 32 px squares, given"):
@@ -64,54 +67,31 @@ def test_methods_of_ones_own():
     assert (encoder.num_tokens, encoder.grid, encoder.pooled_width) == (17, (4, 4), 2)
     assert torch.equal(out["tokens"][:, 1:], model.image(images))
     assert torch.equal(out["pooled"], model.other(model.image(images).mean(1)))
-    text = RegisteredText("test_mine", method="encode_texts").eval()
-    out = text(TEXTS)
+    words = text()
+    out = words(TEXTS)
     assert out["mask"].sum(1).tolist() == [2, 0, 5, 1]
     assert not out["words"][~out["mask"]].any()
-    letters = text.host.model.letters.weight
+    letters = words.host.model.letters.weight
     assert torch.equal(out["words"][0, 1], letters[ord("d")])
     assert torch.equal(out["sentence"][0], letters[ord("r")] + letters[ord("d")])
     assert not out["sentence"][1].any()
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "encode_texts"}])
 @torch.no_grad()
-def test_a_text_does_not_depend_on_its_batch(settings):
-    encoder = RegisteredText("test_mine", **settings).eval()
+def test_a_text_does_not_depend_on_its_batch():
+    encoder = text()
     out = encoder(TEXTS)
-    for row, text in enumerate(TEXTS):
-        alone = encoder([text])
+    for row, one in enumerate(TEXTS):
+        alone = encoder([one])
         length = alone["words"].shape[1]
         torch.testing.assert_close(out["words"][row, :length], alone["words"][0], atol=1e-6, rtol=0)
         assert out["mask"][row].sum() == length
         torch.testing.assert_close(out["sentence"][row], alone["sentence"][0], atol=1e-6, rtol=0)
     assert [tuple(value.shape) for value in encoder(["", " "]).values()] == [(2, 0, 12), (2, 0), (2, 12)]
     assert [tuple(value.shape) for value in encoder([]).values()] == [(0, 0, 12), (0, 0), (0, 12)]
-    few = RegisteredText("test_mine", max_words=2, **settings).eval()
+    few = text(max_words=2)
     few.load_state_dict(encoder.state_dict())
     assert torch.equal(few(["red dress now"])["sentence"], encoder(["red  dress"])["sentence"])
-
-
-def test_one_vector_an_image_has_no_place():
-    encoder = image("test_vector", config={})
-    out = encoder(pixels())
-    assert out["tokens"].shape == (3, 1, 5)
-    assert torch.equal(out["pooled"], out["tokens"][:, 0])
-    assert encoder.grid is None
-
-
-@torch.no_grad()
-def test_the_hosts_clip_gives_one_token(tmp_path, monkeypatch):
-    monkeypatch.setattr(host_clip, "_MODEL_CONFIGS", dict(host_clip._MODEL_CONFIGS))
-    monkeypatch.setattr(host_clip, "_MODEL_CONFIG_PATHS", list(host_clip._MODEL_CONFIG_PATHS))
-    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1}
-    (tmp_path / "tiny.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}))
-    host_clip.add_model_config(tmp_path / "tiny.json")
-    encoder, images = image("clip", config={"model_type": "tiny", "pretrained": ""}), pixels()
-    assert torch.equal(encoder(images)["tokens"][:, 0], encoder.host.model.encode_image(images))
-    with pytest.raises(ConfigError, match="clip loses the end of long texts; use its own adapter, name: clip"):
-        RegisteredText("clip", config={"model_type": "tiny", "pretrained": ""})
 
 
 def test_a_module_is_imported_first(tmp_path, monkeypatch):
@@ -119,14 +99,13 @@ def test_a_module_is_imported_first(tmp_path, monkeypatch):
         "import torch\nfrom lavis.common.registry import registry\nfrom lavis.models.base_model import BaseModel\n\n\n"
         '@registry.register_model("test_imported")\nclass Imported(BaseModel):\n'
         "    def __init__(self):\n        super().__init__()\n        self.layer = torch.nn.Conv2d(3, 4, 16, 16)\n\n"
-        "    def extract_features(self, samples):\n"
-        "        return self.layer(samples['image']).flatten(2).transpose(1, 2)\n"
+        "    def encode(self, images):\n        return self.layer(images).flatten(2).transpose(1, 2)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"no model 'test_imported'\..*name it in model.backbone.image.module"):
         image("test_imported")
     try:
-        assert image("test_imported", module="encoders_of_mine").grid == (2, 2)
+        assert image("test_imported", method="encode", module="encoders_of_mine").grid == (2, 2)
     finally:
         registry.mapping["model_name_mapping"].pop("test_imported", None)
         sys.modules.pop("encoders_of_mine", None)
@@ -147,8 +126,8 @@ def test_the_hosts_feature_extractors(arch):
     assert torch.equal(out["tokens"], expected)
     assert (side.num_tokens, side.grid) == (17, (4, 4))
     assert torch.equal(out["pooled"], expected[:, 0])  # the class token
-    text = RegisteredText(arch, shared=side.host, max_words=6).eval()
-    out = text([*TEXTS, "one two three four five sleevelessness"])
+    words = text(arch, shared=side.host, max_words=6)
+    out = words([*TEXTS, "one two three four five sleevelessness"])
     assert out["mask"].sum(1).tolist() == [2, 0, 5, 2, 6]  # word pieces, without [CLS] and [SEP]
     for row, given in enumerate(TEXTS):
         if given:
@@ -157,34 +136,16 @@ def test_the_hosts_feature_extractors(arch):
             torch.testing.assert_close(out["words"][row, : len(alone) - 2], alone[1:-1], atol=1e-5, rtol=0)
     assert not out["sentence"][1].any()
     assert not out["words"][~out["mask"]].any()
-    nothing = text(["\u200b", "red"])  # a letter that the tokenizer drops: no word is left
+    nothing = words(["\u200b", "red"])  # a letter that the tokenizer drops: no word is left
     assert nothing["mask"].sum(1).tolist() == [0, 1]
     assert not nothing["sentence"][0].any()
 
 
 @torch.no_grad()
 def test_a_text_longer_than_the_model_takes_is_cut():
-    encoder = RegisteredText("test_blip").eval()
+    encoder = text("test_blip")
     out = encoder(["unbelievably " * 400, "red"])  # the host's own call ends in an error past 512 word pieces
     assert out["mask"].sum(1).tolist() == [64, 1]
-
-
-@pytest.mark.parametrize("how", ["cut", "padded"])
-@torch.no_grad()
-def test_a_model_that_cuts_or_pads_texts_itself(how, monkeypatch):
-    encoder = RegisteredText("test_blip").eval()
-    exact, original = encoder(TEXTS), encoder.host.model.extract_features
-
-    def extract(samples, mode):
-        found = original(samples, mode).text_embeds
-        found = found[:, :6] if how == "cut" else nn.functional.pad(found, (0, 0, 0, 4), value=9.0)
-        return {"text_embeds": found}
-
-    monkeypatch.setattr(encoder.host.model, "extract_features", extract)
-    out = encoder(TEXTS)
-    assert out["mask"].sum(1).tolist() == [2, 0, 5, 2]
-    torch.testing.assert_close(out["words"], exact["words"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(out["sentence"], exact["sentence"], atol=1e-5, rtol=0)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -199,22 +160,22 @@ def test_gradients_reach_what_is_trained_and_the_rest_is_idle():
     assert {name.partition(".")[0] for name in trained(encoder)} == {"patches", "layers"}
     encoder(pixels())["tokens"].square().sum().backward()
     assert all(value.grad is not None for value in encoder.parameters() if value.requires_grad)
-    assert len(encoder.idle) == 5  # letters, norm and other
+    assert len(encoder.idle) == 3  # letters and other
     assert encoder.blocks == list(encoder.host.model.layers)
-    assert (encoder.lora_targets, encoder.tail) == ((), [])  # the blocks are linear layers, they hold none
-    text = RegisteredText("test_mine", frozen=False)
-    assert {name.partition(".")[0] for name in trained(text)} == {"letters", "norm"}
-    text(TEXTS)["sentence"].square().sum().backward()
-    assert all(value.grad is not None for value in text.parameters() if value.requires_grad)
+    assert (encoder.lora_targets, encoder.tail) == ((), ())  # the blocks are linear layers, they hold none
+    words = text(frozen=False)
+    assert {name.partition(".")[0] for name in trained(words)} == {"letters"}
+    words(TEXTS)["sentence"].square().sum().backward()
+    assert all(value.grad is not None for value in words.parameters() if value.requires_grad)
 
 
 def test_of_a_shared_model_both_sides_are_trained():
     side = image(frozen=False)
-    text = RegisteredText("test_mine", frozen=False, shared=side.host)
-    assert text.host is side.host
-    assert {name.partition(".")[0] for name in trained(text)} == {"patches", "layers", "letters", "norm"}
-    assert len(side.idle) == len(text.idle) == 2  # other's weight and bias
-    (side(pixels())["tokens"].sum() + text(TEXTS)["words"].square().sum()).backward()
+    words = text(frozen=False, shared=side.host)
+    assert words.host is side.host
+    assert {name.partition(".")[0] for name in trained(words)} == {"patches", "layers", "letters"}
+    assert len(side.idle) == len(words.idle) == 2  # other's weight and bias
+    (side(pixels())["tokens"].sum() + words(TEXTS)["words"].square().sum()).backward()
     assert all(value.grad is not None for value in side.parameters() if value.requires_grad)
 
 
@@ -230,14 +191,13 @@ def test_what_the_model_has_frozen_itself_stays_frozen(monkeypatch):
     assert {name.partition(".")[0] for name in trained(image(frozen=False))} == {"layers"}
 
 
-@pytest.mark.parametrize("side", [RegisteredImage, RegisteredText])
+@pytest.mark.parametrize("side", [image, text])
 def test_features_without_gradient_cannot_be_trained(side):
-    settings = {"image_size": 32} if side is RegisteredImage else {}
-    side("test_blip", **settings)
+    side("test_blip")
     with pytest.raises(
         ConfigError, match=r"freeze is false, but no gradient reaches .* name a differentiable `method`"
     ):
-        side("test_blip", frozen=False, **settings)
+        side("test_blip", frozen=False)
 
 
 def test_a_method_makes_the_hosts_encoder_trainable():
@@ -254,20 +214,20 @@ def image_embeds(model):
 
 
 def test_words_are_remembered_while_frozen():
-    encoder = RegisteredText("test_mine").requires_grad_(False).eval()
+    encoder = text().requires_grad_(False)
     assert not encoder.words_live
     found = encoder.embed_words(["red", "", "dress"])
     assert torch.equal(found[0], encoder(["red"])["sentence"][0])
     assert not found[1].any()
     assert encoder.embed_words([]).shape == (0, 12)
     called = []
-    encoder.host.model.norm.register_forward_hook(lambda *args: called.append(args))
+    encoder.host.model.letters.register_forward_hook(lambda *args: called.append(args))
     assert torch.equal(encoder.embed_words(["dress", "red"]), found[[2, 0]])
     assert not called
     state = {name: value + 1 for name, value in encoder.state_dict().items()}
     nn.ModuleDict({"text": encoder}).load_state_dict({f"text.{name}": value for name, value in state.items()})
     assert (encoder.embed_words(["red"])[0] - found[0]).abs().max() > 1e-3  # other weights, other words
-    live = RegisteredText("test_mine", frozen=False)
+    live = text(frozen=False)
     assert live.words_live
     assert live.embed_words(["red", "dress"]).requires_grad
 
@@ -280,8 +240,8 @@ def test_fingerprints_change_with_weights_and_settings():
     with torch.no_grad():
         same.host.model.patches.weight[0, 0, 0, 0] += 1
     assert one.fingerprint != same.fingerprint
-    text, short = (RegisteredText("test_mine", max_words=count, shared=one.host) for count in (64, 8))
-    assert len({one.fingerprint, text.fingerprint, short.fingerprint}) == 3
+    long, short = (text(max_words=count, shared=one.host) for count in (64, 8))
+    assert len({one.fingerprint, long.fingerprint, short.fingerprint}) == 3
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -294,34 +254,35 @@ def test_fingerprints_change_with_weights_and_settings():
         ({"arch": "test_silent"}, r"'test_silent' has no extract_features; name .*image.method: pixels \[B,3,H,W\]"),
         ({"method": "encode_pixel"}, "image.method: test_mine has no method 'encode_pixel'. Did you mean 'encode_pix"),
         ({"blocks": "layer"}, "image.blocks: test_mine has no list of modules 'layer'. Did you mean 'layers'"),
-        ({"blocks": "norm"}, "image.blocks: test_mine has no list of modules 'norm'"),
+        ({"blocks": "other"}, "image.blocks: test_mine has no list of modules 'other'"),
         ({"model_type": "base"}, "image.model_type: test_mine has no type 'base'. Allowed: nothing"),
-        ({"arch": "test_vector"}, "image.model_type: test_vector has several types: small, large"),
-        ({"arch": "test_vector", "model_type": "smal"}, "no type 'smal'. Did you mean 'small'"),
-        ({"arch": "test_vector", "model_type": "small", "config": {}}, "give model_type, or config in its place"),
+        ({"arch": "test_typed"}, "image.model_type: test_typed has several types: small, large"),
+        ({"arch": "test_typed", "model_type": "smal"}, "no type 'smal'. Did you mean 'small'"),
+        ({"arch": "test_typed", "model_type": "small", "config": {}}, "give model_type, or config in its place"),
         ({"config": {"width": -1}}, "image: test_mine cannot be built .RuntimeError: "),
         ({"method": "as_numbers"}, "test_mine gives list, wanted: pixels"),
+        ({"method": "one_vector"}, r"test_mine gives \[1, 3\], wanted: pixels"),
         ({"method": "encode_pixels.forward"}, "has no method 'encode_pixels.forward'"),
         ({"method": "broken"}, "cannot encode a blank input .RuntimeError: mat1 and mat2 shapes.*needed is"),
     ],
 )
 def test_mistakes_of_an_image_side(settings, message):
     with pytest.raises(ConfigError, match=message):
-        image(**{"arch": "test_mine", **settings})
+        image(**settings)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"arch": "test_silent"}, r"text: the host's model 'test_silent' has no extract_features"),
-        ({"arch": "test_vector", "config": {}}, r"cannot encode a blank input .KeyError: 'image'"),
+        ({"method": None}, r"text: test_mine has no tokenizer of a BERT.* name a `method`: list of texts -> {'words'"),
         ({"method": "letters.forward"}, "cannot encode a blank input .TypeError"),
         ({"method": "as_numbers"}, r"text.method: as_numbers must give list of texts -> {'words'"),
     ],
 )
 def test_mistakes_of_a_text_side(settings, message):
     with pytest.raises(ConfigError, match=message):
-        RegisteredText(**{"arch": "test_mine", **settings})
+        text(**settings)
 
 
 def test_the_config_is_checked_before_the_host_is_asked():
@@ -337,7 +298,3 @@ def test_the_config_is_checked_before_the_host_is_asked():
         "model.backbone.text.mode: unknown key (given 1)",
     ):
         assert problem in str(caught.value)
-    plain = {"name": "registered", "arch": "a"}
-    filled = model_defaults({"backbone": {"image": plain, "text": plain}})["backbone"]
-    for section, kind in ((filled["image"], RegisteredImage), (filled["text"], RegisteredText)):
-        assert set(inspect.signature(kind).parameters) - {"shared", "frozen"} <= set(section)

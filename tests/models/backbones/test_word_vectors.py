@@ -2,11 +2,16 @@
 
 import numpy as np
 import pytest
+from encoder_case import encoder
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.models.backbones.resnet_gru import GloveBiGRU, word_list
+from neucore_plugin.models.backbones.resnet_gru import word_list
 
 WORDS = word_list(["red blue dress", "longer make it sleeve"])
+
+
+def read(path, **settings):
+    return encoder("text", "glove_bigru", words=WORDS, word_dim=5, width=8, glove=path, **settings)
 
 
 def test_word_vectors_from_a_text_file_and_a_matrix(tmp_path):
@@ -16,17 +21,17 @@ def test_word_vectors_from_a_text_file_and_a_matrix(tmp_path):
     np.save(tmp_path / "glove.npy", matrix)
     (tmp_path / "list").write_text("red\nzoo\nit\n")
     for glove, names in (("glove.txt", None), ("glove.npy", tmp_path / "list")):
-        encoder = GloveBiGRU(WORDS, 5, 8, glove=tmp_path / glove, glove_words=names)
-        assert encoder.words_found == 2
-        assert np.allclose(encoder.embed_words(["red", "it"]).detach(), matrix[[0, 2]])
+        found = read(tmp_path / glove, glove_words=names)
+        assert found.words_found == 2
+        assert np.allclose(found.embed_words(["red", "it"]).detach(), matrix[[0, 2]])
 
 
 def test_words_with_blanks(tmp_path):
     """GloVe's largest file holds some, and their first word may be one of ours."""
     lines = (", 9 9 9 9 9", "red name@domain.com 1 2 3 4 5", ". . . 1 1 1 1 1", "red 5 4 3 2 1", "it 7 1 1 1 1 1")
     (tmp_path / "glove.txt").write_text("\n".join(lines) + "\n")
-    encoder = GloveBiGRU(WORDS, 5, 8, glove=tmp_path / "glove.txt")
-    assert encoder.words_found == 1 and encoder.embed_words(["red"]).tolist() == [[5, 4, 3, 2, 1]]
+    found = read(tmp_path / "glove.txt")
+    assert found.words_found == 1 and found.embed_words(["red"]).tolist() == [[5, 4, 3, 2, 1]]
 
 
 def test_word_vectors_that_cannot_be_used(tmp_path):
@@ -34,7 +39,7 @@ def test_word_vectors_that_cannot_be_used(tmp_path):
         if content is not None:
             (tmp_path / name).write_text(content)
         with pytest.raises(DataError, match=match):
-            GloveBiGRU(WORDS, 5, 8, glove=tmp_path / name, **more)
+            read(tmp_path / name, **more)
 
     refused("none.txt", None, "no word vectors at .*none.txt .*give a GloVe text file")
     refused("narrow.txt", "red 1 2 3\n", r"narrow.txt, line 1: 3 numbers, expected 5 \(model.backbone.text.word_dim\)")

@@ -8,6 +8,8 @@ import pytest
 import released_reference as slow
 import torch
 import yaml
+from encoder_case import backbone as build
+from encoder_case import encoder as made
 from reference import contrastive_loss, focal_loss
 from torchvision import models as zoo
 
@@ -15,8 +17,7 @@ from neucore_plugin import launch
 from neucore_plugin.common.errors import CheckpointError, ConfigError
 from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config.loading import load_config, model_defaults
-from neucore_plugin.models.backbones import resnet_gru
-from neucore_plugin.models.backbones.resnet_gru import SPECIALS, GloveBiGRU, ResNet, split_words, word_list
+from neucore_plugin.models.backbones.resnet_gru import SPECIALS, split_words, word_list
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.released import convert
 from neucore_plugin.weights import checkpoint
@@ -175,19 +176,23 @@ def test_weights_of_no_known_cnn_are_refused():
         convert.convert_state(state, OPT, WORDS, ConceptVocabulary(CONCEPTS))
 
 
+def resnet(network, weights=None, **settings):
+    return made("image", "resnet", network=network, weights=weights, **settings)
+
+
 def test_resnet_reads_torchvisions_file_and_nothing_else(resnet18, tmp_path):
     torch.save(resnet18.state_dict(), tmp_path / "good.pth")
-    encoder = ResNet("resnet18", tmp_path / "good.pth", image_size=64).eval()
+    encoder = resnet("resnet18", tmp_path / "good.pth", image_size=64).eval()
     assert torch.equal(encoder.network.layer4[1].conv2.weight, resnet18.layer4[1].conv2.weight)
-    with pytest.raises(CheckpointError, match="good.pth holds no weights of torchvision's resnet34"):
-        ResNet("resnet34", tmp_path / "good.pth")
-    with pytest.raises(CheckpointError, match="no file .*none.pth; download torchvision's"):
-        ResNet("resnet18", tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match="good.pth holds weights of another network"):
+        resnet("resnet34", tmp_path / "good.pth")
+    with pytest.raises(CheckpointError, match="no file .*none.pth; give a file of weights"):
+        resnet("resnet18", tmp_path / "none.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="cut.pth holds no weights"):
-        ResNet("resnet18", tmp_path / "cut.pth")
+    with pytest.raises(CheckpointError, match="cut.pth is truncated, damaged"):
+        resnet("resnet18", tmp_path / "cut.pth")
     with pytest.warns(UserWarning, match="resnet18 has random weights"):
-        ResNet("resnet18")
+        resnet("resnet18")
     with pytest.raises(ValueError, match="64 px squares"):
         encoder(torch.zeros(1, 3, 32, 32))
 
@@ -197,7 +202,7 @@ def test_a_frozen_resnet_does_not_move_and_a_free_one_does(resnet18, tmp_path):
     section = {"image": {"name": "resnet", "network": "resnet18", "weights": str(tmp_path / "r.pth"), "image_size": 32}}
     text = {"name": "glove_bigru", "word_dim": 5, "width": 8, "freeze": False}
     for freeze in (True, False):
-        backbone = resnet_gru_backbone({"image": {**section["image"], "freeze": freeze}, "text": text})
+        backbone = build({"image": {**section["image"], "freeze": freeze}, "text": text}, WORDS)
         backbone.train()
         before = {name: value.clone() for name, value in backbone.image.state_dict().items()}
         parameters = list(backbone.image.parameters())
@@ -213,14 +218,8 @@ def test_a_frozen_resnet_does_not_move_and_a_free_one_does(resnet18, tmp_path):
         assert not (freeze and moved)
 
 
-def resnet_gru_backbone(section):
-    from neucore_plugin.models.backbones import build_backbone
-
-    return build_backbone(section, WORDS)
-
-
 def test_features_say_what_they_take():
-    encoder = resnet_gru.Features(width=6, grid=2)
+    encoder = made("image", "features", width=6, grid=2)
     maps = torch.arange(24.0).reshape(1, 6, 2, 2)
     tokens = encoder(maps)["tokens"]
     assert tokens.shape == (1, 4, 6) and tokens[0, 1].tolist() == [1, 5, 9, 13, 17, 21]
@@ -234,7 +233,7 @@ def test_features_say_what_they_take():
 @pytest.fixture
 def encoder():
     torch.manual_seed(1)
-    return GloveBiGRU(WORDS, word_dim=5, width=8).double()
+    return made("text", "glove_bigru", words=WORDS, word_dim=5, width=8).double()
 
 
 def test_words_of_captions():
@@ -267,7 +266,8 @@ def test_texts_without_words_and_no_texts(encoder):
 
 def test_glove_freezes_in_parts():
     whole, words, free = (
-        GloveBiGRU(WORDS, 5, 8, frozen=f, freeze_words=w) for f, w in ((True, True), (False, True), (False, False))
+        made("text", "glove_bigru", words=WORDS, word_dim=5, width=8, frozen=f, freeze_words=w)
+        for f, w in ((True, True), (False, True), (False, False))
     )
     assert [len(list(one.parameters())) for one in (whole, words, free)] == [0, 8, 9]
     assert whole.state_dict().keys() == words.state_dict().keys() == free.state_dict().keys()

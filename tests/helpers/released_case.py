@@ -1,4 +1,4 @@
-"""The released code's numbers against this package: python tests/official_case.py CASE.npz
+"""The released code's numbers against this package: python tests/helpers/released_case.py CASE.npz
 
 A case is made elsewhere by running the released code with random weights: CASE.npz holds w/ weights under the
 checkpoint's names, in/ inputs, out/ and out32/ results in float64 and float32, grad/ gradient norms, adamw/ changes of
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from official_quantities import everything, inputs
+from released_quantities import everything, inputs
 from torch import Tensor, nn
 
 from neucore_plugin.concepts import ConceptVocabulary

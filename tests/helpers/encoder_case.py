@@ -1,0 +1,22 @@
+"""Encoders and backbones with what their schemas say where a test says nothing: constructors have no defaults."""
+
+from neucore_plugin.config.encoders import BACKBONE_SCHEMAS, EncoderSchema
+from neucore_plugin.config.loading import model_defaults
+from neucore_plugin.models.backbones import build_backbone, encoder_class
+
+TUNING = set(EncoderSchema.model_fields)  # the backbone's business
+
+
+def encoder(side, name, **settings):
+    fields = BACKBONE_SCHEMAS[side][name].model_fields
+    defaults = {key: field.default for key, field in fields.items() if key not in TUNING and not field.is_required()}
+    return encoder_class(side, name)(**{**defaults, **settings})
+
+
+def complete(sections, **tuning):
+    filled = model_defaults({"arch": "neucore", "model_type": "embedded", "backbone": sections})["backbone"]
+    return {side: {**settings, **tuning} for side, settings in filled.items()}
+
+
+def backbone(sections, *arguments, **settings):
+    return build_backbone(complete(sections), *arguments, **settings)
