@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import released_case
 import pytest
+import released_case
 import released_reference as slow
 import torch
 from places import REAL
