@@ -17,7 +17,7 @@ from neucore_plugin.config.loading import model_defaults, read_yaml
 from neucore_plugin.models.backbones.resnet_gru import NETWORKS, SPECIALS, word_list
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.processors import CaptionProcessor
-from neucore_plugin.released.names import cnn_names, converted_state, grouped, is_cnn, settings_from
+from neucore_plugin.released.names import cnn_of, converted_state, grouped, is_cnn, settings_from
 from neucore_plugin.released.vocabulary_pickle import read_vocabulary_pickle
 from neucore_plugin.weights import checkpoint
 from neucore_plugin.weights.files import misfits, read, state_of
@@ -133,9 +133,9 @@ def cnn_state(path: str | Path, width: int) -> dict[str, Tensor]:
     """
     wanted = f"torchvision's state dict of one of {', '.join(NETWORKS)}"
     state = {f"img_enc.cnn.{name}": value for name, value in load_released(path, wanted)[0].items()}
-    network = next((network for network in NETWORKS if cnn_names(state, network) is not None), None)
-    if network is None:
+    if (found := cnn_of(state)) is None:
         raise CheckpointError(f"the CNN {path} is not {wanted}: names or shapes of its weights differ")
+    network = found[0]
     if NETWORKS[network] != width:
         raise CheckpointError(
             f"the CNN {path} is a {network} with {NETWORKS[network]} channels; the checkpoint was trained on {width}"
@@ -191,11 +191,12 @@ def convert(
         raise ConfigError(
             f"--out {output} is a folder; give the file that is to be written, such as {output}/model.pth"
         )
-    state, held = load_released(source)
+    state, given = load_released(source)
+    given |= settings or {}
     if cnn is not None:
         if any(is_cnn(name) for name in state):
             raise CheckpointError(f"{source} brings its own CNN; leave out the file {cnn}")
-        settings_from(state, {**held, **(settings or {})}, model_type, released_types())  # it is told first what lacks
+        settings_from(state, given, model_type, released_types())  # first of all it is told what lacks
         state |= cnn_state(cnn, state["img_enc.proj.weight"].shape[1])
     texts = captions_of(captions)
     notes, listed = [], None
@@ -206,18 +207,17 @@ def convert(
         notes.append("words: rebuilt from the captions in order of appearance; only their number could be checked")
     else:
         raise DataError("the words of the embedding are needed: give the training captions, or the vocabulary pickle")
-    held = {**held, **(settings or {})}
     if concepts is not None:
         known = ConceptVocabulary.from_json(concepts)
     elif listed is not None:
         known = ConceptVocabulary(listed)
     elif texts:
-        section = settings_from(state, held, model_type, released_types())
+        section = settings_from(state, given, model_type, released_types())
         pos = model_defaults(section)["concepts"]["pos"]
         known = ConceptVocabulary.from_captions(ConceptExtractor(tuple(pos))(texts, progress=True), min_count=1)
     else:
         raise DataError("the vocabulary pickle names no concepts: give the training captions, or a concept vocabulary")
-    done = convert_state(state, held, words, known, model_type)
+    done = convert_state(state, given, words, known, model_type)
     done.notes += notes
     weights, frozen = checkpoint.model_state(done.model)
     try:

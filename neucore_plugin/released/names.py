@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neucore_plugin.common.errors import CheckpointError, ConfigError
+from neucore_plugin.common.errors import CheckpointError, ConfigError, first_few
 from neucore_plugin.models.backbones.resnet_gru import NETWORKS
 
 _ENGINE = "program_engine."
@@ -46,6 +46,17 @@ _PARTS = (
 )
 # No result of the released code depends on these.
 _IDLE = ("Attention_IS.", "concept_net.encoder.head.", "concept_net.encoder.patch_embed.")
+_NEEDED = {  # weights that every checkpoint has, and the number of their axes
+    "txt_enc.embed.weight": 2,
+    "txt_enc.sent_enc.weight_hh_l0": 2,
+    "txt_enc.sent_enc.weight_hh_l0_reverse": 2,
+    "img_enc.proj.weight": 4,
+    "noun_encoder.weight": 2,
+    "concept_net.encoder.pos_embed": 3,
+    "program_engine.executors.layer0.instruction_type0.module.layers.0.0.fn.to_qkv.weight": 2,
+    "program_engine.executors.layer0.instruction_type0.module.layers.0.1.fn.net.0.weight": 2,
+}
+_FIRST_MLP = "concept_net.encoder.blocks.0.mlp.fc1.weight"
 _DATA = {"cirr": "official_cirr", "fashioniq": "official_fashioniq", "shoes": "official_shoes"}
 
 
@@ -126,18 +137,21 @@ def cnn_names(state: Mapping[str, Tensor], network: str) -> dict[str, str] | Non
     return by_order if fits(by_order) else None
 
 
+def cnn_of(state: Mapping[str, Tensor]) -> tuple[str, dict[str, str]] | None:
+    """(a CNN's name, see `cnn_names`) of the weights below `img_enc.`; None where they are no known CNN's."""
+    found = ((network, cnn_names(state, network)) for network in NETWORKS)
+    return next(((network, names) for network, names in found if names is not None), None)
+
+
 def name_map(state: Mapping[str, Tensor]) -> tuple[dict[str, str | None], str | None]:
     """({authors' name: our name, None where nothing uses it}, the CNN's name or None). Raises CheckpointError."""
     network, inner = None, {}
     if any(is_cnn(name) for name in state):
-        for candidate in NETWORKS:
-            if (names := cnn_names(state, candidate)) is not None:
-                network, inner = candidate, names
-                break
-        else:
+        if (found := cnn_of(state)) is None:
             raise CheckpointError(
                 f"the weights below img_enc. are none of {', '.join(NETWORKS)}, so the image encoder cannot be built"
             )
+        network, inner = found
     return {
         name: f"backbone.image.network.{inner[name]}" if name in inner else renamed(name) for name in state
     }, network
@@ -166,20 +180,19 @@ def settings_from(
         model_type: of ours; None means by the file's data set.
         defaults: {model type: its model section}.
     """
-    absent = [f"{name} is absent" for name in _NEEDED if name not in state]
-    if absent:
-        problems = absent
-        hint = ", ".join(list(state)[:4]) or "nothing"
-        raise CheckpointError(f"no checkpoint of the released NEUCORE: {'; '.join(problems)} (it holds {hint}, ...)")
-    ranks = {name: state[name].dim() for name in _NEEDED}
-    shapes = [
-        f"{name} has {ranks[name]} axes, not {wanted}" for name, wanted in _NEEDED.items() if ranks[name] != wanted
+    problems = [f"{name} is absent" for name in _NEEDED if name not in state]
+    problems += [
+        f"{name} has {state[name].dim()} axes, not {axes}"
+        for name, axes in _NEEDED.items()
+        if name in state and state[name].dim() != axes
     ]
     temperature = state.get("temperature")
     if temperature is not None and temperature.numel() != 1:
-        shapes.append(f"temperature has {temperature.numel()} numbers, not 1")
-    if shapes:
-        raise CheckpointError(f"no checkpoint of the released NEUCORE: {'; '.join(shapes)}")
+        problems.append(f"temperature has {temperature.numel()} numbers, not 1")
+    if problems:
+        raise CheckpointError(
+            f"no checkpoint of the released NEUCORE: {'; '.join(problems)} (it holds {first_few(state)})"
+        )
     model_type = model_type or _DATA.get(str(given.get("data_name", "")).lower())
     if model_type not in defaults:
         raise CheckpointError(
@@ -235,19 +248,6 @@ def settings_from(
             "learn_temperature": bool(given.get("learn_temperature", True)),
         },
     }
-
-
-_NEEDED = {  # and the number of axes
-    "txt_enc.embed.weight": 2,
-    "txt_enc.sent_enc.weight_hh_l0": 2,
-    "txt_enc.sent_enc.weight_hh_l0_reverse": 2,
-    "img_enc.proj.weight": 4,
-    "noun_encoder.weight": 2,
-    "concept_net.encoder.pos_embed": 3,
-    "program_engine.executors.layer0.instruction_type0.module.layers.0.0.fn.to_qkv.weight": 2,
-    "program_engine.executors.layer0.instruction_type0.module.layers.0.1.fn.net.0.weight": 2,
-}
-_FIRST_MLP = "concept_net.encoder.blocks.0.mlp.fc1.weight"
 
 
 def _whole(given: Mapping[str, Any], name: str, default: int) -> int:

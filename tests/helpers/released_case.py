@@ -14,6 +14,7 @@ import copy
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from neucore_plugin.weights import checkpoint
 TOLERANCE = 1e-5
 ZERO_GRADIENT = 1e-12  # relative to the largest: exactly 0 in theory (a bias under a softmax), rounding in the record
 UNKNOWN = "not known here"
+Found = dict[str, tuple[float, str]]  # {quantity: (deviation, remark)}
 GIVEN = ("w/", "in/", "shape/")  # sections of a case that hold no result
 
 
@@ -52,7 +54,7 @@ class Case:
         count = self.state["txt_enc.embed.weight"].shape[0]
         self.words = [*SPECIALS, *(f"word{row}" for row in range(len(SPECIALS), count))]
         self.model = self._converted()
-        self.found: dict[str, tuple[float, str]] = {}
+        self.found: Found = {}
         self.skipped: dict[str, str] = {}
         self.used: set[str] = set()  # arrays that were compared row by row, under other names
 
@@ -119,11 +121,6 @@ class Case:
         return worst if np.isfinite(worst) else float("inf")
 
 
-def batch_modes(model: NeucoreModel) -> tuple[bool, ...]:
-    """How batch norms may have been when a case was recorded: only of interest with a CNN."""
-    return (False, True) if any(isinstance(part, nn.BatchNorm2d) for part in model.modules()) else (False,)
-
-
 def set_batch_norm(model: NeucoreModel, by_batch: bool) -> NeucoreModel:
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -135,13 +132,22 @@ def recorded(case: Case, section: str) -> list[str]:
     return [key.removeprefix(section) for key in case.values if key.startswith(section)]
 
 
+def closest(case: Case, compare: Callable[[NeucoreModel, str], Found]) -> None:
+    """Note what `compare(a copy of the model, remark)` finds, in the mode of batch norm that deviates least."""
+    has_norms = any(isinstance(part, nn.BatchNorm2d) for part in case.model.modules())
+    found = [
+        compare(set_batch_norm(copy.deepcopy(case.model), by_batch), "batch norm by the batch" if by_batch else "")
+        for by_batch in ((False, True) if has_norms else (False,))
+    ]
+    case.found |= min(found, key=lambda one: max((deviation for deviation, _ in one.values()), default=0.0))
+
+
+@torch.no_grad()
 def check_forward(case: Case, batch: str) -> None:
     """Every intermediate quantity; layer inputs beyond the first may be recorded under the first's name."""
-    best: dict[str, float] = {}
-    for by_batch in batch_modes(case.model):
-        with torch.no_grad():
-            out = everything(set_batch_norm(copy.deepcopy(case.model), by_batch), case, batch)
-        deviations = {}
+
+    def compare(model: NeucoreModel, remark: str) -> Found:
+        out, found = everything(model, case, batch), {}
         for name in recorded(case, f"out/{batch}/"):
             if name not in out:
                 case.skipped[f"out/{batch}/{name}"] = UNKNOWN
@@ -149,42 +155,39 @@ def check_forward(case: Case, batch: str) -> None:
             options = [out[name]]
             if name == "executor_in":
                 options += [value for key, value in out.items() if key.startswith("executor_in_l")]
-            deviations[name] = min(case.deviation(f"{batch}/{name}", value) for value in options)
-        if not best or max(deviations.values(), default=0.0) < max(best.values(), default=0.0):
-            best, remark = deviations, "batch norm by the batch" if by_batch else ""
-    for name, value in best.items():
-        case.found[f"out/{batch}/{name}"] = (value, remark)
+            found[f"out/{batch}/{name}"] = (min(case.deviation(f"{batch}/{name}", value) for value in options), remark)
+        return found
+
+    closest(case, compare)
 
 
 def check_gradients(case: Case) -> None:
     """Norm and four drawn entries of the gradient of `loss`, for every weight of the checkpoint."""
-    best: dict[str, tuple[float, str]] = {}
     case.used |= {"grad/keys", "grad/norm", "grad/sample4"}
     rows = list(zip(*(case.values[f"grad/{key}"] for key in ("keys", "norm", "sample4")), strict=True))
     largest = max(float(norm) for _, norm, _ in rows if np.isfinite(norm))
-    for by_batch in batch_modes(case.model):
-        model = set_batch_norm(copy.deepcopy(case.model), by_batch)
+
+    def compare(model: NeucoreModel, remark: str) -> Found:
         everything(model, case, "main")["loss"].backward()
-        parameters, deviations = dict(model.named_parameters()), {}
+        parameters, found = dict(model.named_parameters()), {}
         for name, norm, sample in rows:
             parameter = parameters.get(case.names.get(str(name)) or "")
-            gradient = None if parameter is None else parameter.grad
-            key, remark = f"grad/{name}", "batch norm by the batch" if by_batch else ""
+            gradient, key = None if parameter is None else parameter.grad, f"grad/{name}"
             if not np.isfinite(norm) or gradient is None:
                 differs = np.isfinite(norm) != (gradient is not None)
-                deviations[key] = (float("inf") if differs else 0.0, "takes no part")
+                found[key] = (float("inf") if differs else 0.0, "takes no part")
                 continue
             flat = gradient.reshape(-1).numpy()
             drawn = flat[np.random.RandomState(5).randint(0, flat.size, 4)]
             difference = max(abs(np.linalg.norm(flat) - norm), np.abs(drawn - sample).max())
             if norm <= ZERO_GRADIENT * largest:
                 negligible = np.linalg.norm(flat) <= ZERO_GRADIENT * largest
-                deviations[key] = (0.0 if negligible else float("inf"), "zero but for rounding")
+                found[key] = (0.0 if negligible else float("inf"), "zero but for rounding")
             else:
-                deviations[key] = (float(difference / norm), remark)
-        if not best or max(d for d, _ in deviations.values()) < max(d for d, _ in best.values()):
-            best = deviations
-    case.found |= best
+                found[key] = (float(difference / norm), remark)
+        return found
+
+    closest(case, compare)
 
 
 @torch.no_grad()
@@ -262,32 +265,28 @@ def check_interface(case: Case, images: Tensor) -> None:
 def check_noise(case: Case) -> None:
     """Runs with Gumbel noise from a seed, in float64 and float32."""
     for section, kind in (("out", torch.float64), ("out32", torch.float32)):
-        seeds = sorted({key.split("/")[1] for key in case.values if key.startswith(f"{section}/gumbel")})
-        for seed in seeds:
-            best: dict[str, tuple[float, str]] = {}
-            for by_batch in batch_modes(case.model):
-                model = set_batch_norm(copy.deepcopy(case.model), by_batch).to(kind)
-                model.fusion.instructions.gumbel = True
+        for seed in sorted({key.split("/")[1] for key in case.values if key.startswith(f"{section}/gumbel")}):
+
+            def compare(model: NeucoreModel, remark: str, section=section, kind=kind, seed=seed) -> Found:
+                model.to(kind).fusion.instructions.gumbel = True
                 model.fusion.instructions.train()
                 torch.manual_seed(int(seed.removeprefix("gumbel")))
-                out, remark = everything(model, case, "main"), "batch norm by the batch" if by_batch else ""
+                out = everything(model, case, "main")
                 names = [name for name in recorded(case, f"{section}/{seed}/") if name in out]
-                found = {
+                return {
                     f"{section}/{seed}/{name}": (case.deviation(f"{seed}/{name}", out[name], section), remark)
                     for name in names
                 }
-                if not best or max(d for d, _ in found.values()) < max(d for d, _ in best.values()):
-                    best = found
-            case.found |= best
+
+            closest(case, compare)
 
 
 def check_training(case: Case) -> None:
     """Three steps of AdamW on the main batch: losses before each and after the last, change of every weight."""
     if "out/adamw/losses" not in case.values:
         return
-    best: dict[str, tuple[float, str]] = {}
-    for by_batch in batch_modes(case.model):
-        model = set_batch_norm(copy.deepcopy(case.model), by_batch)
+
+    def compare(model: NeucoreModel, remark: str) -> Found:
         before = {name: value.clone() for name, value in model.state_dict().items()}
         optimizer = torch.optim.AdamW(model.parameters(), lr=case.opt["lr"], weight_decay=0.01)
         losses, temperatures = [], []
@@ -299,7 +298,6 @@ def check_training(case: Case) -> None:
                 out["loss"].backward()
                 optimizer.step()
                 temperatures.append(model.matching.temperature.detach().clone())
-        remark = "batch norm by the batch" if by_batch else ""
         results = {"adamw/losses": torch.stack(losses), "adamw/temperature": torch.cat(temperatures)}
         results["adamw/scores_after3"] = out["scores"]
         found = {
@@ -307,13 +305,12 @@ def check_training(case: Case) -> None:
             for name, value in results.items()
             if f"out/{name}" in case.values
         }
-        found |= weight_changes(case, before, model.state_dict(), remark)
-        if not best or max(d for d, _ in found.values()) < max(d for d, _ in best.values()):
-            best = found
-    case.found |= best
+        return found | weight_changes(case, before, model.state_dict(), remark)
+
+    closest(case, compare)
 
 
-def weight_changes(case: Case, before: dict, after: dict, remark: str) -> dict[str, tuple[float, str]]:
+def weight_changes(case: Case, before: dict, after: dict, remark: str) -> Found:
     norms = dict(zip(map(str, case.values["grad/keys"]), case.values["grad/norm"], strict=True))
     largest, found = max(norm for norm in norms.values() if np.isfinite(norm)), {}
     case.used |= {"adamw/delta_keys", "adamw/delta_norm"}
