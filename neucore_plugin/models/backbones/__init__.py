@@ -17,8 +17,9 @@ Both have
 - `in_checkpoint` (False where absent): frozen weights travel in our checkpoints, since nobody could fetch them again,
 - and, to be tuned in part, `blocks` (first to last), `tail` (modules or parameters after them), `idle` (parameters in
   them that nothing here uses) and `lora_targets` (last parts of the names of linear layers).
-Of `frozen`, `load` (whether to read the file of weights), `words` (a word vocabulary) and `shared` (the part of the
-image encoder named by `shares`, when both sides are one model) a constructor gets what it takes.
+The bases in `encoder.py` have these defaults. Of `frozen`, `load` (whether to read the file of weights), `words` (a
+word vocabulary) and `shared` (the part of the image encoder named by `shares`, when both sides are one model) a
+constructor gets what it takes; everything else is required: the schemas in `config/encoders.py` alone have defaults.
 """
 
 import importlib
