@@ -12,26 +12,17 @@ import types
 
 import numpy as np
 import pytest
-import released_reference as slow
 import torch
+from released_reference import ENGINE
+from released_weights import CONCEPTS, OPT, WORDS, converted, tensors
 from torchvision import models as zoo
 
 import neucore_plugin
 from neucore_plugin.common.errors import CheckpointError, ConfigError, DataError
 from neucore_plugin.concepts import ConceptVocabulary
-from neucore_plugin.models.backbones.resnet_gru import SPECIALS
 from neucore_plugin.released import convert, names, vocabulary_pickle
 from neucore_plugin.released.vocabulary_pickle import read_vocabulary_pickle
 from neucore_plugin.weights import checkpoint
-
-WORDS = [*SPECIALS, "red", "blue", "dress", "longer", "make", "it", "sleeve"]
-CONCEPTS = ("red", "dress", "sleeve")
-OPT = {"data_name": "shoes", "concept_heads": 2, "module_heads": 2, "module_dim_head": 3, "embed_dim": 8}
-
-
-def tensors(width=6):
-    w = slow.random_weights(4, len(WORDS), 5, 8, width, depth=2, types=5, layers=2, module_depth=3, heads=2, head_dim=3)
-    return {name: torch.from_numpy(value) for name, value in w.items()}
 
 
 @pytest.fixture
@@ -93,7 +84,7 @@ def test_files_that_are_refused(theirs, tmp_path, monkeypatch):
         path = tmp_path / "bad.pth"
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(CheckpointError, match=match):
-            convert.convert_state(*convert.load_released(path), WORDS, ConceptVocabulary(CONCEPTS))
+            read(path)
 
     state = tensors()
     refused({"state_dict": state, "x": Hostile()}, "is refused: it contains code that would run .*system")
@@ -115,9 +106,8 @@ def test_files_that_are_refused(theirs, tmp_path, monkeypatch):
         convert.load_released(tmp_path / "none.pth")
 
 
-def converted(path, settings=None):
-    state, held = convert.load_released(path)
-    return convert.convert_state(state, {**held, **(settings or {})}, WORDS, ConceptVocabulary(CONCEPTS))
+def read(path):
+    return converted(*convert.load_released(path))
 
 
 @pytest.mark.parametrize(
@@ -138,13 +128,13 @@ def converted(path, settings=None):
 def test_weights_of_another_form(tmp_path, name, value, match):
     torch.save({"opt": OPT, "state_dict": {**tensors(), name: value}}, tmp_path / "bad.pth")
     with pytest.raises(CheckpointError, match=match):
-        converted(tmp_path / "bad.pth")
+        read(tmp_path / "bad.pth")
 
 
 def test_settings_that_are_no_numbers():
     def refused(error, match, **settings):
         with pytest.raises(error, match=match):
-            convert.convert_state(tensors(), {**OPT, **settings}, WORDS, ConceptVocabulary(CONCEPTS))
+            converted(settings={**OPT, **settings})
 
     for name in ("concept_heads", "module_heads"):
         for value in ("abc", 0, -2, 2.5, True, [2]):
@@ -157,30 +147,26 @@ def test_a_scalar_temperature_none_and_numpy_scalars_beside_the_weights(tmp_path
     state = {**tensors(), "temperature": torch.tensor(1.3)}
     extra = {"best": np.float64(41.5), "epoch": np.int64(3), "done": np.bool_(True), "rate": np.float32(0.1)}
     torch.save({"opt": OPT, "state_dict": state, **extra}, tmp_path / "theirs.pth")
-    assert converted(tmp_path / "theirs.pth").model.matching.temperature.tolist() == pytest.approx([1.3])
+    assert read(tmp_path / "theirs.pth").model.matching.temperature.tolist() == pytest.approx([1.3])
     del state["temperature"]
     with pytest.raises(ConfigError, match="the setting temperature is 'warm'; a finite number"):
-        convert.convert_state(state, {**OPT, "temperature": "warm"}, WORDS, ConceptVocabulary(CONCEPTS))
-    done = convert.convert_state(state, {**OPT, "temperature": 2}, WORDS, ConceptVocabulary(CONCEPTS))
+        converted(state, {**OPT, "temperature": "warm"})
+    done = converted(state, {**OPT, "temperature": 2})
     assert done.model.matching.temperature.tolist() == [2] and done.notes == [
         "temperature: absent in the file, set to 2"
     ]
     torch.save({"opt": OPT, "state_dict": state, "x": np.array(["text"], dtype=object)}, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match="code that would run on loading, or a type that is unknown here .*numpy"):
-        converted(tmp_path / "odd.pth")
+        read(tmp_path / "odd.pth")
 
 
 def test_heads_that_the_file_does_not_tell_are_reported(tmp_path):
     given = {key: value for key, value in OPT.items() if key != "concept_heads"}
-    done = convert.convert_state(tensors(), given, WORDS, ConceptVocabulary(CONCEPTS))
+    done = converted(settings=given)
     lines = convert.report(done, "o.pth")
     assert "concept_heads 8: not in the file's settings but taken from official_shoes" in "\n".join(lines)
     assert not any("module_heads" in line for line in lines)
-    assert not converted_notes(OPT)
-
-
-def converted_notes(settings) -> list[str]:
-    return convert.convert_state(tensors(), settings, WORDS, ConceptVocabulary(CONCEPTS)).notes
+    assert not converted().notes
 
 
 def test_a_place_that_cannot_be_written(theirs, tmp_path):
@@ -202,7 +188,7 @@ def test_errors_of_a_cnn_name_its_file(theirs, tmp_path):
     refused({"layer.weight": torch.zeros(2)}, "the CNN .*cnn.pth is not torchvision's state dict of one of resnet18")
     refused(resnet, "the CNN .*cnn.pth is a resnet18 with 512 channels; the checkpoint was trained on 6")
     refused({"epoch": 1}, "cnn.pth holds no weights, a mapping")
-    torch.save({"opt": OPT, "state_dict": tensors(512)}, theirs)
+    torch.save({"opt": OPT, "state_dict": tensors(width=512)}, theirs)
     refused({**resnet, "bn1.bias": torch.full((64,), np.nan)}, "the CNN .*cnn.pth: 1 weights hold NaN")
     with pytest.raises(CheckpointError, match="no file .*none.pth; give torchvision's state dict"):
         convert.convert(theirs, tmp_path / "o.pth", [tmp_path / "cap.json"], cnn=tmp_path / "none.pth")
@@ -211,7 +197,7 @@ def test_errors_of_a_cnn_name_its_file(theirs, tmp_path):
 def test_words_that_do_not_belong_to_the_embedding(theirs, tmp_path):
     for words in (WORDS[:-1], ["<start>", "<pad>", *WORDS[2:]]):
         with pytest.raises(CheckpointError, match="word vocabulary does not belong .* the embedding has 12 rows"):
-            convert.convert_state(tensors(), OPT, words, ConceptVocabulary(CONCEPTS))
+            converted(words=words)
     with pytest.raises(DataError, match="give the training captions, or the vocabulary pickle"):
         convert.convert(theirs, tmp_path / "o.pth")
 
@@ -287,7 +273,7 @@ def test_captions_files_that_hold_none(tmp_path):
 
 def test_names_that_nothing_uses_are_listed_in_groups():
     assert names.grouped(["a.0.c", "a.12.c", "e"]) == ["a.*.c (2)", "e"]
-    for name in ("something.else", "program_engine.out_proj.model.x.fc.weight", f"{slow.ENGINE}executors.layer0.x"):
+    for name in ("something.else", "program_engine.out_proj.model.x.fc.weight", f"{ENGINE}executors.layer0.x"):
         assert names.renamed(name) is None
     for rest in ("module.layers.0", "params_generator.model.0.fc.fc.weight", "module.layers.a.0.fn.to_qkv.weight"):
-        assert names.renamed(f"{slow.ENGINE}executors.layer0.instruction_type0.{rest}") is None
+        assert names.renamed(f"{ENGINE}executors.layer0.instruction_type0.{rest}") is None

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import released_case
 import released_reference as slow
+import released_weights
 import torch
 from places import REAL
 from reference import contrastive_loss, focal_loss
@@ -79,18 +80,7 @@ def test_a_case_needs_both_files(tmp_path: Path, capsys) -> None:
     assert "CASE.json must lie side by side" in capsys.readouterr().err
 
 
-OPT = {
-    "data_name": "fashionIQ",
-    "concept_depth": 1,
-    "concept_heads": 2,
-    "engine_depth": 2,
-    "num_type_instruction": 5,
-    "module_depth": 3,
-    "module_heads": 2,
-    "module_dim_head": 3,
-    "temperature": 1.3,
-    "lr": 5e-4,
-}
+OPT = {**released_weights.OPT, "data_name": "fashionIQ", "concept_depth": 1, "temperature": 1.3, "lr": 5e-4}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +94,7 @@ def make(folder: Path, height: int = 64, width: int = 64, extra: int = 1) -> Pat
     extra: images of the gallery that are neither reference nor target.
     """
     random = np.random.default_rng(2)
-    w = slow.random_weights(3, 12, 5, 8, 512, depth=1, types=5, layers=2, module_depth=3, heads=2, head_dim=3)
+    w = released_weights.weights(seed=3, width=512, depth=1)
     w["img_enc.proj.weight"] /= 20
     torch.manual_seed(5)
     net = zoo.resnet18(weights=None).double().eval()

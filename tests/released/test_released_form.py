@@ -11,6 +11,7 @@ import yaml
 from encoder_case import backbone as build
 from encoder_case import encoder as made
 from reference import contrastive_loss, focal_loss
+from released_weights import CONCEPTS, OPT, WORDS, converted, tensors, weights
 from torchvision import models as zoo
 
 from neucore_plugin import launch
@@ -19,50 +20,14 @@ from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config.loading import load_config, model_defaults
 from neucore_plugin.models.backbones.resnet_gru import SPECIALS, split_words, word_list
 from neucore_plugin.models.neucore import NeucoreModel
-from neucore_plugin.released import convert
 from neucore_plugin.weights import checkpoint
-
-WORDS = [*SPECIALS, "red", "blue", "dress", "longer", "make", "it", "sleeve"]
-CONCEPTS = ("red", "dress", "sleeve")
-OPT = {
-    "data_name": "shoes",
-    "concept_depth": 2,
-    "concept_heads": 2,
-    "engine_depth": 2,
-    "num_type_instruction": 5,
-    "module_depth": 3,
-    "module_heads": 2,
-    "module_dim_head": 3,
-}
-
-
-def weights(**changes):
-    settings = {
-        "rows": len(WORDS),
-        "word_dim": 5,
-        "dim": 8,
-        "width": 6,
-        "depth": 2,
-        "types": 5,
-        "layers": 2,
-        "module_depth": 3,
-    }
-    return slow.random_weights(**{"seed": 4, "heads": 2, "head_dim": 3, **settings, **changes})
-
-
-def tensors(w):
-    return {name: torch.from_numpy(value) for name, value in w.items()}
-
-
-def converted(w):
-    return convert.convert_state(tensors(w), OPT, WORDS, ConceptVocabulary(CONCEPTS))
 
 
 @pytest.fixture(scope="module")
 def loops():
     """Weights and a converted model with S 5, depth 3, T 2, and a batch of two queries of unequal length."""
     w = weights()
-    model = converted(w).model
+    model = converted().model
     model.backbone.image.grid = (2, 2)
     maps = np.random.default_rng(1).normal(size=(4, 6, 2, 2))
     return w, model, maps, ["make it longer red", "blue dress"], [("red", "sleeve", "unheard"), ("dress",)]
@@ -111,8 +76,8 @@ def test_the_loss_is_that_of_the_loops(loops):
 
 
 def test_words_get_a_gradient_as_classes_and_none_as_concepts_of_the_query(loops):
-    w, _, maps, _, _ = loops
-    model = converted(w).model
+    _, _, maps, _, _ = loops
+    model = converted().model
     model.backbone.image.grid = (2, 2)
     assert not list(model.backbone.text.embedding.parameters())  # phase 1
     concepts, mask = model.query_concepts([("red",)])
@@ -152,8 +117,8 @@ def named(net, how):
 @pytest.mark.parametrize("how", ["torchvision", "sequence", "order"])
 @torch.no_grad()
 def test_a_cnn_of_the_checkpoint_is_found_under_any_names(resnet18, how):
-    state = {**tensors(weights(width=512)), **named(resnet18, how)}
-    done = convert.convert_state(state, OPT, WORDS, ConceptVocabulary(CONCEPTS))
+    state = {**tensors(width=512), **named(resnet18, how)}
+    done = converted(state)
     model = done.model
     assert model.config["backbone"]["image"]["network"] == "resnet18"
     assert [name for name in done.unused if name.endswith("fc.weight")] == (
@@ -171,9 +136,9 @@ def test_a_cnn_of_the_checkpoint_is_found_under_any_names(resnet18, how):
 
 
 def test_weights_of_no_known_cnn_are_refused():
-    state = {**tensors(weights()), "img_enc.cnn.layer9.weight": torch.zeros(3)}
+    state = {**tensors(), "img_enc.cnn.layer9.weight": torch.zeros(3)}
     with pytest.raises(CheckpointError, match="the weights below img_enc. are none of resnet18, resnet34"):
-        convert.convert_state(state, OPT, WORDS, ConceptVocabulary(CONCEPTS))
+        converted(state)
 
 
 def resnet(network, weights=None, **settings):
