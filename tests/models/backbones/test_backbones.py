@@ -177,10 +177,10 @@ def test_weights_that_cannot_be_fetched_are_told_before_anything_is_encoded(tmp_
 @pytest.mark.parametrize(("side", "name"), [(side, name) for side, known in ENCODERS.items() for name in known])
 def test_a_schema_says_what_its_encoder_takes_and_alone_has_defaults(side, name):
     takes = {}
-    for kind in encoder_class(side, name).__mro__:  # a subclass hands further settings on
+    for kind in encoder_class(side, name).__mro__[:2]:  # a subclass hands further settings on
         parameters = inspect.signature(kind.__init__).parameters
         takes = {**parameters, **takes}
-        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        if not {"settings", "identity"} & set(parameters):
             break
     offered = {"self", "settings", "identity", "frozen", "load", "words", "shared"}
     fixed = {"vit"} if name == "albef" else set()
