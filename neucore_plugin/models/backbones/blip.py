@@ -15,7 +15,6 @@ from lavis.models.vit import VisionTransformerEncoder
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from neucore_plugin.common.errors import nearest
 from neucore_plugin.models.backbones.bert_words import POSITION_IDS, BertText
 from neucore_plugin.models.backbones.encoder import Encoder, check_pixels, normalisation
 from neucore_plugin.models.backbones.vit import grid_of, resized_positions, sized
@@ -55,8 +54,6 @@ class BlipImage(Encoder):
         load: bool = True,
     ) -> None:
         super().__init__()
-        if vit not in self.urls:
-            raise ValueError(f"{self.name}.vit: {vit!r} is none.{nearest(vit, self.urls)}")
         sizes = sized(self.name, VITS[vit], architecture)
         self.image_size, self.grid = image_size, grid_of(self.name, image_size, patch_size)
         self.num_tokens = 1 + self.grid[0] * self.grid[1]

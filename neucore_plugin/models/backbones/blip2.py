@@ -15,7 +15,6 @@ from lavis.models.blip2_models.Qformer import BertModel
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from neucore_plugin.common.errors import nearest
 from neucore_plugin.models.backbones.bert_words import POSITION_IDS, BertText
 from neucore_plugin.models.backbones.encoder import Encoder, check_pixels, normalisation
 from neucore_plugin.models.backbones.vit import grid_of, resized_positions, sized
@@ -32,7 +31,6 @@ VITS = {
 QFORMER = {"width": 768, "layers": 12, "heads": 12}
 # What a low-rank adapter can sit beside: the ViTs use the weights of their other attention layers directly.
 VIT_TARGETS = {"eva_clip_g": ("proj",), "clip_L": ("c_fc", "c_proj")}
-TOKENS = ("queries", "patches")
 PATCH = 14
 VOCABULARY = 30523  # BERT's and [DEC]
 
@@ -87,9 +85,6 @@ class Blip2Image(Encoder):
         load: bool = True,
     ) -> None:
         super().__init__()
-        for setting, given, known in (("vit", vit, VITS), ("tokens", tokens, TOKENS)):
-            if given not in known:
-                raise ValueError(f"blip2.{setting}: {given!r} is none.{nearest(given, known)}")
         defaults = {**VITS[vit], **{f"query_{name}": size for name, size in QFORMER.items()}}
         sizes = sized("blip2", defaults, architecture)
         self.vit, self.image_size = vit, image_size

@@ -37,11 +37,9 @@ class EfficientNetLite0(Encoder):
         super().__init__()
         import timm
 
-        native = image_size // 32
-        if image_size % 32 or not 1 <= grid <= native:
+        if grid > image_size // 32:
             raise ValueError(
-                f"efficientnet_lite0 takes an image_size that is a multiple of 32 and a grid of 1 to image_size / 32; "
-                f"given image_size {image_size}, grid {grid}"
+                f"efficientnet_lite0 takes a grid of 1 to image_size / 32; given image_size {image_size}, grid {grid}"
             )
         self.image_size, self.grid, self.num_tokens = image_size, (grid, grid), grid * grid
         self.settings = f"efficientnet_lite0:{image_size}:{grid}"

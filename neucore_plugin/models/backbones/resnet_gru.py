@@ -87,11 +87,6 @@ class ResNet(Encoder):
         super().__init__()
         from torchvision import models
 
-        if image_size % 32 or network not in NETWORKS:
-            raise ValueError(
-                f"resnet takes one of {', '.join(NETWORKS)} and an image_size that is a multiple of 32; given "
-                f"{network!r}, {image_size}"
-            )
         side = image_size // 32
         self.width, self.grid, self.num_tokens, self.image_size = NETWORKS[network], (side, side), side**2, image_size
         self.network = getattr(models, network)(weights=None)
@@ -166,8 +161,6 @@ class GloveBiGRU(TextEncoder):
         super().__init__()
         if tuple(words[: len(SPECIALS)]) != SPECIALS or len(set(words)) != len(words):
             raise ValueError(f"a word vocabulary holds each word once and begins with {', '.join(SPECIALS)}")
-        if width % 2:
-            raise ValueError(f"glove_bigru has half its width a direction: width {width} is odd")
         self.words, self.word_width, self.width, self.max_words = tuple(words), word_dim, width, max_words
         self._rows = {word: row for row, word in enumerate(self.words)}
         self.embedding = nn.Embedding(len(self.words), word_dim)
@@ -176,8 +169,8 @@ class GloveBiGRU(TextEncoder):
         self.words_found = 0
         if glove is not None and load:
             self.words_found = read_word_vectors(glove, glove_words, self._rows, self.embedding.weight.data)
-        for part, held in ((self.embedding, frozen or freeze_words), (self.gru, frozen)):
-            if held:
+        for part, fixed in ((self.embedding, frozen or freeze_words), (self.gru, frozen)):
+            if fixed:
                 hold_as_buffers(part)
 
     @property

@@ -7,14 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neucore_plugin.common.errors import CheckpointError, nearest
+from neucore_plugin.common.errors import CheckpointError
 
 
 def sized(name: str, defaults: Mapping[str, int], given: Mapping[str, int] | None) -> dict[str, int]:
     """`defaults` overruled by what an `architecture` says. Raises ValueError for what no attention can have."""
     sizes = {**defaults, **{key: value for key, value in (given or {}).items() if value is not None}}
-    if unknown := set(sizes) - set(defaults):
-        raise ValueError(f"{name}: architecture has no {min(unknown)!r}.{nearest(min(unknown), defaults)}")
     for prefix in ("", "query_"):
         width, heads = sizes.get(f"{prefix}width", 0), sizes.get(f"{prefix}heads", 1)
         if width % heads:

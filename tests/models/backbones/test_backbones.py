@@ -214,6 +214,10 @@ def test_every_model_type_is_a_valid_section_named_by_its_file(model_type):
     [
         ({"image": {"name": "blipp"}}, r"'blipp' is no image encoder. Did you mean 'blip'"),
         ({"image": {"name": "blip", "image_size": 100}}, r"image_size"),
+        ({"image": {"name": "blip", "vit": "huge"}}, r"image.vit: got .*huge"),
+        ({"image": {"name": "blip", "architecture": {"deph": 5}}}, r"architecture.deph: .* Did you mean 'depth'"),
+        ({"image": {"name": "blip2", "tokens": "query"}}, r"image.tokens: got .*query"),
+        ({"text": {"name": "blip", "max_words": 511}}, r"text.max_words: got 511"),
         ({"text": {"name": "blip", "max_wrods": 4}}, r"max_wrods: unknown key .* Did you mean 'max_words'"),
         ({"image": {"name": "clip", "arch": "ViT-B-23", "pretrained": "none"}}, r"Did you mean 'ViT-B-32'"),
     ],
