@@ -22,7 +22,7 @@ from neucore_plugin.config.run import RunSchema
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUNDS = {"ge": "at least {}", "gt": "greater than {}", "le": "at most {}", "lt": "less than {}"}
-BOUNDS |= {"multiple_of": "a multiple of {}", "min_length": "at least {} entries", "max_length": "at most {} entries"}
+BOUNDS |= {"multiple_of": "a multiple of {}", "min_length": "{} or more of them", "max_length": "no more than {}"}
 SIMPLE = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null", Any: "any"}
 
 
@@ -56,8 +56,13 @@ def config_page() -> str:
 def table(schema: type[BaseModel], prefix: str) -> str:
     """Rows of `key | value | default | what it does`, with the keys of plain nested sections in place."""
     rows = ["| key | value | default | what it does |", "|---|---|---|---|"]
-    rows += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in _rows(schema, prefix)]
+    rows += [f"| {' | '.join(row)} |" for row in _rows(schema, prefix)]
     return "\n".join(rows)
+
+
+def _plain(text: str) -> str:
+    """Text that stands in a table as it is; what it has in backticks stays code."""
+    return re.sub(r"`[^`]*`|[|<*]", lambda found: found[0] if found[0][0] == "`" else f"&#{ord(found[0])};", text)
 
 
 def _rows(schema: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
@@ -67,7 +72,7 @@ def _rows(schema: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str,
         if nested is not None and not field.description:
             yield from _rows(nested, key)
             continue
-        yield f"`{key}`", allowed(field.annotation, field.metadata), _default(field), field.description or ""
+        yield f"`{key}`", allowed(field.annotation, field.metadata), _default(field), _plain(field.description or "")
         if nested is not None:
             yield from _rows(nested, key)
 
@@ -99,9 +104,10 @@ def allowed(annotation: Any, metadata: Any = ()) -> str:
         parts = [allowed(one, metadata if one is not type(None) else ()) for one in inner]
         return ", or ".join(dict.fromkeys(parts))
     if origin is typing.Literal:
-        words = "one of " + ", ".join(f"`{_yaml(value)}`" for value in inner)
+        words = ", ".join(f"`{_yaml(value)}`" for value in inner)
+        words = f"one of {words}" if len(inner) > 1 else words
     elif origin is list:
-        words = f"list of {allowed(inner[0])}" if inner else "list"
+        words = f"list, each {allowed(inner[0])}"
     elif origin is dict or annotation is dict:
         words = "mapping"
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -181,7 +187,7 @@ def _command(name: str, command: argparse.ArgumentParser, text: str, level: int)
     parts.append("```text\n" + "\n".join(lines).replace("\0", " ") + "\n```")
     if options:
         rows = ["| argument | what it does |", "|---|---|"]
-        rows += [f"| {_argument(one)} | {(one.help or '').replace('|', chr(92) + '|')} |" for one in options]
+        rows += [f"| {_argument(one)} | {_plain(one.help or '')} |" for one in options]
         parts.append("\n".join(rows))
     for entry in _subcommands(command):
         parts += _command(*entry, level + 1)
@@ -218,7 +224,7 @@ def _listing(folder: Path, head: str) -> str:
     rows = [f"| `{head}` | what it is |", "|---|---|"]
     for path in sorted(folder.glob("*.yaml")):
         comment = re.match(r"#\s*(.*)", path.read_text(encoding="utf-8"))
-        rows.append(f"| `{path.stem}` | {comment[1].replace('|', chr(92) + '|') if comment else ''} |")
+        rows.append(f"| `{path.stem}` | {_plain(comment[1]) if comment else ''} |")
     return "\n".join(rows)
 
 
