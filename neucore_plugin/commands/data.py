@@ -5,10 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.config.published import PUBLISHED
 
 HELP = "prepare the emoji data set, or check a published one"
-PUBLISHED = ("cirr", "fashioniq", "shoes", "fashion200k", "circo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,15 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0, or 1 where `check` finds that something is missing."""
     if arguments.action == "emoji":
-        from neucore_plugin.datasets.emoji import drawings as emoji_drawings  # free of torch, unlike the splits
+        from neucore_plugin.datasets.emoji.drawings import prepare
 
-        if arguments.image_size < 1:
-            raise ConfigError(f"--image-size {arguments.image_size}: give a whole number of at least 1")
-        print(emoji_drawings.prepare(arguments.cache_dir, image_size=arguments.image_size))
+        print(prepare(arguments.cache_dir, image_size=arguments.image_size))
         return 0
-    from neucore_plugin.datasets.published import catalogue as published
+    from neucore_plugin.datasets.published.catalogue import check
 
-    report = published.check(arguments.name, arguments.root)
+    report = check(arguments.name, arguments.root)
     print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else "\n".join(_lines(report)))
     return 0 if report["complete"] else 1
 

@@ -4,8 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
-from neucore_plugin.commands.data import PUBLISHED
 from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.config.published import PUBLISHED
 
 HELP = "write a data set as tar shards (webdataset's layout), to train from with data_type: shards"
 
@@ -30,17 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write, or check. Raises ConfigError and DataError."""
     from neucore_plugin.datasets import folder
-    from neucore_plugin.datasets.published import catalogue as published
-    from neucore_plugin.datasets.shards import writer as shards
+    from neucore_plugin.datasets.published import catalogue
+    from neucore_plugin.datasets.shards.reader import verify
+    from neucore_plugin.datasets.shards.writer import write_shards
 
     if arguments.verify:
-        print(f"{arguments.out}: {shards.verify(arguments.out):,} images, all as they were written")
+        print(f"{arguments.out}: {verify(arguments.out):,} images, all as they were written")
         return
     if arguments.name is None:
         raise ConfigError(f"which data set? Give one of {', '.join((*PUBLISHED, 'folder'))}, or --verify")
     if arguments.max_mb < 1 or arguments.workers < 1:
         raise ConfigError(f"--max-mb {arguments.max_mb}, --workers {arguments.workers}: give at least 1")
-    lost = {}
+    left_out = {}
     if arguments.name == "folder":
         if arguments.root is None:
             raise ConfigError("--root is needed: the folder with the images and their annotations")
@@ -51,34 +52,22 @@ def run(arguments: argparse.Namespace) -> None:
         named |= {name for triplets, _ in splits.values() for t in triplets for name in (t.reference, *t.targets)}
         paths = {name: path for name, path in known.items() if name in named}
     else:
-        reader = published.reader(arguments.name)
-        names = arguments.splits or list(reader.WITH_TARGETS)
-        unknown = [split for split in names if split not in reader.SPLITS]
-        if unknown:
-            raise ConfigError(f"{reader.TITLE} has no split {unknown[0]!r}; allowed: {', '.join(reader.SPLITS)}")
-        skip = arguments.missing == "skip"
-        root, splits = published.locate(arguments.name, arguments.root, names, need_images=not skip)
-        if skip:
-            splits, rows = published.without_absent(arguments.name, splits)
-            lost = {
-                split: {**row, "files": [os.path.relpath(file, root) for file in row["files"]]}
-                for split, row in rows.items()
-                if row["missing_images"]
-            }
-        paths = {}
-        for _, gallery in splits.values():
-            paths |= dict(zip(gallery.ids, gallery.paths, strict=True))
-    index = shards.write_shards(
+        names = arguments.splits or catalogue.READERS[arguments.name].answered
+        root, splits, left_out = catalogue.load(arguments.name, arguments.root, names, arguments.missing)
+        for row in left_out.values():
+            row["files"] = [os.path.relpath(file, root) for file in row["files"]]
+        paths = {name: path for _, gallery in splits.values() for name, path in gallery.files.items()}
+    index = write_shards(
         arguments.out,
         arguments.name,
         paths,
         splits,
         max_bytes=arguments.max_mb << 20,
         workers=arguments.workers,
-        lost=lost,
+        left_out=left_out,
     )
     print(f"{index}: {len(paths):,} images, {', '.join(splits)}")
-    for split, row in lost.items():
+    for split, row in left_out.items():
         print(f"{split}: {row['missing_images']:,} images have no file, {row['skipped_queries']:,} queries left out")
     print(f"train from them: --options datasets.{arguments.name}.data_type=shards ", end="")
     print(f"datasets.{arguments.name}.build_info.root={arguments.out}")

@@ -1,6 +1,7 @@
 """neucore submit: files for the test servers of CIRR and CIRCO, and a check of such a file made elsewhere."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _split(arguments: argparse.Namespace, split: str) -> Any:
     """Triplets and gallery to compare with, where the annotations are at hand; images are not needed."""
-    import os
+    from neucore_plugin.datasets.published import catalogue
 
-    from neucore_plugin.datasets.published import catalogue as published
-
-    reader = published.reader(arguments.name)
-    allowed = [part for part in reader.SPLITS if part != "train"]
+    reader = catalogue.READERS[arguments.name]
+    allowed = [part for part in reader.splits if part != "train"]
     if split not in allowed:
-        raise ConfigError(f"{reader.TITLE} has no split {split!r} to submit; allowed: {', '.join(allowed)}")
-    if not arguments.root and not os.environ.get(reader.ROOT_VARIABLE):
+        raise ConfigError(f"{reader.title} has no split {split!r} to submit; allowed: {', '.join(allowed)}")
+    if not arguments.root and not os.environ.get(reader.root_variable):
         print("no --root: form, lengths, repeats and the number of queries are checked, not which pairs and images")
         return None
-    return published.locate(arguments.name, arguments.root, [split], need_images=False)[1][split]
+    return catalogue.load(arguments.name, arguments.root, [split], missing="ignore")[1][split]
 
 
 def _load(arguments: argparse.Namespace, split: str) -> tuple[Any, Any, Any]:

@@ -5,9 +5,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from neucore_plugin.commands.data import PUBLISHED
-from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError, nearest
 from neucore_plugin.common.files import features_dir
+from neucore_plugin.config.published import PUBLISHED, SPLITS
 
 HELP = "build the concept vocabulary of a data set and show what it holds"
 CIRR_POS = ("NOUN", "ADJ")  # as the paper has it
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _captions(arguments: argparse.Namespace) -> list[str]:
     from neucore_plugin.datasets import folder
-    from neucore_plugin.datasets.published import catalogue as published
+    from neucore_plugin.datasets.published import catalogue
 
     name, split = arguments.name, arguments.split
     if name == "folder":
@@ -74,14 +74,10 @@ def _captions(arguments: argparse.Namespace) -> list[str]:
             raise ConfigError("--root is needed: the folder with the images and their annotations")
         return [t.caption for t in folder.load_split(arguments.root, split, folder.images(arguments.root))[0]]
     if name == "emoji":
-        from neucore_plugin.datasets.emoji import splits as emoji
+        from neucore_plugin.datasets.emoji.splits import load
 
-        if split not in emoji.SPLITS:
-            raise ConfigError(f"emoji has no split {split!r}; allowed: {', '.join(emoji.SPLITS)}")
-        emoji.prepare(None)
-        return [triplet.caption for triplet in emoji.load().triplets(split)]
-    reader = published.reader(name)
-    if split not in reader.SPLITS:
-        raise ConfigError(f"{reader.TITLE} has no split {split!r}; allowed: {', '.join(reader.SPLITS)}")
-    _, found = published.locate(name, arguments.root, [split], need_images=False)
+        if split not in SPLITS[name]:
+            raise ConfigError(f"emoji has no split {split!r}.{nearest(split, SPLITS[name])}")
+        return [triplet.caption for triplet in load()[split][0]]
+    _, found, _ = catalogue.load(name, arguments.root, [split], missing="ignore")
     return [triplet.caption for triplet in found[split][0]]

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neucore_plugin.common.errors import nearest
-from neucore_plugin.config.data import PUBLISHED_DATASETS
 from neucore_plugin.config.encoders import pixels_of
 from neucore_plugin.config.model import WITH_DROPOUT
+from neucore_plugin.config.published import PUBLISHED
 from neucore_plugin.config.run import OUR_RUNNERS, OUR_TASKS
 from neucore_plugin.config.sections import DATASET_SCHEMAS, MODEL_SCHEMAS
 
@@ -153,7 +153,7 @@ def _splits(checker: "Checker", content: Mapping[str, Any], tables: "Tables") ->
 def _dataset(checker: "Checker", name: str, dataset: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     path, info = f"datasets.{name}", dataset.get("build_info")
     root = info.get("root") if isinstance(info, Mapping) else None
-    own_check = name in PUBLISHED_DATASETS
+    own_check = name in PUBLISHED
     if isinstance(root, str) and not own_check and not Path(root).expanduser().is_dir():
         checker.add(f"{path}.build_info.root", f"folder {root!r} does not exist; give the data set's root folder")
     backbone = model.get("backbone")

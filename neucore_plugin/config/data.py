@@ -4,19 +4,8 @@ from typing import Any
 
 from pydantic import Field
 
+from neucore_plugin.config.published import PRESETS
 from neucore_plugin.config.values import Section, Text, choice, triple, whole, words
-
-CATEGORIES = ("dress", "shirt", "toptee")
-PUBLISHED_SPLITS = {
-    "cirr": ("train", "val"),
-    "fashioniq": ("train", *(f"{split}_{category}" for split in ("train", "val") for category in CATEGORIES)),
-    "shoes": ("train", "test"),
-    "fashion200k": ("train", "test"),
-    "circo": ("val",),
-}
-# Laid out as published: the builder itself says what a root folder lacks, file by file.
-PUBLISHED_DATASETS = tuple(PUBLISHED_SPLITS)
-EMOJI_SPLITS = ("train", "val", "test_combo", "test_role", "test_word", "test_two")
 
 
 class ImageProcessorSchema(Section):
@@ -71,14 +60,12 @@ class PublishedInfoSchema(Section):
     max_eval: whole(1) | None = None
 
 
+def _presets(dataset: str) -> Any:
+    return words(tuple(PRESETS[dataset]), at_least=1)
+
+
 class CirrInfoSchema(PublishedInfoSchema):
-    protocol: words(
-        (
-            "hard",
-            "soft",
-        ),
-        at_least=1,
-    ) = ["hard"]
+    protocol: _presets("cirr") = [next(iter(PRESETS["cirr"]))]
 
 
 class CirrSchema(DatasetSchema):
@@ -86,16 +73,7 @@ class CirrSchema(DatasetSchema):
 
 
 class FashioniqInfoSchema(PublishedInfoSchema):
-    protocol: words(
-        (
-            "neucore",
-            "clip4cir",
-            "covr",
-            "val",
-            "tgcir",
-        ),
-        at_least=1,
-    ) = ["neucore"]
+    protocol: _presets("fashioniq") = [next(iter(PRESETS["fashioniq"]))]
     joiner: choice("and", "<and>") = "and"  # between the two captions of a pair; glove_bigru has a vector for <and>
 
 
@@ -104,7 +82,7 @@ class FashioniqSchema(DatasetSchema):
 
 
 class ShoesInfoSchema(PublishedInfoSchema):
-    protocol: words(("shoes",), at_least=1) = ["shoes"]
+    protocol: _presets("shoes") = [next(iter(PRESETS["shoes"]))]
 
 
 class ShoesSchema(DatasetSchema):
@@ -112,7 +90,7 @@ class ShoesSchema(DatasetSchema):
 
 
 class Fashion200kInfoSchema(PublishedInfoSchema):
-    protocol: words(("fashion200k",), at_least=1) = ["fashion200k"]
+    protocol: _presets("fashion200k") = [next(iter(PRESETS["fashion200k"]))]
 
 
 class Fashion200kSchema(DatasetSchema):
@@ -120,7 +98,7 @@ class Fashion200kSchema(DatasetSchema):
 
 
 class CircoInfoSchema(PublishedInfoSchema):
-    protocol: words(("circo",), at_least=1) = ["circo"]
+    protocol: _presets("circo") = [next(iter(PRESETS["circo"]))]
 
 
 class CircoSchema(DatasetSchema):

@@ -22,9 +22,8 @@ from neucore_plugin.config.encoders import BACKBONE_SCHEMAS, pixels_of
 from neucore_plugin.config.model import NeucoreSchema
 from neucore_plugin.config.run import OUR_RUNNERS, OUR_TASKS, RunSchema
 from neucore_plugin.config.sections import DATASET_SCHEMAS, MODEL_SCHEMAS, PROCESSOR_SCHEMAS, Tables
-from neucore_plugin.config.shipped import find_config
+from neucore_plugin.config.shipped import CONFIGS, find_config
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT_TYPES = {"neucore": "embedded", "cir_baseline": "embedded"}
 SECTIONS = ("model", "datasets", "run", "preprocess")
 # Keys of the host that are called otherwise here, or that people take from elsewhere.

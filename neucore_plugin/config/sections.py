@@ -8,9 +8,6 @@ from pydantic import BaseModel
 from neucore_plugin.config import data as schema_data
 from neucore_plugin.config import run
 from neucore_plugin.config.data import (
-    EMOJI_SPLITS,
-    PUBLISHED_DATASETS,
-    PUBLISHED_SPLITS,
     CaptionProcessorSchema,
     EmojiSchema,
     FolderSchema,
@@ -18,14 +15,15 @@ from neucore_plugin.config.data import (
 )
 from neucore_plugin.config.encoders import BACKBONE_SCHEMAS
 from neucore_plugin.config.model import CirBaselineSchema, NeucoreSchema
+from neucore_plugin.config.published import PUBLISHED, SPLITS
 
 MODEL_SCHEMAS: dict[str, type[BaseModel]] = {"neucore": NeucoreSchema, "cir_baseline": CirBaselineSchema}
 DATASET_SCHEMAS: dict[str, type[BaseModel]] = {
-    **{name: getattr(schema_data, f"{name.capitalize()}Schema") for name in PUBLISHED_DATASETS},
+    **{name: getattr(schema_data, f"{name.capitalize()}Schema") for name in PUBLISHED},
     "emoji": EmojiSchema,
     "folder": FolderSchema,
 }
-DATASET_SPLITS: dict[str, tuple[str, ...]] = {**PUBLISHED_SPLITS, "emoji": EMOJI_SPLITS}
+DATASET_SPLITS: dict[str, tuple[str, ...]] = dict(SPLITS)
 PROCESSOR_SCHEMAS: dict[str, type[BaseModel]] = {
     "cir_image": ImageProcessorSchema,
     "cir_caption": CaptionProcessorSchema,

@@ -1,15 +1,16 @@
-"""The yamls that ship with the package (`projects/neucore` of the repository), found by their bare names."""
+"""Where the yamls lie that ship with the package; those of `projects/neucore` are found by their bare names."""
 
 from pathlib import Path
 
 from neucore_plugin.common.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent.parent
+CONFIGS = PACKAGE / "configs"  # default files of the model types and the data sets
 
 
 def shipped_configs() -> dict[str, Path]:
     """{bare name: file}: a wheel holds them inside the package, a checkout or an editable install beside it."""
-    inside, beside = PACKAGE / "configs" / "projects", PACKAGE.parent / "projects" / "neucore"
+    inside, beside = CONFIGS / "projects", PACKAGE.parent / "projects" / "neucore"
     folder = inside if inside.is_dir() else beside
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 

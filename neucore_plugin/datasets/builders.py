@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
@@ -11,15 +10,21 @@ from omegaconf import OmegaConf
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.files import atomic_write, cache_dir
-from neucore_plugin.config.data import PUBLISHED_DATASETS
+from neucore_plugin.config.published import PUBLISHED, SPLITS
+from neucore_plugin.config.shipped import CONFIGS
 from neucore_plugin.datasets import folder, protocols
+from neucore_plugin.datasets.emoji import drawings
 from neucore_plugin.datasets.emoji import splits as emoji
-from neucore_plugin.datasets.published import catalogue as published
-from neucore_plugin.datasets.shards import writer as shards
+from neucore_plugin.datasets.published import catalogue
+from neucore_plugin.datasets.shards import reader as shards
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 from neucore_plugin.host.registration import register_builder
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "datasets"
+Content = tuple[dict[str, Any], dict[str, tuple[list[Triplet], Gallery]]]
+
+
+def _default_file(name: str) -> dict[str, str]:
+    return {"default": str(CONFIGS / "datasets" / f"{name}.yaml")}
 
 
 class TripletBuilder(BaseDatasetBuilder):
@@ -40,18 +45,19 @@ class TripletBuilder(BaseDatasetBuilder):
         info = self.config.get("build_info") or {}
         info = OmegaConf.to_container(info, resolve=True) if OmegaConf.is_config(info) else dict(info)
         self.left_out: dict[str, dict[str, Any]] = {}
-        if self.config.get("data_type") != "shards":
-            distributed.on_main(lambda: self.prepare(info))  # it writes files: one process does it, the others wait
-        return self.build(info)
+        if self.config.get("data_type") == "shards":
+            return self.build(info, *self._read_shards(info))
+        distributed.on_main(lambda: self.prepare(info))  # it writes files: one process does it, the others wait
+        return self.build(info, *self.read(info))
 
     def prepare(self, info: dict[str, Any]) -> None:
         """Make what the data set needs on disk; nothing by default."""
 
-    def read(self, info: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[list[Triplet], Gallery]]]:
+    def read(self, info: dict[str, Any]) -> Content:
         """Images by name (a path, or what else `load_image` takes), and triplets and gallery by split."""
         raise ConfigError(f"{type(self).__name__} must define read()")
 
-    def _read_shards(self, info: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[list[Triplet], Gallery]]]:
+    def _read_shards(self, info: dict[str, Any]) -> Content:
         if not info.get("root"):
             raise ConfigError(
                 f"datasets.{self.name}.build_info.root is null; with data_type: shards it names the folder that "
@@ -61,9 +67,10 @@ class TripletBuilder(BaseDatasetBuilder):
         self.left_out = shards.left_out(info["root"])
         return paths, {s: found for s, found in splits.items() if self.wanted is None or s in self.wanted}
 
-    def build(self, info: dict[str, Any]) -> dict[str, TripletDataset]:
-        from_shards = self.config.get("data_type") == "shards"
-        paths, splits = self._read_shards(info) if from_shards else self.read(info)
+    def build(
+        self, info: dict[str, Any], paths: dict[str, Any], splits: dict[str, tuple[list[Triplet], Gallery]]
+    ) -> dict[str, TripletDataset]:
+        """One data set a split and protocol."""
         stores = {side: ImageStore(paths, self.vis_processors[side]) for side in ("train", "eval")}
         chosen = protocols.presets(self.name, info.get("protocol"))
         datasets = {}
@@ -72,7 +79,7 @@ class TripletBuilder(BaseDatasetBuilder):
             limit = info.get(f"max_{side}")
             for protocol in chosen if side == "eval" else chosen[:1]:
                 name = protocols.split_name(split, protocol, protocol is chosen[0])
-                asked = protocol.queries(triplets[:limit], side == "train", info.get("joiner", "and"))
+                asked = protocols.queries(protocol, triplets[:limit], side == "train", info.get("joiner", "and"))
                 dataset = datasets[name] = TripletDataset(
                     self.name,
                     name,
@@ -87,7 +94,7 @@ class TripletBuilder(BaseDatasetBuilder):
                 dataset.credit, dataset.family = self.credit, self.family(split)
                 dataset.left_out = self.left_out.get(split, {})
                 logging.info("%s: %s holds %d queries, gallery %d", self.name, name, len(dataset), len(gallery.ids))
-                if side == "eval" and self.name in PUBLISHED_DATASETS:
+                if side == "eval" and self.name in PUBLISHED:
                     logging.info("%s: %s: protocol %s: %s", self.name, name, protocol.name, protocol.summary)
         return datasets
 
@@ -98,56 +105,45 @@ class TripletBuilder(BaseDatasetBuilder):
 
 
 class PublishedBuilder(TripletBuilder):
-    """A data set as published, below build_info.root or its environment variable (see `datasets/published.py`).
+    """A data set as published, below build_info.root or its environment variable (see `datasets/published/`).
 
     Raises one ConfigError with every annotation file and image folder that is missing; with `missing: skip` absent
     images are left out with the queries that need them, counted and listed in a file.
     """
 
-    def read(self, info: dict[str, Any]):
-        reader = published.READERS[self.name]
-        splits = [s for s in reader.SPLITS if s in (self.wanted or self.SPLITS)]
-        skip = info.get("missing") == "skip"
-        _, found = published.locate(self.name, info.get("root"), splits, need_images=not skip)
-        if skip:
-            found, self.left_out = published.without_absent(self.name, found)
+    def read(self, info: dict[str, Any]) -> Content:
+        splits = [s for s in catalogue.READERS[self.name].splits if s in (self.wanted or self.SPLITS)]
+        _, found, self.left_out = catalogue.load(self.name, info.get("root"), splits, info.get("missing", "error"))
+        if self.left_out:
             self._list_missing()
-        paths = {}
-        for _, gallery in found.values():
-            paths |= dict(zip(gallery.ids, gallery.paths, strict=True))
-        return paths, found
+        return {name: path for _, gallery in found.values() for name, path in gallery.files.items()}, found
 
     def _list_missing(self) -> None:
         files = sorted({file for row in self.left_out.values() for file in row.pop("files")})
-        if not files:
-            self.left_out = {}
-            return
         listing = cache_dir() / f"missing-images-{self.name}.txt"
 
         def write() -> None:
-            listing.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(listing, "w") as stream:
                 stream.write("\n".join(files) + "\n")
 
         distributed.on_main(write)
         for split, row in self.left_out.items():
             row["listed_in"] = str(listing)
-            if row["missing_images"]:
-                logging.warning(
-                    "%s: %s lacks %d images; %d queries are skipped (the files: %s)",
-                    *(self.name, split, row["missing_images"], row["skipped_queries"], listing),
-                )
+            logging.warning(
+                "%s: %s lacks %d images; %d queries are skipped (the files: %s)",
+                *(self.name, split, row["missing_images"], row["skipped_queries"], listing),
+            )
 
 
 def _published(name: str) -> type[PublishedBuilder]:
-    reader = published.READERS[name]
+    reader = catalogue.READERS[name]
     attributes = {
         "__module__": __name__,
-        "__doc__": f"{reader.TITLE} as published, below build_info.root or ${reader.ROOT_VARIABLE}.",
+        "__doc__": f"{reader.title} as published, below build_info.root or ${reader.root_variable}.",
         "name": name,
-        "SPLITS": reader.WITH_TARGETS,
-        "credit": reader.CREDIT,
-        "DATASET_CONFIG_DICT": {"default": str(CONFIGS / f"{name}.yaml")},
+        "SPLITS": reader.answered,
+        "credit": reader.credit,
+        "DATASET_CONFIG_DICT": _default_file(name),
     }
     return register_builder(name)(type(f"{name.capitalize()}Builder", (PublishedBuilder,), attributes))
 
@@ -161,20 +157,20 @@ CircoBuilder = _published("circo")
 
 @register_builder("emoji")
 class EmojiBuilder(TripletBuilder):
-    """The embedded default: OpenMoji drawings (see `datasets/emoji.py`)."""
+    """The embedded default: OpenMoji drawings (see `datasets/emoji/`)."""
 
     name = "emoji"
-    SPLITS = emoji.SPLITS
-    credit = "Drawings: OpenMoji (openmoji.org), CC BY-SA 4.0"
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": str(CONFIGS / "emoji.yaml")}
+    SPLITS = SPLITS["emoji"]
+    credit = drawings.CREDIT
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = _default_file("emoji")
 
     def prepare(self, info: dict[str, Any]) -> None:
-        emoji.prepare(info.get("cache_dir"), image_size=info["image_size"])
+        drawings.prepare(info.get("cache_dir"), image_size=info["image_size"])
 
-    def read(self, info: dict[str, Any]):
-        data = emoji.load(info.get("cache_dir"), image_size=info["image_size"], role_cap=info["role_cap"])
-        paths = dict(zip(data.gallery.ids, data.gallery.paths, strict=True))
-        return paths, {split: (data.triplets(split), data.gallery) for split in self.SPLITS}
+    def read(self, info: dict[str, Any]) -> Content:
+        splits = emoji.load(info.get("cache_dir"), image_size=info["image_size"], role_cap=info["role_cap"])
+        _, gallery = splits["train"]  # the gallery of every split
+        return gallery.files, splits
 
 
 @register_builder("folder")
@@ -183,9 +179,9 @@ class FolderBuilder(TripletBuilder):
 
     name = "folder"
     SPLITS = None  # whatever the root holds
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": str(CONFIGS / "folder.yaml")}
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = _default_file("folder")
 
-    def read(self, info: dict[str, Any]):
+    def read(self, info: dict[str, Any]) -> Content:
         root = info["root"]
         known = folder.images(root)
         return known, {split: folder.load_split(root, split, known) for split in folder.splits(root)}

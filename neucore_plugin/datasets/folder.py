@@ -6,13 +6,18 @@ root/val.json, ...        any other split
 root/gallery.val.json     optional: the names ranked for that split; without it every image below images/
 """
 
-import json
+from collections.abc import Container, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.common.errors import DataError, first_few, nearest
+from neucore_plugin.common.errors import DataError, nearest
 from neucore_plugin.common.images import IMAGE_SUFFIXES
+from neucore_plugin.datasets.annotations import good_entries, read_json, refuse
 from neucore_plugin.datasets.triplets import Gallery, Triplet
+
+KEYS = ("reference", "caption", "target", "change", "query_id")
+TITLE = "your data set"
 
 
 def splits(root: str | Path) -> list[str]:
@@ -39,54 +44,36 @@ def load_split(root: str | Path, split: str, known: dict[str, Path]) -> tuple[li
     """Triplets and gallery of one split; `known`: what `images` gave. Raises DataError listing every problem."""
     root = Path(root).expanduser()
     path = root / f"{split}.json"
+    if not path.is_file():
+        raise DataError(f"{path}: no such annotation file. Splits found: {', '.join(splits(root))}")
     problems: list[str] = []
     triplets = []
-    for index, entry in enumerate(_read_list(path)):
-        where = f"entry {index}"
-        if not isinstance(entry, dict):
-            problems.append(f"{where}: expected an object, given {type(entry).__name__}")
-            continue
-        unknown = set(entry) - {"reference", "caption", "target", "change", "query_id"}
-        problems += [
-            f"{where}: unknown key {key!r}.{nearest(key, ('reference', 'caption', 'target', 'change', 'query_id'))}"
-            for key in sorted(unknown)
-        ]
-        targets = entry.get("target")
-        targets = [targets] if isinstance(targets, str) else targets
-        if not isinstance(entry.get("reference"), str) or not isinstance(entry.get("caption"), str):
-            problems.append(f"{where}: needs the texts 'reference' and 'caption'")
-        elif not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
-            problems.append(f"{where}: needs 'target', an image name or a list of names")
-        else:
-            missing = [name for name in (entry["reference"], *targets) if name not in known]
-            problems += [f"{where}: no image {name!r} below {root / 'images'}" for name in missing]
-            query_id = str(entry.get("query_id", f"{split}-{index}"))
-            triplets.append(
-                Triplet(query_id, entry["reference"], entry["caption"], tuple(targets), str(entry.get("change", "")))
-            )
-    if problems:
-        listed = first_few(problems, 10, "\n  ")
-        raise DataError(f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  {listed}")
+    check = partial(_faults, known=known, folder=root / "images")
+    for index, entry in good_entries(read_json(path, list, TITLE), path.name, check, problems):
+        targets = (entry["target"],) if isinstance(entry["target"], str) else tuple(entry["target"])
+        query_id = str(entry.get("query_id", f"{split}-{index}"))
+        change = str(entry.get("change", ""))
+        triplets.append(Triplet(query_id, entry["reference"], entry["caption"], targets, change))
+    refuse(path, problems)
     return triplets, _gallery(root / f"gallery.{split}.json", known)
+
+
+def _faults(entry: dict[str, Any], known: Container[str], folder: Path) -> Iterable[str]:
+    yield from (f"unknown key {key!r}.{nearest(key, KEYS)}" for key in sorted(set(entry) - set(KEYS)))
+    targets = [entry["target"]] if isinstance(entry.get("target"), str) else entry.get("target")
+    if not isinstance(entry.get("reference"), str) or not isinstance(entry.get("caption"), str):
+        yield "needs the texts 'reference' and 'caption'"
+    elif not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+        yield "needs 'target', an image name or a list of names"
+    else:
+        yield from (f"no image {x!r} below {folder}" for x in (entry["reference"], *targets) if x not in known)
 
 
 def _gallery(path: Path, known: dict[str, Path]) -> Gallery:
     if not path.exists():
-        return Gallery(tuple(known), tuple(known.values()))
-    names = _read_list(path)
+        return Gallery.of(known)
+    names = read_json(path, list, TITLE)
     missing = [name for name in names if name not in known]
     if missing:
         raise DataError(f"{path}: names {len(missing)} images that do not exist, such as {missing[0]!r}")
     return Gallery(tuple(names), tuple(known[name] for name in names))
-
-
-def _read_list(path: Path) -> list[Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation file. Splits found: {', '.join(splits(path.parent))}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: no valid JSON ({error})") from None
-    if not isinstance(value, list):
-        raise DataError(f"{path}: expected a JSON list, given {type(value).__name__}")
-    return value

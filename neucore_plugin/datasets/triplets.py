@@ -1,5 +1,6 @@
 """Triplets, galleries and the map-style data sets over them. Knows no host and no model."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import sha256_text
 from neucore_plugin.common.images import load_image
+from neucore_plugin.config.published import STANDARD, Protocol
 from neucore_plugin.datasets.feature_cache import FeatureCache
 
 
@@ -47,6 +49,16 @@ class Gallery:
                 f"a gallery needs unique names with one path each; given {len(self.ids)} names "
                 f"({len(set(self.ids))} different) and {len(self.paths)} paths"
             )
+
+    @classmethod
+    def of(cls, files: Mapping[str, Path]) -> "Gallery":
+        """The gallery of image files by name, in their order."""
+        return cls(tuple(files), tuple(files.values()))
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The image files by name."""
+        return dict(zip(self.ids, self.paths, strict=True))
 
     @property
     def fingerprint(self) -> str:
@@ -99,7 +111,7 @@ class TripletDataset(Dataset):
     Args:
         concepts: one tuple of lemmas a triplet.
         train: load target images as well.
-        protocol: how evaluation counts (see `datasets/protocols.py`); None = the standard one.
+        protocol: how evaluation counts.
         answers: False for a published test split, which can be ranked but not evaluated.
     Raises: DataError for an empty split, or a triplet whose image or target is unknown.
     """
@@ -114,7 +126,7 @@ class TripletDataset(Dataset):
         captions: Callable[[str], str] = str,
         concepts: Sequence[tuple[str, ...]] | None = None,
         train: bool = False,
-        protocol: Any = None,
+        protocol: Protocol = STANDARD,
         answers: bool = True,
     ) -> None:
         if not triplets:
@@ -135,41 +147,36 @@ class TripletDataset(Dataset):
         self._check()
 
     def _check(self) -> None:
-        unknown = {t.reference for t in self.triplets if t.reference not in self.images.paths}
-        unknown |= {x for t in self.triplets for x in t.targets if x not in self.images.paths and self.train}
-        if unknown:
-            raise DataError(
-                f"{self.name}: split {self.split!r} names {len(unknown)} images that have no file, "
-                f"such as {', '.join(sorted(unknown)[:3])}"
-            )
-        if len({t.query_id for t in self.triplets}) != len(self.triplets):
-            raise DataError(f"{self.name}: split {self.split!r} has query ids that occur more than once")
-        if self.answers:
-            self._check_answers()
+        named = {t.reference for t in self.triplets} | {x for t in self.triplets for x in t.targets if self.train}
+        self._refuse(
+            sorted(named - self.images.paths.keys()), "names {count} images that have no file, such as {example}"
+        )
+        counts = Counter(t.query_id for t in self.triplets)
+        self._refuse([name for name, count in counts.items() if count > 1], "has query ids that occur more than once")
+        if not self.answers:
+            return
+        self._refuse(
+            [t.query_id for t in self.triplets if not t.targets],
+            "has {count} queries without a target, such as {example}; it can neither be trained on nor evaluated, only "
+            "`neucore submit` takes it",
+        )
+        if self.train:
+            return
+        self._refuse(
+            [t.targets[0] for t in self.triplets if t.targets[0] not in self._position],
+            "has {count} targets outside its gallery (as {example}); the gallery must come from the split's own image "
+            "list",
+        )
+        self._refuse(
+            [t.query_id for t in self.triplets if not set(t.targets) & self._position.keys() - {t.reference}],
+            "has {count} queries with no right answer but their own reference, which is removed from the ranking, such "
+            "as {example}; correct their targets",
+        )
 
-    def _check_answers(self) -> None:
-        without = [t.query_id for t in self.triplets if not t.targets]
-        if without:
-            raise DataError(
-                f"{self.name}: split {self.split!r} has {len(without)} queries without a target, such as {without[0]}; "
-                "it can neither be trained on nor evaluated, only `neucore submit` takes it"
-            )
-        outside = [x for t in self.triplets for x in t.targets[:1] if x not in self._position and not self.train]
-        if outside:
-            raise DataError(
-                f"{self.name}: split {self.split!r} has {len(outside)} targets outside its gallery (as {outside[0]}); "
-                "the gallery must come from the split's own image list"
-            )
-        unanswerable = [
-            t.query_id
-            for t in self.triplets
-            if not self.train and not any(x in self._position and x != t.reference for x in t.targets)
-        ]
-        if unanswerable:
-            raise DataError(
-                f"{self.name}: split {self.split!r} has {len(unanswerable)} queries with no right answer but their own "
-                f"reference, which is removed from the ranking, such as {unanswerable[0]}; correct their targets"
-            )
+    def _refuse(self, wrong: Sequence[str], problem: str) -> None:
+        if wrong:
+            text = problem.format(count=len(wrong), example=wrong[0])
+            raise DataError(f"{self.name}: split {self.split!r} {text}")
 
     def __len__(self) -> int:
         return len(self.triplets)
@@ -222,7 +229,7 @@ class TripletDataset(Dataset):
 
     def candidates(self) -> list[int] | None:
         """Gallery positions that the protocol ranks, in order; None = all."""
-        if self.protocol is None or self.protocol.gallery == "full":
+        if self.protocol.gallery == "full":
             return None
         named = {x for t in self.triplets for x in (t.reference, *t.targets)}
         return [place for name, place in self._position.items() if name in named]

@@ -68,7 +68,7 @@ def test_stray_characters_make_no_concepts(tmp_path):
     ("arguments", "message"),
     [
         (["folder"], "--root is needed"),
-        (["cirr", "--root", "x", "--split", "dev"], "CIRR has no split 'dev'; allowed: train, val, test1"),
+        (["cirr", "--root", "x", "--split", "dev"], "CIRR has no split 'dev'. Allowed: test1, train, val."),
         (["folder", "--root", "ROOT", "--pos", "NUON"], "Did you mean 'NOUN'"),
         (["folder", "--root", "ROOT", "--min-count", "0"], "a whole number from 1 is wanted"),
     ],

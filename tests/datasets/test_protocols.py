@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from neucore_plugin.common.errors import ConfigError, DataError
-from neucore_plugin.datasets import protocols
-from neucore_plugin.datasets.protocols import PRESETS, STANDARD, presets
+from neucore_plugin.config.published import PRESETS, STANDARD, Protocol
+from neucore_plugin.datasets.protocols import presets, queries
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 from neucore_plugin.evaluation.metrics import soft_recall_at
 from neucore_plugin.evaluation.ranking import Evaluated, Ranking
@@ -22,7 +22,7 @@ PAIR = Triplet("p", "image-00", "is red and has dots", ("image-01",), captions=(
 HALF = Triplet("h", "image-02", "is long", ("image-03",), captions=("is long",))
 
 
-def dataset(triplets, protocol=None, names=NAMES, **options) -> TripletDataset:
+def dataset(triplets, protocol=STANDARD, names=NAMES, **options) -> TripletDataset:
     gallery = Gallery(tuple(names), tuple(Path(name) for name in names))
     store = ImageStore({name: Path(name) for name in NAMES}, str)
     return TripletDataset("x", "val", triplets, gallery, store, protocol=protocol, **options)
@@ -62,31 +62,31 @@ def ranked(row, names, left_out) -> list[str]:
     ],
 )
 def test_texts_of_a_pair(text, expected):
-    protocol = protocols.Protocol("x", text=text)
-    assert [(t.query_id, t.caption) for t in protocol.queries([PAIR, HALF])] == expected
+    protocol = Protocol("x", text=text)
+    assert [(t.query_id, t.caption) for t in queries(protocol, [PAIR, HALF])] == expected
     if text == "separate":  # training does not take captions apart
-        assert protocol.queries([PAIR], train=True) == [PAIR]
+        assert queries(protocol, [PAIR], train=True) == [PAIR]
     plain = Triplet("1", "a", "b", ("c",))
-    assert protocol.queries([plain]) == [plain]
+    assert queries(protocol, [plain]) == [plain]
 
 
 def test_a_mark_between_two_captions():
     """The released form's: only where two captions are joined."""
     made = {
-        text: [t.caption for t in protocols.Protocol("x", text=text).queries([PAIR, HALF], joiner="<and>")]
-        for text in protocols.TEXTS
+        text: [t.caption for t in queries(Protocol("x", text=text), [PAIR, HALF], joiner="<and>")]
+        for text in ("concat", "both_orders", "separate")
     }
     assert made["concat"] == ["is red <and> has dots", "is long"]
     assert made["both_orders"] == ["is red <and> has dots", "has dots <and> is red", "is long"]
     assert made["separate"] == ["is red", "has dots", "is long"]
-    separate = protocols.Protocol("x", text="separate")
-    assert [t.caption for t in separate.queries([PAIR], True, "<and>")] == ["is red <and> has dots"]
+    separate = Protocol("x", text="separate")
+    assert [t.caption for t in queries(separate, [PAIR], True, "<and>")] == ["is red <and> has dots"]
 
 
 def test_an_empty_caption_still_counts_as_one_pair():
     pair = Triplet("p", "image-00", "is red", ("image-01",), captions=("is red", ""))
-    assert [t.caption for t in protocols.Protocol("x", text="both_orders").queries([pair])] == ["is red", "is red"]
-    assert [t.caption for t in protocols.Protocol("x", text="separate").queries([pair])] == ["is red"]
+    assert [t.caption for t in queries(Protocol("x", text="both_orders"), [pair])] == ["is red", "is red"]
+    assert [t.caption for t in queries(Protocol("x", text="separate"), [pair])] == ["is red"]
 
 
 @pytest.mark.parametrize("name", [*PRESETS["fashioniq"], "standard"])

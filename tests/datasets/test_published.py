@@ -1,9 +1,5 @@
-"""The published data sets end to end in the host: generated pictures under their annotations, two protocols, shards.
+"""The published data sets end to end in the host: generated pictures under annotations, two protocols, shards."""
 
-The annotations are slices of the real files where these are beside the checkout, else hand-made ones of their shape.
-"""
-
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,107 +7,25 @@ from pathlib import Path
 import pytest
 import yaml
 from lavis.common.registry import registry
-from omegaconf import OmegaConf
 from places import REAL, needs_real
-from shapes import COLOURS, FORMS, draw_shape, write_tiny
+from published_case import build, write_cirr_to_train_on, write_fashioniq
+from shapes import write_tiny
 
 from neucore_plugin import cli, launch
-from neucore_plugin.commands.data import PUBLISHED
 from neucore_plugin.common.errors import ConfigError, DataError
-from neucore_plugin.config import data
-from neucore_plugin.config import data as schema_data
-from neucore_plugin.datasets.protocols import PRESETS
-from neucore_plugin.datasets.published import catalogue as published
+from neucore_plugin.config.published import FASHIONIQ_CATEGORIES, PUBLISHED
+from neucore_plugin.datasets.published import catalogue
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
-
-CATEGORIES = ("dress", "shirt", "toptee")
-
-
-def picture(name: str):
-    number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
-    return draw_shape(FORMS[number % len(FORMS)], COLOURS[number // 7 % len(COLOURS)])
-
-
-def write_json(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def cirr_queries(count: int) -> list[dict]:
-    """Entries of a captions file: the first of the real val, else made up, each with a group of six."""
-    real = REAL / "cirr" / "captions" / "cap.rc2.val.json"
-    if real.is_file():
-        return json.loads(real.read_text())[:count]
-    entries = []
-    for number in range(count):
-        members = [f"dev-{number // 4}-img{side}" for side in range(6)]
-        reference, target = members[number % 4], members[number % 4 + 1]
-        soft = {target: 1.0, members[0]: 0.5}
-        entries.append(
-            {
-                "pairid": number,
-                "reference": reference,
-                "caption": f"show {number} red dogs, not a blue cat",
-                "target_hard": target,
-                "target_soft": soft,
-                "img_set": {"id": number, "members": members, "reference_rank": 0, "target_rank": 1},
-            }
-        )
-    return entries
 
 
 @pytest.fixture(scope="session")
 def cirr_root(tmp_path_factory) -> Path:
-    """24 training queries, 12 of val and 6 of test1, cut from one file: each split keeps its own image list."""
-    root = tmp_path_factory.mktemp("published") / "cirr"
-    queries = cirr_queries(42)
-    for split, folder, part in (
-        ("train", "train/0", queries[:24]),
-        ("val", "dev", queries[24:36]),
-        ("test1", "test1", queries[36:]),
-    ):
-        names = dict.fromkeys(
-            name for q in part for name in (q["reference"], q["target_hard"], *q["img_set"]["members"])
-        )
-        write_json(root / f"image_splits/split.rc2.{split}.json", {name: f"./{folder}/{name}.png" for name in names})
-        if split == "test1":
-            part = [{key: q[key] for key in ("pairid", "reference", "caption", "img_set")} for q in part]
-        write_json(root / f"captions/cap.rc2.{split}.json", part)
-        for name in names:
-            path = root / "img_raw" / folder / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture(name).save(path)
-    return root
+    return write_cirr_to_train_on(tmp_path_factory.mktemp("published") / "cirr")
 
 
 @pytest.fixture(scope="session")
 def fashioniq_root(tmp_path_factory) -> Path:
-    """8 training and 6 val pairs a category; dress and toptee are real where the files are there."""
-    root = tmp_path_factory.mktemp("published") / "fashioniq"
-    for category in CATEGORIES:
-        for split, count in (("train", 8), ("val", 6)):
-            real = REAL / "fashioniq" / "captions" / f"cap.{category}.{split}.json"
-            pairs = (
-                json.loads(real.read_text())[:count]
-                if real.is_file()
-                else [
-                    {
-                        "target": f"{category}{split}{n + 1}",
-                        "candidate": f"{category}{split}{n}",
-                        "captions": ["is red", f"has {n} dots"],
-                    }
-                    for n in range(count)
-                ]
-            )
-            names = list(dict.fromkeys(name for pair in pairs for name in (pair["candidate"], pair["target"])))
-            names += [f"{category}-{split}-{n}" for n in range(12)]  # the gallery holds more than the pairs name
-            write_json(root / f"captions/cap.{category}.{split}.json", pairs)
-            write_json(root / f"image_splits/split.{category}.{split}.json", names)
-            for name in names:
-                path = root / "images" / f"{name}.{'png' if split == 'val' else 'jpg'}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture(name).save(path)
-    return root
+    return write_fashioniq(tmp_path_factory.mktemp("published") / "fashioniq")
 
 
 def configure(tmp_path, cache_root, name: str, root: Path, protocol, valid, test, **info) -> Path:
@@ -156,7 +70,7 @@ def test_cirr_with_two_protocols_and_evaluated_again(cirr_root, cache_root, tmp_
 
 
 def test_fashioniq_categories_and_their_mean(fashioniq_root, cache_root, tmp_path):
-    valid = [f"val_{category}" for category in CATEGORIES]
+    valid = [f"val_{category}" for category in FASHIONIQ_CATEGORIES]
     chosen = ["neucore", "clip4cir", "val"]
     path = configure(tmp_path, cache_root, "fashioniq", fashioniq_root, chosen, valid, valid)
     launch.run(path)
@@ -165,7 +79,7 @@ def test_fashioniq_categories_and_their_mean(fashioniq_root, cache_root, tmp_pat
     for split, queries in (("val_dress", 12), ("val_dress@clip4cir", 6), ("val_mean", 36), ("val_mean@val", 36)):
         assert results[split]["neucore"]["queries"] == queries, split
     for k in (10, 50):
-        rows = [results[f"val_{category}"]["neucore"][f"R@{k}"] for category in CATEGORIES]
+        rows = [results[f"val_{category}"]["neucore"][f"R@{k}"] for category in FASHIONIQ_CATEGORIES]
         assert results["val_mean"]["neucore"][f"R@{k}"] == pytest.approx(sum(rows) / 3)
 
 
@@ -184,27 +98,6 @@ def test_the_released_forms_mark_between_captions(fashioniq_root, tmp_path, monk
             assert text.replace(" <and> ", " and ") == other
 
 
-def test_shards_give_what_the_folder_gives(cirr_root, cache_root, tmp_path):
-    from neucore_plugin.datasets.shards import writer as shards
-
-    splits = {split: published.READERS["cirr"].read(cirr_root, split) for split in ("train", "val")}
-    paths = {name: file for _, g in splits.values() for name, file in zip(g.ids, g.paths, strict=True)}
-    out = tmp_path / "tars"
-    shards.write_shards(out, "cirr", paths, splits, max_bytes=8000, workers=2, progress=False)
-    found = {}
-    for kind, root in (("images", cirr_root), ("shards", out)):
-        folder = tmp_path / kind
-        folder.mkdir()
-        path = configure(folder, folder / "cache", "cirr", root, ["hard"], ["val"], ["val"])
-        options = [f"datasets.cirr.data_type={kind}", "run.num_workers=2", "run.cache_features=false"]
-        launch.run(path, options)
-        found[kind] = numbers(folder / "output")
-        log = next((folder / "output").rglob("log.txt")).read_text().splitlines()
-        found[kind, "loss"] = [json.loads(line).get("train_loss") for line in log]
-    assert found["images"] == found["shards"]
-    assert found["images", "loss"] == found["shards", "loss"] and any(found["images", "loss"])
-
-
 def test_submission_from_a_checkpoint(cirr_root, cache_root, tmp_path, capsys, monkeypatch):
     """test1 has 22 to 36 pictures here, so the files are made with shorter rankings; all else is as published."""
     from neucore_plugin.commands import submit
@@ -217,8 +110,8 @@ def test_submission_from_a_checkpoint(cirr_root, cache_root, tmp_path, capsys, m
     out = tmp_path / "submission"
     arguments = ["submit", "cirr", "--cfg-path", str(path), "--checkpoint", str(best), "--out", str(out)]
     assert cli.main(arguments) == 0
-    told = capsys.readouterr().out
-    assert "cirr_test1_recall.json: good: CIRR recall, 6 queries" in told
+    printed = capsys.readouterr().out
+    assert "cirr_test1_recall.json: good: CIRR recall, 6 queries" in printed
     whole, groups = (json.loads((out / f"cirr_test1_{kind}.json").read_text()) for kind in ("recall", "recall_subset"))
     queries = json.loads((cirr_root / "captions/cap.rc2.test1.json").read_text())
     assert set(whole) == {"version", "metric", *(str(query["pairid"]) for query in queries)}
@@ -247,15 +140,6 @@ def copy_without(root: Path, to: Path, absent: list[str]) -> Path:
             if Path(file).stem not in absent:
                 path.symlink_to(os.path.join(folder, file))
     return to
-
-
-def build(name: str, root: Path, wanted, data_type="images", **info):
-    side = {"train": {"name": "cir_image", "image_size": 8}, "eval": {"name": "cir_image", "image_size": 8}}
-    text = {"train": {"name": "cir_caption"}, "eval": {"name": "cir_caption"}}
-    given = {"data_type": data_type, "build_info": {"root": str(root), **info}, "vis_processor": side}
-    builder = registry.get_builder_class(name)(OmegaConf.create({**given, "text_processor": text}))
-    builder.wanted = wanted
-    return builder.build_datasets()
 
 
 def test_missing_images_stop_or_are_skipped_when_asked(cirr_root, tmp_path, monkeypatch, caplog):
@@ -298,8 +182,8 @@ def answers(name: str, targets, gone) -> list[Triplet]:
     query = Triplet("1", "r", "x", tuple(targets), "", tuple("rabc"), (("a", 1.0), ("b", 0.5)))
     other = Triplet("2", "r", "y", ("d",))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(published, "absent_images", lambda paths: [path for path in paths if path.name in gone])
-        splits, left_out = published.without_absent(name, {"val": ([query, other], gallery)})
+        patch.setattr(catalogue, "absent_images", lambda paths: [path for path in paths if path.name in gone])
+        splits, left_out = catalogue._without_absent(name, {"val": ([query, other], gallery)})
     found, there = splits["val"]
     assert found[-1].query_id == "2" and there.ids == tuple(image for image in "rabcd" if image not in gone)
     assert left_out["val"]["skipped_queries"] == 2 - len(found) and left_out["val"]["missing_images"] == len(gone)
@@ -352,9 +236,9 @@ def test_check_says_what_is_there_and_what_is_not(cirr_root, tmp_path, capsys):
     assert report["splits"]["test1"]["annotations_missing"] == [str(root / "captions/cap.rc2.test1.json")]
     assert not report["complete"]
     assert cli.main(["data", "check", "cirr", "--root", str(root)]) == 1
-    told = capsys.readouterr().out
-    assert "no annotations" in told and "https://github.com/Cuberick-Orion/CIRR" in told
-    assert f"belong below {root}/img_raw/dev" in told
+    printed = capsys.readouterr().out
+    assert "no annotations" in printed and "https://github.com/Cuberick-Orion/CIRR" in printed
+    assert f"belong below {root}/img_raw/dev" in printed
 
 
 def test_check_without_a_root_and_of_an_unknown_name(monkeypatch, capsys):
@@ -362,26 +246,21 @@ def test_check_without_a_root_and_of_an_unknown_name(monkeypatch, capsys):
     assert cli.main(["data", "check", "shoes"]) == 2
     assert "NEUCORE_SHOES_ROOT" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"Did you mean 'shoes'"):
-        published.check("shoe", "x")
+        catalogue.check("shoe", "x")
 
 
-def test_all_lists_of_data_sets_agree():
-    assert set(published.READERS) == set(PUBLISHED) == set(data.PUBLISHED_DATASETS)
-    for name, reader in published.READERS.items():
-        builder = registry.get_builder_class(name)
-        assert builder.SPLITS == reader.WITH_TARGETS and set(reader.WITH_TARGETS) <= set(reader.SPLITS)
-        assert set(data.PUBLISHED_SPLITS[name]) == set(reader.WITH_TARGETS), name
-        schema = getattr(schema_data, f"{name.capitalize()}InfoSchema")
-        assert schema().protocol == [next(iter(PRESETS[name]))]
-        assert f"NEUCORE_{name.upper()}_ROOT" == reader.ROOT_VARIABLE
-        for split in reader.SPLITS:
-            assert reader.annotations(split) and reader.image_folder("root", split).startswith("root")
-        assert "root" in reader.sources("root")
+def test_each_published_data_set_has_its_parts():
+    assert tuple(catalogue.READERS) == PUBLISHED
+    for name, reader in catalogue.READERS.items():
+        assert reader.answered == registry.get_builder_class(name).SPLITS
+        for split in reader.splits:
+            assert reader.files(split) and reader.image_folder("root", split).startswith("root/")
+        assert "root" in reader.sources("root") and "{" not in reader.sources("root")
 
 
 @needs_real("fashioniq")
 def test_check_on_real_files_without_images():
-    report = published.check("fashioniq", REAL / "fashioniq")["splits"]
+    report = catalogue.check("fashioniq", REAL / "fashioniq")["splits"]
     counts = {split: (row["queries"], row["gallery"]) for split, row in report.items() if "queries" in row}
     assert counts["val_dress"] == (2017, 3817) and counts["val_toptee"] == (1961, 5373)
     assert counts["train_dress"] == (5985, 11452) and counts["train_toptee"] == (6027, 16121)

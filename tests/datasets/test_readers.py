@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 from places import REAL, needs_real
+from published_case import edit, put
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.datasets.published import circo, fashion200k, fashioniq, shoes
-
-
-def put(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+from neucore_plugin.config.published import FASHIONIQ_CATEGORIES
+from neucore_plugin.datasets.published import fashion200k
+from neucore_plugin.datasets.published.circo import CIRCO, IMAGES
+from neucore_plugin.datasets.published.fashion200k import FASHION200K
+from neucore_plugin.datasets.published.fashioniq import FASHIONIQ
+from neucore_plugin.datasets.published.shoes import SHOES
 
 
 def touch(*paths: Path) -> None:
@@ -29,7 +30,7 @@ def touch(*paths: Path) -> None:
 def fashion(tmp_path) -> Path:
     root = tmp_path / "fashioniq"
     pair = {"target": "B2", "candidate": "B1", "captions": ["is  red ", "has dots"]}
-    for category, part in itertools.product(fashioniq.CATEGORIES, ("train", "val", "test")):
+    for category, part in itertools.product(FASHIONIQ_CATEGORIES, ("train", "val", "test")):
         pairs = [pair, {**pair, "captions": ["", "is longer\n"]}, {**pair, "captions": [" ", ""]}]
         if part == "test":
             pairs = [{key: value for key, value in one.items() if key != "target"} for one in pairs]
@@ -39,26 +40,26 @@ def fashion(tmp_path) -> Path:
 
 
 def test_fashioniq_captions_and_galleries(fashion):
-    triplets, gallery = fashioniq.read(fashion, "val_shirt")
-    assert [t.caption for t in triplets] == ["is red and has dots", "is longer", ""]
-    assert [t.captions for t in triplets] == [("is red", "has dots"), ("is longer",), ()]
+    triplets, gallery = FASHIONIQ.read(fashion, "val_shirt")
+    assert [t.caption for t in triplets] == ["is  red and has dots", "is longer", ""]
+    assert [t.captions for t in triplets] == [("is  red", "has dots"), ("is longer",), ()]
     first = triplets[0]
     assert (first.query_id, first.reference, first.targets, first.change) == ("shirt-val-0", "B1", ("B2",), "shirt")
     assert gallery.ids == ("B1", "B2", "s9")  # the list's order, nothing twice
-    triplets, gallery = fashioniq.read(fashion, "train")
+    triplets, gallery = FASHIONIQ.read(fashion, "train")
     assert len(triplets) == 9 and len({t.query_id for t in triplets}) == 9
     assert gallery.ids == ("B1", "B2", "d9", "s9", "t9")  # images that categories share stand once
-    triplets, _ = fashioniq.read(fashion, "test_dress")
+    triplets, _ = FASHIONIQ.read(fashion, "test_dress")
     assert [t.targets for t in triplets] == [()] * 3
 
 
 def test_fashioniq_images_in_one_folder_or_one_a_category(fashion):
     images = fashion / "images"
     touch(images / "B1.png", images / "shirt" / "B2.jpg", images / "B2.png", images / "dress" / "s9.jpeg")
-    _, gallery = fashioniq.read(fashion, "val_shirt")
+    _, gallery = FASHIONIQ.read(fashion, "val_shirt")
     expected = [images / "B1.png", images / "shirt" / "B2.jpg", images / "dress" / "s9.jpeg"]
     assert list(gallery.paths) == expected
-    _, gallery = fashioniq.read(fashion, "val_toptee")
+    _, gallery = FASHIONIQ.read(fashion, "val_toptee")
     assert gallery.paths[1] == images / "B2.png" and gallery.paths[2] == images / "t9.jpg"  # the last is missing
 
 
@@ -74,12 +75,9 @@ def test_fashioniq_images_in_one_folder_or_one_a_category(fashion):
     ],
 )
 def test_malformed_fashioniq_pairs(fashion, change, message):
-    path = fashion / "captions/cap.dress.val.json"
-    value = json.loads(path.read_text())
-    change(value)
-    put(path, value)
+    edit(fashion / "captions/cap.dress.val.json", change)
     with pytest.raises(DataError) as caught:
-        fashioniq.read(fashion, "val_dress")
+        FASHIONIQ.read(fashion, "val_dress")
     assert f"captions/cap.dress.val.json: {message}" in str(caught.value)
 
 
@@ -87,7 +85,7 @@ def test_malformed_fashioniq_pairs(fashion, change, message):
 def test_fashioniq_image_names_are_names(fashion, name):
     put(fashion / "image_splits/split.dress.val.json", ["B1", "B2", name])
     with pytest.raises(DataError, match="split.dress.val.json: entry 2: expected an image name"):
-        fashioniq.read(fashion, "val_dress")
+        FASHIONIQ.read(fashion, "val_dress")
 
 
 @needs_real("fashioniq")
@@ -103,7 +101,7 @@ def test_fashioniq_image_names_are_names(fashion, name):
     ],
 )
 def test_fashioniq_counts(split, pairs, images):
-    triplets, gallery = fashioniq.read(REAL / "fashioniq", split)
+    triplets, gallery = FASHIONIQ.read(REAL / "fashioniq", split)
     assert (len(triplets), len(gallery.ids)) == (pairs, images)
     if split.startswith("val"):
         union = {name for t in triplets for name in (t.reference, *t.targets)}
@@ -135,13 +133,13 @@ def shoe(tmp_path) -> Path:
 
 
 def test_shoes_splits_by_their_lists_and_pictures_by_one_index(shoe):
-    triplets, gallery = shoes.read(shoe, "test")
+    triplets, gallery = SHOES.read(shoe, "test")
     assert [(t.query_id, t.caption) for t in triplets] == [("1", "have a bow")]
     assert triplets[0].reference.endswith("flats_0.jpg") and triplets[0].targets[0].endswith("flats_2.jpg")
     assert len(gallery.ids) == 4 and gallery.paths[2] == shoe / "deep/womens_flats/1/img_womens_flats_2.jpg"
     assert gallery.paths[0] == shoe / "img_womens_flats_0.jpg"  # missing
-    triplets, gallery = shoes.read(shoe, "train")
-    assert [t.caption for t in triplets] == ["are red"]
+    triplets, gallery = SHOES.read(shoe, "train")
+    assert [t.caption for t in triplets] == ["are  red"]
     assert gallery.paths[0] == shoe / "womens_boots/0/img_womens_boots_0.jpg"  # the same name twice: the first
 
 
@@ -149,13 +147,13 @@ def test_malformed_shoes(shoe):
     put(shoe / "relative_captions_shoes.json", [{"ImageName": "x"}, 3])
     put(shoe / "train_im_names.txt", "a.jpg\n../b.jpg\n")
     with pytest.raises(DataError) as caught:
-        shoes.read(shoe, "train")
-    told = str(caught.value)
-    assert "3 problems" in told and "line 2: expected a file name, given '../b.jpg'" in told
-    assert "entry 0: needs the texts ReferenceImageName, RelativeCaption" in told
+        SHOES.read(shoe, "train")
+    error = str(caught.value)
+    assert "3 problems" in error and "line 2: expected a file name, given '../b.jpg'" in error
+    assert "entry 0: needs the texts ReferenceImageName, RelativeCaption" in error
     (shoe / "eval_im_names.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="eval_im_names.txt: no text in UTF-8"):
-        shoes.read(shoe, "test")
+        SHOES.read(shoe, "test")
 
 
 # ---- Fashion200K -----------------------------------------------------------------------------------------------------
@@ -180,7 +178,7 @@ def fashion200k_root(tmp_path) -> Path:
 
 
 def test_fashion200k_captions_texts_and_answers(fashion200k_root):
-    triplets, gallery = fashion200k.read(fashion200k_root, "test")
+    triplets, gallery = FASHION200K.read(fashion200k_root, "test")
     assert len(gallery.ids) == 5
     assert [(t.caption, t.targets) for t in triplets] == [
         ("replace black with white", ("women/dress/b/2.jpeg", "women/skirt/c/3.jpeg")),  # every image of that caption
@@ -191,9 +189,9 @@ def test_fashion200k_captions_texts_and_answers(fashion200k_root):
 
 
 def test_fashion200k_training_pairs_are_one_word_apart(fashion200k_root, tmp_path):
-    triplets, _ = fashion200k.read(fashion200k_root, "train")
+    triplets, _ = FASHION200K.read(fashion200k_root, "train")
     assert {t.reference[-6] for t in triplets} == {"1", "2", "3"}  # the others have no such neighbour
-    assert fashion200k.read(fashion200k_root, "train")[0] == triplets
+    assert FASHION200K.read(fashion200k_root, "train")[0] == triplets
     captions = [
         " ".join(words) for words in itertools.product(("red", "blue"), ("long", "short", "wide"), ("coat", "hat"))
     ]
@@ -201,7 +199,7 @@ def test_fashion200k_training_pairs_are_one_word_apart(fashion200k_root, tmp_pat
         fashion200k_root / "labels/top_train_detect_all.txt",
         "\n".join(f"women/top/{n}.jpeg\t1\t{captions[n % 12]}" for n in range(40)),
     )
-    triplets, _ = fashion200k.read(fashion200k_root, "train")
+    triplets, _ = FASHION200K.read(fashion200k_root, "train")
     named = {f"women/top/{n}.jpeg": captions[n % 12].split() for n in range(40)}
     ours = [t for t in triplets if t.reference in named]
     assert len(ours) == 40
@@ -218,8 +216,8 @@ def test_malformed_fashion200k(fashion200k_root):
         "one\nwomen/dress/a/1.jpeg gone.jpeg\nwomen/jacket/e/5.jpeg women/jacket/e/5.jpeg",
     )
     with pytest.raises(DataError) as caught:
-        fashion200k.read(fashion200k_root, "test")
-    told = str(caught.value)
+        FASHION200K.read(fashion200k_root, "test")
+    error = str(caught.value)
     for part in (
         "top_test_detect_all.txt: line 1: expected path, score and description",
         "top_test_detect_all.txt: line 2: expected path",
@@ -227,7 +225,7 @@ def test_malformed_fashion200k(fashion200k_root):
         "test_queries.txt: line 2: 'gone.jpeg' is in no label file of test",
         "test_queries.txt: line 3: source and target are the same image",
     ):
-        assert part in told
+        assert part in error
 
 
 # ---- CIRCO -----------------------------------------------------------------------------------------------------------
@@ -237,7 +235,7 @@ def test_malformed_fashion200k(fashion200k_root):
 def circo_root(tmp_path) -> Path:
     root = tmp_path / "circo"
     images = [{"id": n, "file_name": f"{n:012d}.jpg"} for n in range(10, 20)]
-    put(root / circo.IMAGES, {"images": images})
+    put(root / IMAGES, {"images": images})
     query = {"reference_img_id": 10, "relative_caption": "has  two dogs", "shared_concept": "a dog", "id": 0}
     put(root / "annotations/val.json", [{**query, "target_img_id": 12, "gt_img_ids": [12, 15, 11]}])
     put(root / "annotations/test.json", [query, {**query, "id": 1}])
@@ -245,11 +243,11 @@ def circo_root(tmp_path) -> Path:
 
 
 def test_circo_answers_and_gallery(circo_root):
-    triplets, gallery = circo.read(circo_root, "val")
-    assert [(t.query_id, t.reference, t.caption) for t in triplets] == [("0", "10", "has two dogs")]
+    triplets, gallery = CIRCO.read(circo_root, "val")
+    assert [(t.query_id, t.reference, t.caption) for t in triplets] == [("0", "10", "has  two dogs")]
     assert triplets[0].targets == ("12", "15", "11")
     assert gallery.ids[0] == "10" and gallery.paths[0] == circo_root / "unlabeled2017/000000000010.jpg"
-    assert [t.targets for t in circo.read(circo_root, "test")[0]] == [(), ()]
+    assert [t.targets for t in CIRCO.read(circo_root, "test")[0]] == [(), ()]
 
 
 @pytest.mark.parametrize(
@@ -264,12 +262,9 @@ def test_circo_answers_and_gallery(circo_root):
     ],
 )
 def test_malformed_circo(circo_root, change, message):
-    path = circo_root / "annotations/val.json"
-    value = json.loads(path.read_text())
-    change(value)
-    put(path, value)
+    edit(circo_root / "annotations/val.json", change)
     with pytest.raises(DataError) as caught:
-        circo.read(circo_root, "val")
+        CIRCO.read(circo_root, "val")
     assert f"annotations/val.json: {message}" in str(caught.value)
 
 
@@ -277,9 +272,9 @@ def test_malformed_circo(circo_root, change, message):
     "images", [None, [{"id": 1}], [{"id": 1, "file_name": "../x"}], [{"id": 1, "file_name": "a"}] * 2]
 )
 def test_a_list_of_images_that_is_none(circo_root, images):
-    put(circo_root / circo.IMAGES, {"images": images})
+    put(circo_root / IMAGES, {"images": images})
     with pytest.raises(DataError, match="image_info_unlabeled2017.json"):
-        circo.read(circo_root, "val")
+        CIRCO.read(circo_root, "val")
 
 
 @needs_real("circo")
@@ -287,8 +282,8 @@ def test_circo_counts(tmp_path):
     entries = json.loads((REAL / "circo/annotations/val.json").read_text())
     named = {image for e in entries for image in (e["reference_img_id"], e["target_img_id"], *e["gt_img_ids"])}
     put(tmp_path / "annotations/val.json", entries)
-    put(tmp_path / circo.IMAGES, {"images": [{"id": image, "file_name": f"{image}.jpg"} for image in sorted(named)]})
-    triplets, _ = circo.read(tmp_path, "val")
+    put(tmp_path / IMAGES, {"images": [{"id": image, "file_name": f"{image}.jpg"} for image in sorted(named)]})
+    triplets, _ = CIRCO.read(tmp_path, "val")
     assert len(triplets) == 220
     assert [list(map(int, t.targets)) for t in triplets] == [
         e["gt_img_ids"] for e in entries

@@ -10,10 +10,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 import torchvision
 from places import ROOT
 from shards_case import shapes, write
@@ -23,8 +21,9 @@ from neucore_plugin import cli
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.images import check_images, load_image
 from neucore_plugin.datasets.feature_cache import content_fingerprints
-from neucore_plugin.datasets.published import catalogue as published
-from neucore_plugin.datasets.shards import writer as shards
+from neucore_plugin.datasets.published import catalogue
+from neucore_plugin.datasets.published.reader import Reader
+from neucore_plugin.datasets.shards import reader, writer
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 
 
@@ -40,7 +39,7 @@ def written(data, tmp_path) -> Path:
 
 def test_everything_comes_back(data, written):
     paths, splits = data
-    images, found = shards.read_shards(written)
+    images, found = reader.read_shards(written)
     assert list(images) == list(paths)
     for name, image in images.items():
         assert image.read() == paths[name].read_bytes()
@@ -50,7 +49,7 @@ def test_everything_comes_back(data, written):
     assert len(list(written.glob("*.tar"))) > 2
     assert content_fingerprints(list(images.values())) == content_fingerprints(list(paths.values()))
     assert check_images(list(images.values()), progress=False) == []
-    assert shards.verify(written, progress=False) == len(paths)
+    assert reader.verify(written, progress=False) == len(paths)
     assert pickle.loads(pickle.dumps(images[next(iter(images))])) == next(iter(images.values()))
 
 
@@ -59,8 +58,8 @@ def test_every_field_of_a_triplet_survives(tmp_path, data):
     a, b, c = paths
     full = Triplet("1", a, "é 😀", (b, c), "x", (a, b, c), ((b, 0.5), (c, -1.0)), ("one", "two"))
     gallery = Gallery(tuple(paths), tuple(paths.values()))
-    shards.write_shards(tmp_path / "out", "x", paths, {"val": ([full], gallery)}, progress=False)
-    assert shards.read_shards(tmp_path / "out")[1]["val"][0] == [full]
+    writer.write_shards(tmp_path / "out", "x", paths, {"val": ([full], gallery)}, progress=False)
+    assert reader.read_shards(tmp_path / "out")[1]["val"][0] == [full]
 
 
 def test_the_archives_are_webdatasets(written, data):
@@ -83,7 +82,7 @@ def test_a_stream_is_divided_among_processes_and_workers(written, data, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        part = [sample["name"] for sample in DataLoader(shards.stream(written), batch_size=None, num_workers=2)]
+        part = [sample["name"] for sample in DataLoader(reader.stream(written), batch_size=None, num_workers=2)]
         assert 0 < len(part) < len(data[0])
         found += part
     assert sorted(found) == sorted(data[0])
@@ -91,7 +90,7 @@ def test_a_stream_is_divided_among_processes_and_workers(written, data, monkeypa
 
 def test_odd_folder_names_are_no_patterns(data, tmp_path):
     out = write(data, tmp_path / "a{1,2}::b $WDS_X").parent
-    assert [sample["name"] for sample in shards.stream(out)] == list(data[0])
+    assert [sample["name"] for sample in reader.stream(out)] == list(data[0])
 
 
 def test_no_more_descriptors_than_the_cache_holds(data, tmp_path):
@@ -99,8 +98,8 @@ def test_no_more_descriptors_than_the_cache_holds(data, tmp_path):
     path = next(iter(data[0].values()))
     paths = {f"n{number}": path for number in range(300)}
     gallery = Gallery(tuple(paths), tuple(paths.values()))
-    shards.write_shards(tmp_path / "out", "x", paths, {"val": ([], gallery)}, max_bytes=1, progress=False)
-    images, _ = shards.read_shards(tmp_path / "out")
+    writer.write_shards(tmp_path / "out", "x", paths, {"val": ([], gallery)}, max_bytes=1, progress=False)
+    images, _ = reader.read_shards(tmp_path / "out")
     assert len({image.shard for image in images.values()}) == 300
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert check_images(list(images.values()), progress=False) == []
@@ -111,18 +110,18 @@ def test_no_more_descriptors_than_the_cache_holds(data, tmp_path):
 
 def test_a_folder_written_anew_is_read_anew(data, tmp_path):
     out = write(data, tmp_path / "out").parent
-    images, _ = shards.read_shards(out)
+    images, _ = reader.read_shards(out)
     assert all(image.open().read() for image in images.values())
     shutil.rmtree(out)
     turned = (dict(reversed(data[0].items())), data[1])
     write(turned, out)
-    images, _ = shards.read_shards(out)
+    images, _ = reader.read_shards(out)
     assert all(image.read() == data[0][name].read_bytes() for name, image in images.items())
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_a_stream_gives_each_image_once(written, data, workers):
-    loader = DataLoader(shards.stream(written), batch_size=None, num_workers=workers)
+    loader = DataLoader(reader.stream(written), batch_size=None, num_workers=workers)
     found = {}
     for sample in loader:
         assert sample["name"] not in found
@@ -132,7 +131,7 @@ def test_a_stream_gives_each_image_once(written, data, workers):
 
 def test_writing_continues_where_it_was_stopped(data, tmp_path, monkeypatch):
     done = []
-    original = shards._write_shard
+    original = writer._write_shard
 
     def stop_after_two(path, *arguments):
         if len(done) == 2:
@@ -141,17 +140,17 @@ def test_writing_continues_where_it_was_stopped(data, tmp_path, monkeypatch):
         return original(path, *arguments)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(shards, "_write_shard", stop_after_two)
+    monkeypatch.setattr(writer, "_write_shard", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         write(data, out, workers=1)
     with pytest.raises(DataError, match="its writing was interrupted"):
-        shards.read_shards(out)
+        reader.read_shards(out)
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert len(kept) == 2
     monkeypatch.undo()
     write(data, out)
     assert all((out / name).stat().st_mtime_ns == time for name, time in kept.items())
-    assert shards.verify(out, progress=False) == len(data[0])
+    assert reader.verify(out, progress=False) == len(data[0])
     assert not list(out.glob("shard-*.json")) and not (out / "writing.json").exists()
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     write(data, out)  # a second time: nothing is written again
@@ -164,7 +163,7 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from neucore_plugin.datasets import folder
-from neucore_plugin.datasets.shards import writer as shards
+from neucore_plugin.datasets.shards import reader, writer
 root, out = map(Path, sys.argv[1:])
 paths = folder.images(root)
 original, count = Path.read_bytes, 0
@@ -178,7 +177,7 @@ def read_bytes(path):
 
 Path.read_bytes = read_bytes
 splits = {split: folder.load_split(root, split, paths) for split in ("train", "val")}
-shards.write_shards(out, "folder", paths, splits, max_bytes=12_000, workers=1, progress=False)
+writer.write_shards(out, "folder", paths, splits, max_bytes=12_000, workers=1, progress=False)
 """
 
 
@@ -228,42 +227,42 @@ def test_an_image_that_changed_since_is_noticed(data, tmp_path, monkeypatch):
     alter(first)
     with pytest.raises(DataError, match=r"0\.png has changed since; give another --out"):
         write(mine, out)
-    original = shards.write_json
+    original = writer.write_json
 
     def stop_before_the_index(path, *arguments, **options):
-        if path.name == shards.INDEX:
+        if path.name == reader.INDEX:
             raise KeyboardInterrupt
         original(path, *arguments, **options)
 
-    monkeypatch.setattr(shards, "write_json", stop_before_the_index)
+    monkeypatch.setattr(writer, "write_json", stop_before_the_index)
     with pytest.raises(KeyboardInterrupt):
         write(mine, tmp_path / "second")
     monkeypatch.undo()
     alter(first)
     write(mine, tmp_path / "second")  # an interrupted call takes over what is as it was, no more
-    images, _ = shards.read_shards(tmp_path / "second")
+    images, _ = reader.read_shards(tmp_path / "second")
     assert all(image.read() == mine[0][name].read_bytes() for name, image in images.items())
 
 
 def test_what_cannot_be_written_is_told(data, tmp_path, monkeypatch):
     paths, splits = data
     out, first = tmp_path / "out", next(iter(paths))
-    with shards._alone(tmp_path), pytest.raises(DataError, match="another process writes shards here"):
+    with writer._alone(tmp_path), pytest.raises(DataError, match="another process writes shards here"):
         write(data, tmp_path)
     with pytest.raises(DataError, match="there are no images"):
-        shards.write_shards(out, "x", {}, {"val": ([], Gallery((), ()))})
+        writer.write_shards(out, "x", {}, {"val": ([], Gallery((), ()))})
     with pytest.raises(DataError, match="splits \\['../x'\\]: names of letters"):
-        shards.write_shards(out, "x", paths, {"../x": splits["val"]})
+        writer.write_shards(out, "x", paths, {"../x": splits["val"]})
     with pytest.raises(DataError, match="splits \\[\\]: names of letters"):
-        shards.write_shards(out, "x", paths, {})
+        writer.write_shards(out, "x", paths, {})
     with pytest.raises(DataError, match="'val' names 1 images that are not given, such as"):
-        shards.write_shards(out, "x", {k: v for k, v in paths.items() if k != first}, {"val": ([], splits["val"][1])})
+        writer.write_shards(out, "x", {k: v for k, v in paths.items() if k != first}, {"val": ([], splits["val"][1])})
     with pytest.raises(DataError, match="its name is no text in UTF-8"):
-        shards.write_shards(out, "x", {"\udc80": paths[first]}, splits)
+        writer.write_shards(out, "x", {"\udc80": paths[first]}, splits)
     with pytest.raises(DataError, match="max_bytes 0, workers 2: give at least 1"):
         write(data, out, max_bytes=0)
     with pytest.raises(DataError, match="images have no file, such as"):
-        shards.write_shards(out, "x", {**paths, "folder": tmp_path}, splits)
+        writer.write_shards(out, "x", {**paths, "folder": tmp_path}, splits)
     assert not out.exists()
 
     def full(*_):
@@ -281,20 +280,20 @@ def test_a_folder_of_other_things_is_left_alone(data, tmp_path):
         write(data, tmp_path)
     paths, splits = data
     with pytest.raises(DataError, match="1 images have no file, such as gone.png"):
-        shards.write_shards(tmp_path / "out", "x", {**paths, "gone": Path("gone.png")}, splits)
+        writer.write_shards(tmp_path / "out", "x", {**paths, "gone": Path("gone.png")}, splits)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_was_left_out_is_remembered(data, tmp_path, caplog):
     paths, splits = data
-    lost = {"val": {"missing_images": 3, "skipped_queries": 5, "files": ["a.png"]}}
-    shards.write_shards(tmp_path / "out", "x", paths, splits, progress=False, lost=lost)
-    shards.read_shards(tmp_path / "out")
+    left_out = {"val": {"missing_images": 3, "skipped_queries": 5, "files": ["a.png"]}}
+    writer.write_shards(tmp_path / "out", "x", paths, splits, progress=False, left_out=left_out)
+    reader.read_shards(tmp_path / "out")
     assert "val was written without 3 images that had no file, and without the 5 queries" in caplog.text
     listing = str(tmp_path / "out" / "triplets-val.json")
     expected = {"val": {"missing_images": 3, "skipped_queries": 5, "listed_in": listing}}
-    assert shards.left_out(tmp_path / "out") == expected
-    assert json.loads(Path(listing).read_text())["left_out"] == lost["val"]
+    assert reader.left_out(tmp_path / "out") == expected
+    assert json.loads(Path(listing).read_text())["left_out"] == left_out["val"]
 
 
 def test_two_processes_see_each_query_once_in_the_order_of_the_folder(written, data):
@@ -313,7 +312,7 @@ def test_two_processes_see_each_query_once_in_the_order_of_the_folder(written, d
             for query, image in zip(batch["query_id"], batch["target_image"].numpy(), strict=True)
         ]
 
-    parts = [seen(*shards.read_shards(written), rank) for rank in (0, 1)]
+    parts = [seen(*reader.read_shards(written), rank) for rank in (0, 1)]
     assert parts == [seen(*data, rank) for rank in (0, 1)]
     queries = [query for part in parts for query, _ in part]
     total = len(data[1]["train"][0])
@@ -326,29 +325,28 @@ def test_the_command_leaves_out_what_is_missing_only_when_asked(data, tmp_path, 
     triplets, gallery = splits["val"]
     gone = triplets[0].reference
     places = tuple(tmp_path / "absent.png" if name == gone else paths[name] for name in gallery.ids)
-    reader = SimpleNamespace(
-        TITLE="Shoes",
-        ROOT_VARIABLE="X",
-        SPLITS=("val", "test"),
-        WITH_TARGETS=("val",),
-        annotations=lambda split: (),
-        read=lambda root, split: (triplets, Gallery(gallery.ids, places)),
-        sources=lambda root: "from the shop",
-        image_folder=lambda root, split: "images/",
+    shop = Reader(
+        name="circo",
+        title="Shop",
+        credit="",
+        files=lambda split: (),
+        images=lambda split: "images",
+        parse=lambda root, split, problems: (triplets, dict(zip(gallery.ids, places, strict=True))),
+        where_from="from the shop",
     )
-    monkeypatch.setitem(published.READERS, "shoes", reader)
-    arguments = ["shards", "shoes", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setitem(catalogue.READERS, "circo", shop)
+    arguments = ["shards", "circo", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
     assert cli.main(arguments) == 2
-    assert "images/: 1 of 24 images of val" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "images: 1 of 24 images of val" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert cli.main([*arguments, "--missing", "skip"]) == 0
     needed = [t for t in triplets if gone == t.reference or t.targets == (gone,)]
     assert f"val: 1 images have no file, {len(needed)} queries left out" in capsys.readouterr().out
-    images, found = shards.read_shards(tmp_path / "out")
+    images, found = reader.read_shards(tmp_path / "out")
     assert set(images) == set(paths) - {gone} and len(found["val"][0]) == len(triplets) - len(needed)
     plain = json.loads((tmp_path / "out" / "triplets-val.json").read_text())
     assert plain["left_out"] == {"missing_images": 1, "skipped_queries": len(needed), "files": ["absent.png"]}
     assert cli.main([*arguments, "--splits", "vall"]) == 2
-    assert "Shoes has no split 'vall'; allowed: val, test" in capsys.readouterr().err
+    assert "Shop has no split 'vall'. Did you mean 'val'?" in capsys.readouterr().err
 
 
 def test_the_command_writes_references_outside_the_gallery(shapes_root, tmp_path, capsys):
@@ -363,7 +361,7 @@ def test_the_command_writes_references_outside_the_gallery(shapes_root, tmp_path
     assert {entry["reference"] for entry in entries} - set(right[:3])
     out = tmp_path / "out"
     assert cli.main(["shards", "folder", "--root", str(root), "--out", str(out), "--splits", "val"]) == 0
-    images, found = shards.read_shards(out)
+    images, found = reader.read_shards(out)
     assert set(images) == set(right[:3]) | {entry["reference"] for entry in entries}
     assert found["val"][1].ids == tuple(right[:3])
 
@@ -374,19 +372,20 @@ def test_the_command_writes_what_training_reads(tmp_path, shapes_root, capsys, t
     out = tmp_path / "tars"
     assert cli.main(["shards", "folder", "--root", str(shapes_root), "--out", str(out), "--max-mb", "1"]) == 0
     assert "24 images, " in capsys.readouterr().out
-    losses = {}
+    found = {}
     for kind, root in (("images", shapes_root), ("shards", out)):
 
         def change(config, kind=kind, root=root):
-            config["datasets"]["folder"].update(data_type=kind, build_info={"root": str(root)})
-            config["run"].update(output_dir=str(tmp_path / kind), runner="runner_cir_iter", num_workers=2, report=False)
-            config["run"].update(max_iters=6, iters_per_inner_epoch=3, cache_dir=str(tmp_path / f"{kind}-cache"))
+            info = {"root": str(root), "max_train": 24, "max_eval": 6}
+            config["datasets"]["folder"].update(data_type=kind, build_info=info)
+            config["run"].update(output_dir=str(tmp_path / kind), max_epoch=1, num_workers=1, report=False)
+            config["run"].update(cache_features=False, test_splits=["val"])
 
         launch.run(tiny_config(change, f"{kind}.yaml"))
-        log = next((tmp_path / kind).rglob("log.txt")).read_text().splitlines()
-        losses[kind] = [json.loads(line)["train_loss"] for line in log if "train_loss" in line]
-    assert losses["images"] == losses["shards"] and len(losses["images"]) == 2
-    assert torch.tensor(losses["images"]).isfinite().all()
+        (log,) = (tmp_path / kind).rglob("log.txt")
+        losses = [float(json.loads(line).get("train_loss", 0)) for line in log.read_text().splitlines()]
+        found[kind] = (json.loads((tmp_path / kind / "results.json").read_text()), losses)
+    assert found["images"] == found["shards"] and max(found["images"][1]) > 0
 
 
 def test_the_benchmark_reads_every_image_in_each_form(tmp_path):
@@ -396,7 +395,7 @@ def test_the_benchmark_reads_every_image_in_each_form(tmp_path):
     spec.loader.exec_module(benchmark)
     paths = benchmark.generate(tmp_path / "images", 9)
     split = ([], Gallery(tuple(paths), tuple(paths.values())))
-    shards.write_shards(tmp_path / "shards", "x", paths, {"train": split}, max_bytes=90_000, progress=False)
+    writer.write_shards(tmp_path / "shards", "x", paths, {"train": split}, max_bytes=90_000, progress=False)
     read = {form: list(benchmark.open_form(form, tmp_path, decode=False)) for form in benchmark.FORMS}
     assert read["folder"] == read["shards"] and sorted(read["folder"]) == sorted(read["stream"])
     assert sorted(read["folder"]) == sorted(path.stat().st_size for path in paths.values())

@@ -13,8 +13,7 @@ from shards_case import edit_index, shapes, write
 from neucore_plugin import cli
 from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.common.images import load_image
-from neucore_plugin.datasets.shards import writer as shards
-from neucore_plugin.datasets.shards.reader import split_sum
+from neucore_plugin.datasets.shards import reader, writer
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
 
@@ -52,7 +51,7 @@ def written(data, tmp_path) -> Path:
 def test_an_index_that_lies_is_refused(written, change, message):
     edit_index(written, change)
     with pytest.raises(DataError) as caught:
-        shards.read_shards(written)
+        reader.read_shards(written)
     assert message in str(caught.value)
 
 
@@ -75,40 +74,40 @@ def test_a_triplet_of_another_form_is_refused_even_with_its_sum(written, change)
     change(plain["triplets"][0])
     path.write_text(json.dumps(plain))
     with pytest.raises(DataError, match="was altered since it was written"):
-        shards.read_shards(written)
-    edit_index(written, lambda index: index["splits"]["val"].update(sha256=split_sum(plain)))
+        reader.read_shards(written)
+    edit_index(written, lambda index: index["splits"]["val"].update(sha256=reader.split_sum(plain)))
     with pytest.raises(DataError, match=r"triplets-val.json: (a triplet with fields|triplet .* of the wrong type)"):
-        shards.read_shards(written)
+        reader.read_shards(written)
 
 
 def test_shards_of_another_data_set(written):
-    assert shards.read_shards(written, "folder")
+    assert reader.read_shards(written, "folder")
     with pytest.raises(DataError, match="holds shards of 'folder', not of 'cirr'"):
-        shards.read_shards(written, "cirr")
+        reader.read_shards(written, "cirr")
 
 
 @pytest.mark.parametrize("zeros", [512, 3000])
 def test_a_stream_is_never_silently_short(written, zeros):
     """A shard of the right size whose end is zeros is a whole tar file for tarfile: it only holds fewer members."""
     path = written / "shard-00001.tar"
-    images, _ = shards.read_shards(written)
+    images, _ = reader.read_shards(written)
     last = [image for image in images.values() if image.shard == str(path)][-1]
     raw = bytearray(path.read_bytes())
     raw[last.offset - 512 : last.offset - 512 + zeros] = bytes(zeros)
     path.write_bytes(raw)
     with pytest.raises(DataError, match=r"shard-00001.tar: ends after \d of \d images|no whole tar file"):
-        list(shards.stream(written))
+        list(reader.stream(written))
     with pytest.raises(DataError, match="its content has changed"):
-        shards.verify(written, progress=False)
+        reader.verify(written, progress=False)
 
 
 def test_a_truncated_shard_is_told_and_never_short(written):
     path = written / "shard-00001.tar"
     size = path.stat().st_size
-    images, _ = shards.read_shards(written)
+    images, _ = reader.read_shards(written)
     os.truncate(path, 2000)
     with pytest.raises(DataError, match=rf"shard-00001.tar has 2,000 bytes, not {size:,}"):
-        shards.read_shards(written)
+        reader.read_shards(written)
     last = [image for image in images.values() if image.shard == str(path)][-1]
     with pytest.raises(DataError, match="is truncated: it ends before image"):
         last.read()
@@ -122,7 +121,7 @@ def test_changed_bytes_are_found_by_verify(written, capsys):
     raw[600] ^= 1
     path.write_bytes(raw)
     with pytest.raises(DataError, match="its content has changed"):
-        shards.verify(written, progress=False)
+        reader.verify(written, progress=False)
     assert cli.main(["shards", "--verify", "--out", str(written)]) == 2
     assert "its content has changed" in capsys.readouterr().err
 
@@ -140,8 +139,8 @@ def test_a_split_of_another_form_is_refused_even_with_its_sum(written, change):
     plain = json.loads(path.read_text())
     change(plain)
     path.write_text(json.dumps(plain))
-    edit_index(written, lambda index: index["splits"]["val"].update(sha256=split_sum(plain)))
-    for read in (shards.read_shards, shards.left_out):
+    edit_index(written, lambda index: index["splits"]["val"].update(sha256=reader.split_sum(plain)))
+    for read in (reader.read_shards, reader.left_out):
         with pytest.raises(DataError, match="triplets-val.json: needs a list 'triplets', and counts"):
             read(written)
 
@@ -170,10 +169,10 @@ def test_the_same_command_mends_what_is_damaged(data, written, damage):
     whole = (written / "shard-00000.tar").stat().st_ino
     damage(written)
     with pytest.raises(DataError):
-        shards.verify(written, progress=False)
-    index_is_whole = "shards" in json.loads((written / shards.INDEX).read_text())
+        reader.verify(written, progress=False)
+    index_is_whole = "shards" in json.loads((written / reader.INDEX).read_text())
     write(data, written)
-    assert shards.verify(written, progress=False) == len(data[0])
+    assert reader.verify(written, progress=False) == len(data[0])
     assert {path.name: path.read_bytes() for path in written.iterdir()} == before
     assert (whole == (written / "shard-00000.tar").stat().st_ino) == index_is_whole
 
@@ -206,14 +205,14 @@ def test_members_that_are_no_files_are_refused(written, kind):
     shard = {"file": path.name, "bytes": path.stat().st_size, "images": [{"name": "a", "offset": 512, "size": 0}]}
     edit_index(written, lambda index: index.update(shards=[shard], splits={}))
     with pytest.raises(DataError, match="which is no member of ours"):
-        list(shards.stream(written))
+        list(reader.stream(written))
 
 
 def test_a_member_of_another_size_is_not_read(written):
     """A header that claims a terabyte is refused by the index before anything is read."""
     edit_index(written, lambda index: index["shards"][0]["images"][0].update(size=5))
     with pytest.raises(DataError, match="member 000000.png is not where the index says"):
-        list(shards.stream(written))
+        list(reader.stream(written))
 
 
 @pytest.mark.parametrize(
@@ -233,14 +232,14 @@ def test_hostile_members_are_neither_decoded_nor_written(written, tmp_path, monk
     shard = {"file": path.name, "bytes": path.stat().st_size, "images": [image]}
     edit_index(written, lambda index: index.update(shards=[shard], splits={}))
     with pytest.raises(DataError, match="which is no member of ours"):
-        list(shards.stream(written))
+        list(reader.stream(written))
     assert not (tmp_path / "exploded").exists() and sorted(os.listdir(tmp_path)) == ["out"]
 
 
 @pytest.mark.parametrize("given", ["pipe:cat x", "http://x/y", "s3://bucket"])
 def test_only_folders_are_read(given):
     with pytest.raises(DataError, match="shards are read from a folder"):
-        shards.read_shards(given)
+        reader.read_shards(given)
 
 
 def test_names_are_labels(tmp_path, data):
@@ -249,7 +248,7 @@ def test_names_are_labels(tmp_path, data):
     paths = {"../../evil": path, "/etc/passwd": path, "a b/é": path}
     gallery = Gallery(tuple(paths), tuple(paths.values()))
     split = [Triplet("1", "../../evil", "x", ("/etc/passwd",))]
-    shards.write_shards(tmp_path / "deep" / "out", "x", paths, {"val": (split, gallery)}, progress=False)
-    images, found = shards.read_shards(tmp_path / "deep" / "out")
+    writer.write_shards(tmp_path / "deep" / "out", "x", paths, {"val": (split, gallery)}, progress=False)
+    images, found = reader.read_shards(tmp_path / "deep" / "out")
     assert list(images) == list(paths) and found["val"][0] == split
     assert sorted(os.listdir(tmp_path)) == ["deep"] and os.listdir(tmp_path / "deep") == ["out"]

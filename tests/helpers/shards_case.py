@@ -6,7 +6,7 @@ from pathlib import Path
 from shapes import write_shapes
 
 from neucore_plugin.datasets import folder
-from neucore_plugin.datasets.shards import writer as shards
+from neucore_plugin.datasets.shards import reader, writer
 
 
 def shapes(root: Path) -> tuple[dict, dict]:
@@ -19,11 +19,11 @@ def shapes(root: Path) -> tuple[dict, dict]:
 def write(data, out: Path, **options) -> Path:
     paths, splits = data
     settings = {"max_bytes": 12_000, "workers": 2, "progress": False} | options
-    return shards.write_shards(out, "folder", paths, splits, **settings)
+    return writer.write_shards(out, "folder", paths, splits, **settings)
 
 
 def edit_index(out: Path, change) -> None:
-    path = out / shards.INDEX
+    path = out / reader.INDEX
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))

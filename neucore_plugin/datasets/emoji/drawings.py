@@ -29,7 +29,7 @@ _MANIFEST = "manifest.json"
 
 
 def drawings_folder(cache: str | Path | None = None, image_size: int = 224) -> Path:
-    """Where `prepare` puts the PNG files of one size."""
+    """Where `prepare` puts the PNG files of one size; `cache`: see `common/files.py`."""
     return cache_dir(cache) / "emoji" / f"openmoji-{VERSION}-{image_size}px"
 
 
@@ -49,7 +49,7 @@ def svg_files() -> dict[str, Path]:
 
 
 def prepare(
-    cache_dir: str | Path | None = None,
+    cache: str | Path | None = None,
     image_size: int = 224,
     progress: bool = True,
     only: Iterable[str] | None = None,
@@ -61,7 +61,7 @@ def prepare(
     """
     if not isinstance(image_size, int) or isinstance(image_size, bool) or not 32 <= image_size <= 1024:
         raise ConfigError(f"image_size is {image_size!r}; a whole number of pixels from 32 to 1024 is wanted")
-    folder = drawings_folder(cache_dir, image_size)
+    folder = drawings_folder(cache, image_size)
     files = svg_files()
     if only is not None:
         wanted = sorted(set(only))
@@ -159,7 +159,7 @@ def read_manifest(folder: Path) -> dict:
     except (OSError, ValueError):
         manifest = None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT or "files" not in manifest:
-        raise DataError(f"{folder} holds no complete set of drawings: run `neucore_plugin.datasets.emoji.prepare()`")
+        raise DataError(f"{folder} holds no complete set of drawings: run `neucore data emoji`")
     return manifest
 
 

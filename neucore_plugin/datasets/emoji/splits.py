@@ -1,6 +1,6 @@
 """Composed retrieval on emoji drawings: the data set that pip alone installs.
 
-Queries are made from attributes (`emoji_attributes`), images from OpenMoji (`emoji_drawings`). The gallery is the whole
+Queries are made from attributes (`attributes.py`), images from OpenMoji (`drawings.py`). The gallery is the whole
 drawing set, flags, letters and OpenMoji's own extras included: they are distractors, no query names them. Everything
 is decided by hashes of names, so every machine makes the same data set.
 
@@ -18,17 +18,17 @@ test_word  one word of an object's name; the target is a held-out object
 test_two   gender and tone at once; both images seen, but training has no text with two changes
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from neucore_plugin.common.errors import ConfigError, DataError
-from neucore_plugin.common.files import sha256_text
+from neucore_plugin.common.errors import DataError
+from neucore_plugin.config.published import SPLITS
 from neucore_plugin.datasets.emoji.attributes import (
     ADULT,
+    PRESENTATION,
     TONES,
     Attributes,
     change_text,
@@ -38,28 +38,13 @@ from neucore_plugin.datasets.emoji.attributes import (
     substitutions,
     unit_hash,
 )
-from neucore_plugin.datasets.emoji.drawings import CREDIT, INSTALL, VERSION, prepare, read_manifest
+from neucore_plugin.datasets.emoji.drawings import INSTALL, prepare, read_manifest
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
-__all__ = [
-    "CREDIT",
-    "SPLITS",
-    "EmojiData",
-    "HeldOut",
-    "build_splits",
-    "emoji_names",
-    "find_leaks",
-    "hold_out",
-    "load",
-    "prepare",
-]
-
-SPLITS = ("train", "val", "test_combo", "test_role", "test_word", "test_two")
 ROLE_CAP = 12  # role changes a reference starts in training: 118,000 pairs otherwise, nine tenths of the data
 _OBJECT_CAP = 6  # substitutions of one word that a reference starts: 62 smileys are one word apart from each other
 _LIMITS = {"val": 1000, "test_combo": 1500, "test_role": 1500, "test_word": 1000, "test_two": 1000}
 _VAL_SHARE = 0.08
-_GENERATOR = "emoji-1"  # part of the fingerprint; changes with any rule here
 
 
 @dataclass(frozen=True)
@@ -81,89 +66,38 @@ class HeldOut:
         )
 
 
-@dataclass(frozen=True)
-class EmojiData:
-    """The prepared data set: `gallery`, `names` (id -> English name), splits, and a fingerprint of all of it."""
-
-    gallery: Gallery
-    names: Mapping[str, str]
-    held_out: HeldOut
-    fingerprint: str
-    credit: str = CREDIT
-    _splits: Mapping[str, tuple[Triplet, ...]] = field(default_factory=dict, repr=False)
-    _glyphs: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-    def triplets(self, split: str) -> list[Triplet]:
-        """The queries of one split; ConfigError names the splits there are."""
-        if split not in self._splits:
-            raise ConfigError(f"the emoji data has no split {split!r}; its splits are {', '.join(SPLITS)}")
-        return list(self._splits[split])
-
-    def glyph(self, emoji_id: str) -> str:
-        """The Unicode string of an id, to be shown as text (fully qualified, so that it is drawn in colour)."""
-        return self._glyphs.get(emoji_id) or "".join(chr(int(part, 16)) for part in emoji_id.split("-"))
-
-
 def load(
-    cache_dir: str | Path | None = None,
+    cache: str | Path | None = None,
     image_size: int = 224,
     role_cap: int = ROLE_CAP,
     progress: bool = True,
     only: Iterable[str] | None = None,
-) -> EmojiData:
-    """Prepare the drawings where needed and build all splits. `only` restricts both to some ids."""
-    if not isinstance(role_cap, int) or isinstance(role_cap, bool) or role_cap < 1:
-        raise ConfigError(f"role_cap is {role_cap!r}; a whole number of role changes per reference, from 1, is wanted")
+) -> dict[str, tuple[list[Triplet], Gallery]]:
+    """Triplets and gallery by split; the drawings are prepared where needed. `only` restricts both to some ids."""
     wanted = None if only is None else frozenset(only)
-    folder = prepare(cache_dir, image_size, progress, wanted)
+    folder = prepare(cache, image_size, progress, wanted)
     manifest = read_manifest(folder)
-    ids = tuple(name for name in sorted(manifest["files"]) if wanted is None or name in wanted)
-    listed = frozenset(ids)
-    near = {name: [n for n in others if n in listed] for name, others in manifest["near_duplicates"].items()}
-    names, glyphs = emoji_names(ids)
-    queried = {name: names[name] for name in ids if name in glyphs}
-    held = hold_out(queried)
-    splits = build_splits(queried, near, held, role_cap)
-    content = {
-        "generator": _GENERATOR,
-        "drawings": VERSION,
-        "image_size": image_size,
-        "renderer": manifest["versions"],
-        "gallery": ids,
-        "splits": {
-            split: [[t.query_id, t.reference, t.caption, list(t.targets), t.change] for t in triplets]
-            for split, triplets in splits.items()
-        },
-    }
-    return EmojiData(
-        gallery=Gallery(ids=ids, paths=tuple(folder / f"{name}.png" for name in ids)),
-        names=names,
-        held_out=held,
-        fingerprint=sha256_text(json.dumps(content, sort_keys=True, ensure_ascii=False)),
-        _splits=splits,
-        _glyphs=glyphs,
-    )
+    paths = {name: folder / f"{name}.png" for name in sorted(manifest["files"]) if wanted is None or name in wanted}
+    near = {name: [n for n in others if n in paths] for name, others in manifest["near_duplicates"].items()}
+    names = emoji_names(paths)
+    splits = build_splits(names, near, hold_out(names), role_cap)
+    gallery = Gallery.of(paths)
+    return {split: (list(triplets), gallery) for split, triplets in splits.items()}
 
 
-def emoji_names(ids: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """English names of all ids, and the qualified Unicode string of those that are emoji (the `emoji` package)."""
+def emoji_names(ids: Iterable[str]) -> dict[str, str]:
+    """English names of those ids that are emoji (the `emoji` package); OpenMoji's own extras are left out."""
     try:
         from emoji import EMOJI_DATA
     except ImportError as error:
         raise DataError(f"the names of emoji are not installed (package emoji): {INSTALL}") from error
-    known: dict[tuple[int, ...], tuple[str, str]] = {}
+    known: dict[tuple[int, ...], str] = {}
     for text, entry in EMOJI_DATA.items():
-        key = tuple(code for code in map(ord, text) if code != 0xFE0F)
+        key = tuple(code for code in map(ord, text) if code != PRESENTATION)
         qualified = entry["status"] == 2
         if qualified or key not in known:
-            known[key] = (entry["en"].strip(":").replace("_", " "), text)
-    names, glyphs = {}, {}
-    for emoji_id in ids:
-        if found := known.get(code_points(emoji_id)):
-            names[emoji_id], glyphs[emoji_id] = found
-        else:
-            names[emoji_id] = f"OpenMoji {emoji_id}"
-    return names, glyphs
+            known[key] = entry["en"].strip(":").replace("_", " ")
+    return {emoji_id: known[codes] for emoji_id in ids if (codes := code_points(emoji_id)) in known}
 
 
 def _is_plain_object(emoji_id: str) -> bool:
@@ -221,13 +155,13 @@ class _Sorter:
     hidden: frozenset[str]  # all of these, and the drawings that nearly coincide with one of them
 
     @classmethod
-    def build(cls, names: Iterable[str], twins: Mapping[str, frozenset[str]], held: HeldOut) -> "_Sorter":
+    def build(cls, names: Iterable[str], twins: Mapping[str, frozenset[str]], held_out: HeldOut) -> "_Sorter":
         attributes = {name: a for name in sorted(names) if (a := parse(name))}
-        role = frozenset(name for name, a in attributes.items() if a.role in held.roles)
-        combination = frozenset(n for n, a in attributes.items() if n not in role and held.has_combination(a))
-        hidden = role | combination | held.objects
+        role = frozenset(name for name, a in attributes.items() if a.role in held_out.roles)
+        combination = frozenset(n for n, a in attributes.items() if n not in role and held_out.has_combination(a))
+        hidden = role | combination | held_out.objects
         hidden |= {name for name, others in twins.items() if others & hidden}
-        return cls(attributes, role, combination, held.objects, hidden)
+        return cls(attributes, role, combination, held_out.objects, hidden)
 
     def split(self, reference: str, target: str, change: str) -> str | None:
         if change == "object" and target in self.unseen_object:
@@ -251,13 +185,13 @@ class _Sorter:
 def build_splits(
     names: Mapping[str, str],
     near: Mapping[str, Iterable[str]],
-    held: HeldOut,
+    held_out: HeldOut,
     role_cap: int = ROLE_CAP,
 ) -> dict[str, tuple[Triplet, ...]]:
     """All splits. `near`: id -> ids whose drawing nearly coincides; they become equally right targets."""
     twins = {name: frozenset(others) for name, others in near.items()}
-    sorter = _Sorter.build(names, twins, held)
-    found: dict[str, dict[str, Triplet]] = {split: {} for split in SPLITS}
+    sorter = _Sorter.build(names, twins, held_out)
+    found: dict[str, dict[str, Triplet]] = {split: {} for split in SPLITS["emoji"]}
     write: dict[str, Callable[[str], str]] = {}  # captions are written last, for the few pairs that stay
 
     def add(reference: str, target: str, change: str, caption: Callable[[str], str]) -> None:
@@ -317,17 +251,3 @@ def _cap(triplets: Iterable[Triplet], change: str, cap: int | None, by_target: b
 def _sample(triplets: Iterable[Triplet], limit: int | None) -> list[Triplet]:
     """The `limit` triplets of lowest hash, in that order: any first part of a split is a fair sample of it."""
     return sorted(triplets, key=lambda t: (unit_hash("sample", t.query_id), t.query_id))[:limit]
-
-
-def find_leaks(data: EmojiData) -> list[str]:
-    """Every way in which train or val shows what is held out, one sentence each; empty when all is well."""
-    leaks = []
-    for split in ("train", "val"):
-        for triplet in data.triplets(split):
-            for name in (triplet.reference, *triplet.targets):
-                a = parse(name)
-                if name in data.held_out.objects or (a and a.role in data.held_out.roles):
-                    leaks.append(f"{split} query {triplet.query_id} shows the held-out {data.names[name]}")
-                elif a and data.held_out.has_combination(a):
-                    leaks.append(f"{split} query {triplet.query_id} shows the held-out combination {data.names[name]}")
-    return leaks

@@ -11,110 +11,52 @@ test1 is published without targets: it can only be ranked, for the test server.
 """
 
 from collections.abc import Container, Iterable
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from neucore_plugin.common.errors import DataError, nearest
-from neucore_plugin.datasets.published.annotations import read_json, refuse
-from neucore_plugin.datasets.triplets import Gallery, Triplet
+from neucore_plugin.datasets.annotations import good_entries, is_whole, read_json, safe_name
+from neucore_plugin.datasets.published.reader import Reader
+from neucore_plugin.datasets.triplets import Triplet
 
-NAME, TITLE = "cirr", "CIRR"
-CREDIT = "Annotations: CIRR (Liu et al., ICCV 2021), MIT. Images: NLVR2, under its terms of use"
 FOLDERS = {"train": "train", "val": "dev", "test1": "test1"}  # split: its folder below img_raw/
-SPLITS = tuple(FOLDERS)
-WITH_TARGETS = ("train", "val")
-ROOT_VARIABLE = "NEUCORE_CIRR_ROOT"
 
 
-def sources(root: str | Path) -> str:
-    """What to fetch, from where, and where it belongs."""
-    return f"""\
-the annotations are branch cirr_dataset of the CIRR repository:
-    git clone -b cirr_dataset https://github.com/Cuberick-Orion/CIRR.git {root}
-the images are those of NLVR2, to be had by the request form at
-    https://github.com/lil-lab/nlvr/tree/master/nlvr2#direct-image-download
-    (no answer: see "Raw Images" in CIRR's README)
-    unpack them so that {Path(root) / "img_raw"} holds train, dev and test1"""
+def _files(split: str) -> tuple[str, str]:
+    """Queries and image list of a split."""
+    return f"captions/cap.rc2.{split}.json", f"image_splits/split.rc2.{split}.json"
 
 
-def annotations(split: str) -> tuple[str, ...]:
-    """Files that a split needs, below the root."""
-    return captions_file(split), images_file(split)
-
-
-def image_folder(root: str | Path, split: str) -> str:
-    """Where the images of a split belong."""
-    return str(Path(root) / "img_raw" / FOLDERS[split])
-
-
-def captions_file(split: str) -> str:
-    """Place of a split's queries below the root."""
-    return f"captions/cap.rc2.{split}.json"
-
-
-def images_file(split: str) -> str:
-    """Place of a split's image list below the root."""
-    return f"image_splits/split.rc2.{split}.json"
-
-
-def read(root: str | Path, split: str) -> tuple[list[Triplet], Gallery]:
-    """Triplets and gallery of a split: train, val or test1 (whose triplets have no targets).
-
-    The image files need not exist. Raises DataError listing every problem by file and entry.
-    """
-    if split not in SPLITS:
-        raise DataError(f"CIRR has no split {split!r}.{nearest(split, SPLITS)}")
-    root = Path(root).expanduser()
-    problems: list[str] = []
-    paths = _read_images(root, split, problems)
-    triplets = _read_queries(root, split, paths, problems)
-    refuse(root, split, problems)
-    return triplets, Gallery(tuple(paths), tuple(paths.values()))
-
-
-def _read_images(root: Path, split: str, problems: list[str]) -> dict[str, Path]:
-    """Image files by name, in the order of the split's list; what is wrong with an entry goes to `problems`."""
-    file = images_file(split)
+def _parse(root: Path, split: str, problems: list[str]) -> tuple[list[Triplet], dict[str, Path]]:
+    captions, images = _files(split)
     paths = {}
-    for name, given in read_json(root / file, dict, TITLE).items():
-        place = PurePosixPath(given) if isinstance(given, str) and given else None
-        if place is None or place.is_absolute() or ".." in place.parts or not place.name:
-            problems.append(f"{file}: {name!r}: expected a path below img_raw, given {given!r}")
-        else:
+    for name, place in read_json(root / images, dict, CIRR.title).items():
+        if safe_name(place):
             paths[name] = root / "img_raw" / place
-    return paths
+        else:
+            problems.append(f"{images}: {name!r}: expected a path below img_raw, given {place!r}")
+    triplets = []
+    entries = read_json(root / captions, list, CIRR.title)
+    check = partial(_faults, split=split, known=paths)
+    for _, entry in good_entries(entries, captions, check, problems, unique="pairid"):
+        targets = (entry["target_hard"],) if split in CIRR.answered else ()
+        members = tuple(entry["img_set"]["members"])
+        soft = tuple((name, float(weight)) for name, weight in (entry.get("target_soft") or {}).items())
+        triplets.append(
+            Triplet(str(entry["pairid"]), entry["reference"], entry["caption"], targets, members=members, soft=soft)
+        )
+    return triplets, paths
 
 
-def _read_queries(root: Path, split: str, known: Container[str], problems: list[str]) -> list[Triplet]:
-    """The triplets of a split; what is wrong with an entry goes to `problems`."""
-    file = captions_file(split)
-    triplets, seen = [], {}
-    for index, entry in enumerate(read_json(root / file, list, TITLE)):
-        wrong = list(_problems(entry, split, known))
-        if not wrong and seen.setdefault(entry["pairid"], index) != index:
-            wrong = [f"pairid {entry['pairid']} stands already in entry {seen[entry['pairid']]}"]
-        problems += [f"{file}: entry {index}: {text}" for text in wrong]
-        if not wrong:
-            targets = (entry["target_hard"],) if split in WITH_TARGETS else ()
-            members = tuple(entry["img_set"]["members"])
-            soft = tuple((name, float(weight)) for name, weight in (entry.get("target_soft") or {}).items())
-            triplets.append(
-                Triplet(str(entry["pairid"]), entry["reference"], entry["caption"], targets, members=members, soft=soft)
-            )
-    return triplets
-
-
-def _problems(entry: Any, split: str, known: Container[str]) -> Iterable[str]:
+def _faults(entry: dict[str, Any], split: str, known: Container[str]) -> Iterable[str]:
     """What is wrong with one entry of a captions file."""
-    if not isinstance(entry, dict):
-        yield f"expected an object, given {type(entry).__name__}"
-        return
-    if not isinstance(entry.get("pairid"), int) or isinstance(entry["pairid"], bool):
+    images = _files(split)[1]
+    if not is_whole(entry.get("pairid")):
         yield f"needs 'pairid', a whole number, given {entry.get('pairid')!r}"
-    images = ("reference", "target_hard") if split in WITH_TARGETS else ("reference",)
-    yield from (f"needs the text {key!r}" for key in (*images, "caption") if not isinstance(entry.get(key), str))
-    named = {key: entry[key] for key in images if isinstance(entry.get(key), str)}
-    yield from (f"{key} {name!r} is not in {images_file(split)}" for key, name in named.items() if name not in known)
+    keys = ("reference", "target_hard") if split in CIRR.answered else ("reference",)
+    yield from (f"needs the text {key!r}" for key in (*keys, "caption") if not isinstance(entry.get(key), str))
+    named = {key: entry[key] for key in keys if isinstance(entry.get(key), str)}
+    yield from (f"{key} {name!r} is not in {images}" for key, name in named.items() if name not in known)
     if len(set(named.values())) < len(named):
         yield f"reference and target_hard are both {entry['reference']!r}"
     soft = entry.get("target_soft") or {}
@@ -124,5 +66,22 @@ def _problems(entry: Any, split: str, known: Container[str]) -> Iterable[str]:
     if not isinstance(group, list) or not all(isinstance(name, str) for name in group) or not group:
         yield "needs img_set.members, a list of image names"
     elif split != "train":  # the groups of train are never ranked
-        yield from (f"member {name!r} is not in {images_file(split)}" for name in group if name not in known)
+        yield from (f"member {name!r} is not in {images}" for name in group if name not in known)
         yield from (f"img_set.members lacks the {key} {name!r}" for key, name in named.items() if name not in group)
+
+
+CIRR = Reader(
+    name="cirr",
+    title="CIRR",
+    credit="Annotations: CIRR (Liu et al., ICCV 2021), MIT. Images: NLVR2, under its terms of use",
+    files=_files,
+    images=lambda split: f"img_raw/{FOLDERS[split]}",
+    parse=_parse,
+    where_from="""\
+the annotations are branch cirr_dataset of the CIRR repository:
+    git clone -b cirr_dataset https://github.com/Cuberick-Orion/CIRR.git {root}
+the images are those of NLVR2, to be had by the request form at
+    https://github.com/lil-lab/nlvr/tree/master/nlvr2#direct-image-download
+    (no answer: see "Raw Images" in CIRR's README)
+    unpack them so that {root}/img_raw holds train, dev and test1""",
+)

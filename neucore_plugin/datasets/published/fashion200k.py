@@ -13,48 +13,24 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
-from neucore_plugin.common.errors import DataError, nearest
-from neucore_plugin.datasets.published.annotations import read_lines, refuse, safe_name
-from neucore_plugin.datasets.triplets import Gallery, Triplet
+from neucore_plugin.datasets.annotations import read_lines, safe_name
+from neucore_plugin.datasets.published.reader import Reader
+from neucore_plugin.datasets.triplets import Triplet
 
-NAME, TITLE = "fashion200k", "Fashion200K"
-CREDIT = "Fashion200K (Han et al., ICCV 2017); queries: Vo et al., CVPR 2019"
-ROOT_VARIABLE = "NEUCORE_FASHION200K_ROOT"
 CATEGORIES = ("dress", "skirt", "jacket", "pants", "top")
-SPLITS = WITH_TARGETS = ("train", "test")
 SPECIAL = str.maketrans({".": "dotmark", "?": "questionmark", "&": "andmark", "*": "starmark"})
 SEED = 0
 
 
-def sources(root: str | Path) -> str:
-    """What to fetch, from where, and where it belongs."""
-    return f"""\
-the images and the labels come from the authors, by the links of https://github.com/xthan/fashion-200k
-    unpack them so that {Path(root) / "women"} and {Path(root) / "labels"} are there
-test_queries.txt comes with https://github.com/google/tirg: put it into {root}"""
-
-
-def annotations(split: str) -> tuple[str, ...]:
-    """Files that a split needs, below the root."""
+def _files(split: str) -> tuple[str, ...]:
     labels = tuple(f"labels/{category}_{split}_detect_all.txt" for category in CATEGORIES)
     return (*labels, "test_queries.txt") if split == "test" else labels
 
 
-def image_folder(root: str | Path, split: str) -> str:
-    """Where the images of a split belong."""
-    return str(Path(root) / "women")
-
-
-def read(root: str | Path, split: str) -> tuple[list[Triplet], Gallery]:
-    """Triplets and gallery of train or test. Images need not exist. Raises DataError listing every problem."""
-    if split not in SPLITS:
-        raise DataError(f"{TITLE} has no split {split!r}.{nearest(split, SPLITS)}")
-    root = Path(root).expanduser()
-    problems: list[str] = []
+def _parse(root: Path, split: str, problems: list[str]) -> tuple[list[Triplet], dict[str, Path]]:
     captions = _read_labels(root, split, problems)
     triplets = _test_queries(root, captions, problems) if split == "test" else _train_queries(captions)
-    refuse(root, split, problems)
-    return triplets, Gallery(tuple(captions), tuple(root / name for name in captions))
+    return triplets, {name: root / name for name in captions}
 
 
 def clean(description: str) -> str:
@@ -65,13 +41,13 @@ def clean(description: str) -> str:
 def difference(source: str, target: str) -> tuple[str, str]:
     """The first word of each caption that the other lacks; "" where there is none."""
     ours, theirs = source.split(), target.split()
-    lost = next((word for word in ours if word not in theirs), "")
-    return lost, next((word for word in theirs if word not in ours), "")
+    removed = next((word for word in ours if word not in theirs), "")
+    return removed, next((word for word in theirs if word not in ours), "")
 
 
 def _text(source: str, target: str) -> str:
-    lost, new = difference(source, target)
-    return f"replace {lost} with {new}".replace("  ", " ").strip()
+    removed, added = difference(source, target)
+    return f"replace {removed} with {added}".replace("  ", " ").strip()
 
 
 def _read_labels(root: Path, split: str, problems: list[str]) -> dict[str, str]:
@@ -79,7 +55,7 @@ def _read_labels(root: Path, split: str, problems: list[str]) -> dict[str, str]:
     captions: dict[str, str] = {}
     for category in CATEGORIES:
         file = f"labels/{category}_{split}_detect_all.txt"
-        for number, line in enumerate(read_lines(root / file, TITLE), start=1):
+        for number, line in enumerate(read_lines(root / file, FASHION200K.title), start=1):
             parts = line.split("\t")
             if len(parts) != 3 or not safe_name(parts[0].strip()) or not parts[2].strip():
                 problems.append(f"{file}: line {number}: expected path, score and description, given {line[:80]!r}")
@@ -93,7 +69,7 @@ def _test_queries(root: Path, captions: dict[str, str], problems: list[str]) -> 
     for name, caption in captions.items():
         same[caption].append(name)
     triplets = []
-    for number, line in enumerate(read_lines(root / "test_queries.txt", TITLE), start=1):
+    for number, line in enumerate(read_lines(root / "test_queries.txt", FASHION200K.title), start=1):
         parts = line.split()
         unknown = [name for name in parts if name not in captions]
         if len(parts) != 2 or unknown:
@@ -135,3 +111,17 @@ def _train_queries(captions: dict[str, str]) -> list[Triplet]:
 def _masks(caption: str) -> list[str]:
     words = caption.split()
     return list(dict.fromkeys(" ".join([*words[:place], *words[place + 1 :]]) for place in range(len(words))))
+
+
+FASHION200K = Reader(
+    name="fashion200k",
+    title="Fashion200K",
+    credit="Fashion200K (Han et al., ICCV 2017); queries: Vo et al., CVPR 2019",
+    files=_files,
+    images=lambda split: "women",
+    parse=_parse,
+    where_from="""\
+the images and the labels come from the authors, by the links of https://github.com/xthan/fashion-200k
+    unpack them so that {root}/women and {root}/labels are there
+test_queries.txt comes with https://github.com/google/tirg: put it into {root}""",
+)

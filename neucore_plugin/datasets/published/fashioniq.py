@@ -5,83 +5,59 @@ root/image_splits/split.{category}.{split}.json  [asin, ...]: the gallery of the
 root/images/                                     {asin}.jpg or .png, all in one folder or in one a category
 
 The candidate is the reference. The public test files have no target. `train` is the three categories together;
-evaluation is per category, then the mean (see the presets of `datasets/protocols.py`). Some pairs have one empty
+evaluation is per category, then the mean (see the presets of `config/published.py`). Some pairs have one empty
 caption; some val images belong to two categories.
 """
 
 from collections.abc import Container, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.common.errors import DataError, nearest
-from neucore_plugin.datasets.published.annotations import read_json, refuse, safe_name
-from neucore_plugin.datasets.triplets import Gallery, Triplet
+from neucore_plugin.config.published import FASHIONIQ_CATEGORIES as CATEGORIES
+from neucore_plugin.datasets.annotations import good_entries, read_json, safe_name
+from neucore_plugin.datasets.published.reader import Reader
+from neucore_plugin.datasets.triplets import Triplet
 
-NAME, TITLE = "fashioniq", "FashionIQ"
-CREDIT = "FashionIQ (Wu et al., CVPR 2021); pictures: their sellers on Amazon"
-ROOT_VARIABLE = "NEUCORE_FASHIONIQ_ROOT"
-CATEGORIES = ("dress", "shirt", "toptee")
-PARTS = {f"{part}_{category}": (part, category) for part in ("train", "val", "test") for category in CATEGORIES}
-WITH_TARGETS = ("train", *(split for split in PARTS if not split.startswith("test")))
-SPLITS = ("train", *PARTS)
 SUFFIXES = (".jpg", ".png", ".jpeg")
 
 
-def sources(root: str | Path) -> str:
-    """What to fetch, from where, and where it belongs."""
-    return f"""\
-the annotations (captions/ and image_splits/) are in the repository
-    https://github.com/XiaoxiaoGuo/fashion-iq: put both folders below {root}
-the images are named by the lists of URLs of
-    https://github.com/hongwang600/fashion-iq-metadata; many can no longer be had
-    put them into {Path(root) / "images"}, as ASIN.jpg or ASIN.png, with or without a folder a category
-(then missing=skip evaluates what is there, and says how much that is)"""
+def _parts(split: str) -> list[tuple[str, str]]:
+    """(part, category) of a split: "val_dress" is one, "train" is three."""
+    part, _, category = split.partition("_")
+    return [(part, name) for name in ((category,) if category else CATEGORIES)]
 
 
-def annotations(split: str) -> tuple[str, ...]:
-    """Files that a split needs, below the root."""
-    parts = [PARTS[split]] if split in PARTS else [("train", category) for category in CATEGORIES]
-    return tuple(
-        f"{folder}.{category}.{part}.json"
-        for part, category in parts
-        for folder in ("captions/cap", "image_splits/split")
-    )
+def _files(split: str) -> tuple[str, ...]:
+    return tuple(file for part, category in _parts(split) for file in _files_of(part, category))
 
 
-def image_folder(root: str | Path, split: str) -> str:
-    """Where the images of a split belong."""
-    return str(Path(root) / "images")
+def _files_of(part: str, category: str) -> tuple[str, str]:
+    return f"captions/cap.{category}.{part}.json", f"image_splits/split.{category}.{part}.json"
 
 
-def read(root: str | Path, split: str) -> tuple[list[Triplet], Gallery]:
-    """Triplets and gallery of a split: "train", or a category's such as "val_dress".
-
-    Images need not exist. Raises DataError listing every problem by file and entry.
-    """
-    if split not in SPLITS:
-        raise DataError(f"{TITLE} has no split {split!r}.{nearest(split, SPLITS)}")
-    root = Path(root).expanduser()
-    problems: list[str] = []
+def _parse(root: Path, split: str, problems: list[str]) -> tuple[list[Triplet], dict[str, Path]]:
     triplets: list[Triplet] = []
-    names: dict[str, str] = {}  # image: the category it was first listed in
-    for part, category in [PARTS[split]] if split in PARTS else [("train", category) for category in CATEGORIES]:
+    listed_in: dict[str, str] = {}  # image: the category it was first listed in
+    for part, category in _parts(split):
         own = _read_names(root, part, category, problems)
         for name in own:
-            names.setdefault(name, category)
-        triplets += _read_pairs(root, part, category, set(own), problems)
-    refuse(root, split, problems)
-    files = _files(root / "images")
-    paths = tuple(files.get((name, names[name])) or files.get((name, "")) or _any(files, name, root) for name in names)
-    return triplets, Gallery(tuple(names), paths)
+            listed_in.setdefault(name, category)
+        triplets += _read_pairs(root, part, category, own, problems)
+    files = _pictures(root / "images")
+    return triplets, {
+        name: files.get((name, category)) or files.get((name, "")) or _elsewhere(files, name, root)
+        for name, category in listed_in.items()
+    }
 
 
-def _any(files: dict[tuple[str, str], Path], name: str, root: Path) -> Path:
+def _elsewhere(files: dict[tuple[str, str], Path], name: str, root: Path) -> Path:
     """The file of an image that another category's folder holds, else the place where it belongs."""
-    held = [files[name, category] for category in CATEGORIES if (name, category) in files]
-    return held[0] if held else root / "images" / f"{name}.jpg"
+    found = (files[name, category] for category in CATEGORIES if (name, category) in files)
+    return next(found, root / "images" / f"{name}.jpg")
 
 
-def _files(folder: Path) -> dict[tuple[str, str], Path]:
+def _pictures(folder: Path) -> dict[tuple[str, str], Path]:
     """{(image, category or ""): file}; each folder is listed once."""
     files: dict[tuple[str, str], Path] = {}
     for category in ("", *CATEGORIES):
@@ -93,39 +69,34 @@ def _files(folder: Path) -> dict[tuple[str, str], Path]:
     return files
 
 
-def _read_names(root: Path, part: str, category: str, problems: list[str]) -> list[str]:
-    file = f"image_splits/split.{category}.{part}.json"
-    names = read_json(root / file, list, TITLE)
-    good = []
-    for index, name in enumerate(names):
-        if not safe_name(name) or "/" in name:
-            problems.append(f"{file}: entry {index}: expected an image name, given {name!r}")
-        else:
-            good.append(name)
-    return list(dict.fromkeys(good))
+def _read_names(root: Path, part: str, category: str, problems: list[str]) -> dict[str, None]:
+    """The image names of a category's list, each once, in its order."""
+    file = _files_of(part, category)[1]
+    names = read_json(root / file, list, FASHIONIQ.title)
+    good = [safe_name(name, folders=False) for name in names]
+    problems += [
+        f"{file}: entry {index}: expected an image name, given {name!r}"
+        for index, name in enumerate(names)
+        if not good[index]
+    ]
+    return dict.fromkeys(name for name, fine in zip(names, good, strict=True) if fine)
 
 
 def _read_pairs(root: Path, part: str, category: str, known: Container[str], problems: list[str]) -> list[Triplet]:
-    file = f"captions/cap.{category}.{part}.json"
+    file = _files_of(part, category)[0]
+    keys = ("candidate",) if part == "test" else ("candidate", "target")
     triplets = []
-    for index, entry in enumerate(read_json(root / file, list, TITLE)):
-        wrong = list(_problems(entry, part, known))
-        problems += [f"{file}: entry {index}: {text}" for text in wrong]
-        if not wrong:
-            captions = tuple(text for text in (" ".join(text.split()) for text in entry["captions"]) if text)
-            targets = () if part == "test" else (entry["target"],)
-            query = f"{category}-{part}-{index}"
-            triplets.append(
-                Triplet(query, entry["candidate"], " and ".join(captions), targets, category, captions=captions)
-            )
+    entries = read_json(root / file, list, FASHIONIQ.title)
+    for index, entry in good_entries(entries, file, partial(_faults, keys=keys, known=known), problems):
+        captions = tuple(text for text in map(str.strip, entry["captions"]) if text)
+        reference, *targets = (entry[key] for key in keys)
+        query = f"{category}-{part}-{index}"
+        triplets.append(Triplet(query, reference, " and ".join(captions), tuple(targets), category, captions=captions))
     return triplets
 
 
-def _problems(entry: Any, part: str, known: Container[str]) -> Iterable[str]:
-    if not isinstance(entry, dict):
-        yield f"expected an object, given {type(entry).__name__}"
-        return
-    for key in ("candidate",) if part == "test" else ("candidate", "target"):
+def _faults(entry: dict[str, Any], keys: tuple[str, ...], known: Container[str]) -> Iterable[str]:
+    for key in keys:
         name = entry.get(key)
         if not isinstance(name, str):
             yield f"needs the text {key!r}"
@@ -134,3 +105,20 @@ def _problems(entry: Any, part: str, known: Container[str]) -> Iterable[str]:
     captions = entry.get("captions")
     if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
         yield f"needs 'captions', a list of texts, given {captions!r}"
+
+
+FASHIONIQ = Reader(
+    name="fashioniq",
+    title="FashionIQ",
+    credit="FashionIQ (Wu et al., CVPR 2021); pictures: their sellers on Amazon",
+    files=_files,
+    images=lambda split: "images",
+    parse=_parse,
+    where_from="""\
+the annotations (captions/ and image_splits/) are in the repository
+    https://github.com/XiaoxiaoGuo/fashion-iq: put both folders below {root}
+the images are named by the lists of URLs of
+    https://github.com/hongwang600/fashion-iq-metadata; many can no longer be had
+    put them into {root}/images, as ASIN.jpg or ASIN.png, with or without a folder a category
+(then missing=skip evaluates what is there, and says how much that is)""",
+)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import sha256_file, sha256_text
 from neucore_plugin.common.images import IMAGE_SUFFIXES
-from neucore_plugin.datasets.published.annotations import read_json
+from neucore_plugin.datasets.annotations import read_json
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
 FORMAT = "neucore-shards-1"
@@ -40,7 +40,7 @@ SPLIT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _MEMBER = re.compile(rf"[0-9]{{6,12}}({'|'.join(map(re.escape, (*IMAGE_SUFFIXES, '.img')))})")
 _FIELDS = {field.name for field in dataclasses.fields(Triplet)}
 _NEEDED = {field.name for field in dataclasses.fields(Triplet) if field.default is dataclasses.MISSING}
-_LOST = ("missing_images", "skipped_queries")
+_COUNTS = ("missing_images", "skipped_queries")
 REMEDY = "write the shards again with `neucore shards`"
 
 
@@ -184,8 +184,8 @@ def _read_plain(root: Path, split: str, row: Mapping[str, Any]) -> dict[str, Any
     plain = read_json(path, dict, "the shards")
     if split_sum(plain) != row.get("sha256"):
         raise DataError(f"{path}: was altered since it was written; {REMEDY}")
-    lost = plain.get("left_out", {})
-    counts = [lost.get(key, 0) for key in _LOST] if isinstance(lost, dict) else [None]
+    missing = plain.get("left_out", {})
+    counts = [missing.get(key, 0) for key in _COUNTS] if isinstance(missing, dict) else [None]
     if not isinstance(plain.get("triplets"), list) or not all(type(count) is int and count >= 0 for count in counts):
         raise DataError(f"{path}: needs a list 'triplets', and counts of what was left out; {REMEDY}")
     return plain
@@ -195,11 +195,11 @@ def _read_split(
     root: Path, split: str, row: Mapping[str, Any], images: Mapping[str, Any]
 ) -> tuple[list[Triplet], Gallery]:
     path, plain = root / f"triplets-{split}.json", _read_plain(root, split, row)
-    lost = plain.get("left_out", {})
-    if lost.get("missing_images"):
+    missing = plain.get("left_out", {})
+    if missing.get("missing_images"):
         logging.warning(
             "%s: %s was written without %s images that had no file, and without the %s queries that need them",
-            *(root, split, lost["missing_images"], lost.get("skipped_queries", 0)),
+            *(root, split, missing["missing_images"], missing.get("skipped_queries", 0)),
         )
     ids = plain.get("gallery")
     if not isinstance(ids, list) or any(not isinstance(name, str) or name not in images for name in ids):
@@ -232,15 +232,15 @@ def _tuples(value: Any) -> Any:
 
 
 def left_out(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """By split, what missing images cost when the shards were written, as `published.without_absent` tells it.
+    """By split, what missing images cost when the shards were written, see `catalogue.load`.
 
     {"missing_images", "skipped_queries", "listed_in"}; splits that lack nothing are not named.
     """
     root, index = open_index(folder)
     found = {}
     for split, row in index["splits"].items():
-        lost = _read_plain(root, split, row).get("left_out", {})
-        counts = {key: lost.get(key, 0) for key in _LOST}
+        missing = _read_plain(root, split, row).get("left_out", {})
+        counts = {key: missing.get(key, 0) for key in _COUNTS}
         if any(counts.values()):
             found[split] = {**counts, "listed_in": str(root / f"triplets-{split}.json")}
     return found

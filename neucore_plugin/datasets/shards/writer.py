@@ -1,6 +1,6 @@
-"""Tar shards of a data set; this file writes them: in parallel, continued after a kill, equal content as equal bytes.
+"""Writing tar shards: in parallel, continued after a kill, equal content as equal bytes. Knows no host, no model.
 
-What a folder of shards holds, and what is never done with it, is told in `shard_reader.py`. Knows no host, no model.
+What a folder of shards holds, and what is never done with it, stands in `reader.py`.
 """
 
 import contextlib
@@ -22,22 +22,10 @@ from tqdm import tqdm
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import atomic_write, sha256_file, sha256_text, write_json
 from neucore_plugin.common.images import IMAGE_SUFFIXES
-from neucore_plugin.datasets.published.annotations import read_json
-from neucore_plugin.datasets.shards.reader import (
-    FORMAT,
-    INDEX,
-    SPLIT_NAME,
-    ShardImage,
-    left_out,
-    open_index,
-    read_shards,
-    split_sum,
-    stream,
-    verify,
-)
+from neucore_plugin.datasets.annotations import read_json
+from neucore_plugin.datasets.shards.reader import FORMAT, INDEX, SPLIT_NAME, open_index, split_sum
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
-__all__ = ["FORMAT", "INDEX", "ShardImage", "left_out", "read_shards", "stream", "verify", "write_shards"]
 _UNFINISHED = re.compile(r"\.(shard-[0-9]+\.(tar|json)|triplets-.+\.json|index\.json|writing\.json)\..+\.tmp")
 
 
@@ -50,12 +38,12 @@ def write_shards(
     max_bytes: int = 256 << 20,
     workers: int = 2,
     progress: bool = True,
-    lost: Mapping[str, Mapping[str, Any]] | None = None,
+    left_out: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write a data set as shards of about `max_bytes`; returns the path of the index.
 
-    paths: image files by name, each written once; splits: as readers give them; lost: by split, what missing images
-    cost (`published.without_absent`), kept for the results. Whole shards of a former call are kept, damaged ones are
+    paths: image files by name, each written once; splits: as readers give them; left_out: by split, what missing
+    images cost (see `catalogue.load`), kept for the results. Whole shards of a former call are kept, damaged ones are
     written anew. Raises DataError for missing image files, or a folder of other content.
     """
     out = Path(out).expanduser()
@@ -65,7 +53,7 @@ def write_shards(
         split: {
             "triplets": [dataclasses.asdict(triplet) for triplet in triplets],
             "gallery": list(gallery.ids),
-            "left_out": dict((lost or {}).get(split, {})),
+            "left_out": dict((left_out or {}).get(split, {})),
         }
         for split, (triplets, gallery) in splits.items()
     }

@@ -1,7 +1,7 @@
 """Reading annotation files: one clear error for a file, all problems of its entries in one message. No host."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,16 +35,43 @@ def read_lines(path: Path, title: str) -> list[str]:
     return [line.rstrip("\r\n") for line in text.split("\n") if line.strip()]
 
 
-def safe_name(name: Any) -> bool:
+def good_entries(
+    values: Sequence[Any],
+    file: str,
+    check: Callable[[dict[str, Any]], Iterable[str]],
+    problems: list[str],
+    unique: str | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a list that `check` finds no fault with, and their places; the faults go to `problems`.
+
+    unique: a key whose value no two entries may share.
+    """
+    seen: dict[Any, int] = {}
+    for index, entry in enumerate(values):
+        wrong = list(check(entry)) if isinstance(entry, dict) else [f"expected an object, given {type(entry).__name__}"]
+        if unique and not wrong and seen.setdefault(entry[unique], index) != index:
+            wrong = [f"{unique} {entry[unique]} stands already in entry {seen[entry[unique]]}"]
+        problems += [f"{file}: entry {index}: {text}" for text in wrong]
+        if not wrong:
+            yield index, entry
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def safe_name(name: Any, folders: bool = True) -> bool:
     """Whether an image name of an annotation file stays below the folder it is looked up in."""
     if not isinstance(name, str) or not name.strip() or "\0" in name or "\\" in name:
         return False
     place = PurePosixPath(name)
-    return not place.is_absolute() and ".." not in place.parts and bool(place.name)
+    return not place.is_absolute() and ".." not in place.parts and bool(place.name) and (folders or "/" not in name)
 
 
-def refuse(root: Path, split: str, problems: Sequence[str]) -> None:
-    """DataError with the first problems and their number, if there are any."""
+def refuse(place: Path, problems: Sequence[str], of: str = "") -> None:
+    """DataError with the first problems of a file or folder and their number, if there are any."""
     if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         listed = first_few(problems, SHOWN, "\n  ")
-        raise DataError(f"{root}: {len(problems)} problems of split {split!r}\n  {listed}")
+        raise DataError(f"{place}: {count}{of}\n  {listed}")

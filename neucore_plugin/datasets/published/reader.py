@@ -1,0 +1,67 @@
+"""What a published data set is: its splits, its files, where they come from, and how they are read. No host."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from neucore_plugin.common.errors import ConfigError, nearest
+from neucore_plugin.config.published import SPLITS, UNANSWERED_SPLITS
+from neucore_plugin.datasets.annotations import refuse
+from neucore_plugin.datasets.triplets import Gallery, Triplet
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A published data set: what belongs where, and its annotation files as triplets and galleries.
+
+    files: of a split, the annotation files that it needs, below the root.
+    images: of a split, the folder of its images, below the root.
+    parse: (root, split, problems) -> triplets, and the files of the gallery by name; what is wrong with an entry goes
+        to `problems`, a line each.
+    where_from: what to fetch from where, and where it belongs; "{root}" stands for the root folder.
+    """
+
+    name: str
+    title: str
+    credit: str
+    files: Callable[[str], tuple[str, ...]]
+    images: Callable[[str], str]
+    parse: Callable[[Path, str, list[str]], tuple[list[Triplet], dict[str, Path]]]
+    where_from: str
+
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """The splits with targets."""
+        return SPLITS[self.name]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All splits, those for a test server included."""
+        return (*self.answered, *UNANSWERED_SPLITS.get(self.name, ()))
+
+    @property
+    def root_variable(self) -> str:
+        """The environment variable that may name the root folder."""
+        return f"NEUCORE_{self.name.upper()}_ROOT"
+
+    def check_split(self, split: str) -> None:
+        """ConfigError where there is no such split."""
+        if split not in self.splits:
+            raise ConfigError(f"{self.title} has no split {split!r}.{nearest(split, self.splits)}")
+
+    def read(self, root: str | Path, split: str) -> tuple[list[Triplet], Gallery]:
+        """Triplets and gallery of a split. Image files need not exist. Raises DataError listing every problem."""
+        self.check_split(split)
+        root = Path(root).expanduser()
+        problems: list[str] = []
+        triplets, paths = self.parse(root, split, problems)
+        refuse(root, problems, f" of split {split!r}")
+        return triplets, Gallery.of(paths)
+
+    def image_folder(self, root: str | Path, split: str) -> str:
+        """Where the images of a split belong."""
+        return str(Path(root, self.images(split)))
+
+    def sources(self, root: str | Path) -> str:
+        """What to fetch, from where, and where it belongs."""
+        return self.where_from.format(root=Path(root))
