@@ -135,24 +135,21 @@ class PublishedBuilder(TripletBuilder):
             )
 
 
-def _published(name: str) -> type[PublishedBuilder]:
-    reader = catalogue.READERS[name]
-    attributes = {
-        "__module__": __name__,
-        "__doc__": f"{reader.title} as published, below build_info.root or ${reader.root_variable}.",
-        "name": name,
-        "SPLITS": reader.answered,
-        "credit": reader.credit,
-        "DATASET_CONFIG_DICT": _default_file(name),
-    }
-    return register_builder(name)(type(f"{name.capitalize()}Builder", (PublishedBuilder,), attributes))
-
-
-CirrBuilder = _published("cirr")
-FashioniqBuilder = _published("fashioniq")
-ShoesBuilder = _published("shoes")
-Fashion200kBuilder = _published("fashion200k")
-CircoBuilder = _published("circo")
+for _reader in catalogue.READERS.values():
+    register_builder(_reader.name)(
+        type(
+            f"{_reader.name.capitalize()}Builder",
+            (PublishedBuilder,),
+            {
+                "__module__": __name__,
+                "__doc__": f"{_reader.title} as published, below build_info.root or ${_reader.root_variable}.",
+                "name": _reader.name,
+                "SPLITS": _reader.answered,
+                "credit": _reader.credit,
+                "DATASET_CONFIG_DICT": _default_file(_reader.name),
+            },
+        )
+    )
 
 
 @register_builder("emoji")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torchvision
 from places import ROOT
-from shards_case import shapes, write
+from shards_case import write
 from torch.utils.data import DataLoader, DistributedSampler
 
 from neucore_plugin import cli
@@ -25,16 +25,6 @@ from neucore_plugin.datasets.published import catalogue
 from neucore_plugin.datasets.published.reader import Reader
 from neucore_plugin.datasets.shards import reader, writer
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return shapes(tmp_path_factory.mktemp("shapes") / "root")
-
-
-@pytest.fixture
-def written(data, tmp_path) -> Path:
-    return write(data, tmp_path / "out").parent
 
 
 def test_everything_comes_back(data, written):

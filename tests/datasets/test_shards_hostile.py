@@ -8,23 +8,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from shards_case import edit_index, shapes, write
+from shards_case import edit_index, write
 
 from neucore_plugin import cli
 from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.common.images import load_image
 from neucore_plugin.datasets.shards import reader, writer
 from neucore_plugin.datasets.triplets import Gallery, Triplet
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return shapes(tmp_path_factory.mktemp("shapes") / "root")
-
-
-@pytest.fixture
-def written(data, tmp_path) -> Path:
-    return write(data, tmp_path / "out").parent
 
 
 @pytest.mark.parametrize(
