@@ -1,7 +1,7 @@
 """Errors that a user can mend: what was given, what is allowed, what to do; the command line prints no traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class NeucoreError(Exception):
@@ -27,9 +27,13 @@ class CheckpointError(NeucoreError, RuntimeError):
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """A sentence tail such as ` Did you mean 'val'? Allowed: test, train, val.`"""
     allowed = sorted(str(name) for name in allowed)
-    match = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.5)
-    hint = f" Did you mean {match[0]!r}?" if match else ""
-    return f"{hint} Allowed: {', '.join(allowed) or 'nothing'}."
+    return f"{did_you_mean(given, allowed)} Allowed: {', '.join(allowed) or 'nothing'}."
+
+
+def did_you_mean(given: str, known: Sequence[str]) -> str:
+    """A sentence tail such as ` Did you mean 'val'?`; empty where no known name is near, or too many to look at."""
+    match = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5) if len(known) <= 20_000 else []
+    return f" Did you mean {match[0]!r}?" if match else ""
 
 
 def first_few(items: Iterable[object], shown: int = 4, separator: str = ", ") -> str:

@@ -36,7 +36,7 @@ def write(path: str | Path, content: Mapping[str, Any], split: tuple[Sequence[Tr
     path = Path(path)
     text = json.dumps(content, ensure_ascii=False)
     if problems := _problems(_parse(text), len(text.encode("utf-8")), split):
-        raise DataError(_told(path, problems))
+        raise DataError(_listing(path, problems))
     with atomic_write(path, "w") as stream:
         stream.write(text)
     return path
@@ -69,7 +69,7 @@ def check(
         if split is None:
             problems += _count_problems(pairs, published)
     if problems:
-        raise DataError(_told(path, problems))
+        raise DataError(_listing(path, problems))
     count = sum(key not in ("version", "metric") for key, _ in pairs)
     return f"{'CIRCO' if kind == 'circo' else f'CIRR {kind}'}, {count:,} queries"
 
@@ -85,7 +85,7 @@ def _count_problems(pairs: Sequence[tuple[str, Any]], published: tuple[str, str]
     return problems + [f"query {key!r} is missing" for key in known if key not in found]
 
 
-def _told(path: Path, problems: Sequence[str]) -> str:
+def _listing(path: Path, problems: Sequence[str]) -> str:
     separator = "\n  "
     return f"{path}: {len(problems)} problems{separator}{first_few(problems, SHOWN, separator)}"
 

@@ -4,7 +4,6 @@ Letters: G gallery images, Q queries. Encodings are dicts of tensors [G,*]; the 
 On disk (store.py) they are plain arrays that are memory-mapped, never pickles.
 """
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neucore_plugin.common.errors import DataError, first_few
+from neucore_plugin.common.errors import DataError, did_you_mean, first_few
 from neucore_plugin.common.images import Picture, load_image
 from neucore_plugin.retrieval import store
 from neucore_plugin.retrieval.encoding import (
@@ -171,7 +170,7 @@ class GalleryIndex:
     def position(self, name: str) -> int:
         """Gallery position of a name; DataError with the nearest name when there is none."""
         if name not in self._position:
-            raise DataError(f"no image {name!r} in the index ({len(self)} images).{_hint(name, self.names)}")
+            raise DataError(f"no image {name!r} in the index ({len(self)} images).{did_you_mean(name, self.names)}")
         return self._position[name]
 
     def reference(self, image: Picture) -> tuple[Image.Image, int | None]:
@@ -182,9 +181,8 @@ class GalleryIndex:
             place = self._position[str(image)]
             return load_image(self.paths[place]), place
         if not os.path.exists(image):
-            raise DataError(
-                f"reference {str(image)!r} is neither a file nor a name in the index.{_hint(str(image), self.names)}"
-            )
+            hint = did_you_mean(str(image), self.names)
+            raise DataError(f"reference {str(image)!r} is neither a file nor a name in the index.{hint}")
         return load_image(image), self._locate(image)
 
     def search(
@@ -273,8 +271,3 @@ def _fingerprint(model: Any) -> str | None:
 
 def _shapes(encodings: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape[1:]) for key, value in sorted(encodings.items())}
-
-
-def _hint(name: str, names: Sequence[str]) -> str:
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5) if len(names) <= 20000 else []
-    return f" Did you mean {match[0]!r}?" if match else ""
