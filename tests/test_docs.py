@@ -158,8 +158,13 @@ def known_key(key: str) -> bool:
 
 
 def wrong_names(text: str) -> Iterator[str]:
-    """Config keys, yamls and files in inline code."""
+    """Config keys, yamls, files and what stands in them (`file.py::name`) in inline code."""
     for code in inline(text):
+        if reference := re.fullmatch(r"([\w/]+\.py)::([\w.]+)", code):
+            files = [path for top in TOP for path in ROOT.glob(f"{top}/**/{reference[1].removeprefix(f'{top}/')}")]
+            names = [re.compile(rf"(def|class) {name}\b") for name in reference[2].split(".")]
+            if not any(all(name.search(path.read_text(encoding="utf-8")) for name in names) for path in files):
+                yield f"`{code}`: no such name"
         key, _, _ = code.partition("=") if "=" in code else code.partition(":")
         if re.fullmatch(r"(run|model|datasets)(\.\w+)+", key) and not known_key(key) and not PATH.fullmatch(code):
             yield f"`{code}`: no such key"
@@ -246,6 +251,7 @@ PLANTED = [
     ("`run.nothing: 3`", "no such key"),
     ("`train_nowhere`", "no such yaml"),
     ("`tests/nowhere/test_docs.py`", "no such file"),
+    ("`matching.py::Matching.scroe`", "no such name"),
     ("`datasets/nowhere.py`", "no such file"),
     ("```python\nfrom neucore_plugin import load_modle\n```", "has no load_modle"),
     ("```python\nfor hit in\n```", "invalid syntax"),
