@@ -1,10 +1,13 @@
 """Encoders and backbones with what their schemas say where a test says nothing: constructors have no defaults."""
 
-from neucore_plugin.config.encoders import BACKBONE_SCHEMAS, EncoderSchema
+import dataclasses
+
+from neucore_plugin.config.encoders import BACKBONE_SCHEMAS
 from neucore_plugin.config.loading import model_defaults
 from neucore_plugin.models.backbones import build_backbone, encoder_class
+from neucore_plugin.models.backbones.tuning import Tuning
 
-TUNING = set(EncoderSchema.model_fields)  # the backbone's business
+TUNING = {"name", *(field.name for field in dataclasses.fields(Tuning))}  # the backbone's business
 
 
 def encoder(side, name, **settings):
