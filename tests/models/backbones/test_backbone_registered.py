@@ -1,6 +1,7 @@
 """Any registered model as a backbone: models of one's own, the host's feature extractors, shared ones, and mistakes."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,18 @@ def test_a_text_longer_than_the_model_takes_is_cut():
     encoder = text("test_blip")
     out = encoder(["unbelievably " * 400, "red"])  # the host's own call ends in an error past 512 word pieces
     assert out["mask"].sum(1).tolist() == [64, 1]
+
+
+def test_a_model_that_cuts_texts_itself_needs_a_method(monkeypatch):
+    encoder = text("test_blip")
+    original = encoder.host.model.extract_features
+
+    def extract(samples, mode):
+        return SimpleNamespace(text_embeds=original(samples, mode).text_embeds[:, :6])
+
+    monkeypatch.setattr(encoder.host.model, "extract_features", extract)
+    with pytest.raises(ConfigError, match=r"gives \[3, 6, 16\] as text_embeds of \[3, 7\] word pieces; name"):
+        encoder(TEXTS)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
