@@ -1,5 +1,6 @@
 """What is installed, and what it costs to ask for help."""
 
+import argparse
 import ast
 import os
 import re
@@ -123,6 +124,16 @@ def test_each_command_has_help(command, capsys):
         cli.main([command, "--help"])
     assert caught.value.code == 0
     assert f"neucore {command}" in capsys.readouterr().out
+
+
+def test_each_option_says_what_it_is():
+    waiting = [cli.build_parser()]
+    while waiting:
+        for action in waiting.pop()._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += action.choices.values()
+            else:
+                assert action.help, action
 
 
 def test_version(capsys):

@@ -34,21 +34,13 @@ def _asked(triplet: Triplet, caption: str, tag: str) -> Triplet:
     return replace(triplet, query_id=f"{triplet.query_id}/{tag}", caption=caption)
 
 
-def presets(dataset: str, names: Sequence[str] | str | None) -> list[Protocol]:
-    """The presets of a data set by name; None = its first one. Raises ConfigError for unknown, repeated or no names."""
+def presets(dataset: str, names: Sequence[str] | None) -> list[Protocol]:
+    """The presets of a data set by name; None = its first one. Raises ConfigError for an unknown name."""
     known = PRESETS.get(dataset, {STANDARD.name: STANDARD})
-    if names is None:
-        return [next(iter(known.values()))]
-    chosen = [names] if isinstance(names, str) else list(names)
-    for name in chosen:
+    for name in names or []:
         if name not in known:
             raise ConfigError(f"datasets.{dataset}.build_info.protocol: no preset {name!r}.{nearest(str(name), known)}")
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ConfigError(
-            f"datasets.{dataset}.build_info.protocol: got {chosen}; "
-            f"allowed: one or more of {', '.join(known)}, none twice"
-        )
-    return [known[name] for name in chosen]
+    return [known[name] for name in names or list(known)[:1]]
 
 
 def split_name(split: str, protocol: Protocol, first: bool) -> str:

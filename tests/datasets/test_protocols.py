@@ -204,8 +204,6 @@ def test_presets_by_name():
     assert presets("mine", None) == [STANDARD]
     with pytest.raises(ConfigError, match=r"no preset 'covrr'\. Did you mean 'covr'"):
         presets("fashioniq", ["covrr"])
-    with pytest.raises(ConfigError, match="none twice"):
-        presets("cirr", ["hard", "hard"])
     rules = {name: (p.gallery, p.remove_reference, p.text) for name, p in PRESETS["fashioniq"].items()}
     assert rules == {
         "clip4cir": ("full", False, "concat"),

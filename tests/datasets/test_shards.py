@@ -101,7 +101,7 @@ def test_no_more_descriptors_than_the_cache_holds(data, tmp_path):
 def test_a_folder_written_anew_is_read_anew(data, tmp_path):
     out = write(data, tmp_path / "out").parent
     images, _ = reader.read_shards(out)
-    assert all(image.open().read() for image in images.values())
+    assert all(image.read() for image in images.values())
     shutil.rmtree(out)
     turned = (dict(reversed(data[0].items())), data[1])
     write(turned, out)

@@ -14,7 +14,6 @@ decoded by their suffix (webdataset's own `decode` unpickles .pyd, .pkl and .pth
 
 import contextlib
 import dataclasses
-import io
 import json
 import logging
 import os
@@ -65,10 +64,6 @@ class ShardImage:
         if len(data) != self.size:
             raise DataError(f"{self.shard} is truncated: it ends before image {self.name!r}; copy the shard again")
         return data
-
-    def open(self) -> io.BytesIO:
-        """The image file as a binary stream."""
-        return io.BytesIO(self.read())
 
     def __str__(self) -> str:
         return f"{self.shard}:{self.name}"
