@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from neucore_plugin.common.errors import DataError, NeucoreError
+from neucore_plugin.common import distributed
+from neucore_plugin.common.errors import ConfigError, DataError, NeucoreError, nearest
+from neucore_plugin.common.files import sha256_text
 from neucore_plugin.common.randomness import mix, preserved, seed_sample
+from neucore_plugin.config.run import RunSchema
 
 
 class _Failure:
@@ -152,9 +155,29 @@ def _same(batch: Any) -> Any:
     return batch
 
 
-def datasets_by_split(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{split: {name: data set}} of {name: {split: data set}}. Raises DataError for an empty one."""
-    found: dict[str, dict[str, Any]] = {}
+def batch_loader(dataset: Any, run: RunSchema, name: str, pin_memory: bool, training: bool = False) -> BatchLoader:
+    """The loader of a training's, or of an evaluated, data set, for this process."""
+    shared = training or run.use_dist_eval_sampler
+    return BatchLoader(
+        dataset,
+        run.batch_size_train if training else run.batch_size_eval,
+        name=name,
+        shuffle=training,
+        seed=run.seed,
+        num_workers=run.num_workers,
+        rank=distributed.rank() if shared else 0,
+        world=distributed.world_size() if shared else 1,
+        pin_memory=pin_memory,
+    )
+
+
+def chosen_datasets(datasets: Mapping[str, Mapping[str, Any]], run: RunSchema) -> tuple[list[Any], dict[str, Any]]:
+    """(data sets to train on, {split: data set} to evaluate) of {name: {split: data set}}.
+
+    Without training the test splits are evaluated, or else the validation ones.
+    Raises: ConfigError for a split that none or, to be evaluated, several have; DataError for an empty one.
+    """
+    by_split: dict[str, dict[str, Any]] = {}
     for name, splits in datasets.items():
         for split, dataset in splits.items():
             if hasattr(dataset, "__len__") and len(dataset) == 0:
@@ -162,5 +185,24 @@ def datasets_by_split(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, di
                     f"split {split!r} of the data set {name!r} is empty. Check its annotations and build_info, "
                     "or take the split out of run.train_splits / valid_splits / test_splits"
                 )
-            found.setdefault(split, {})[name] = dataset
-    return found
+            by_split.setdefault(split, {})[name] = dataset
+    train = [] if run.evaluate else run.train_splits
+    evaluated = run.test_splits or run.valid_splits if run.evaluate else [*run.valid_splits, *run.test_splits]
+    for split in (*train, *evaluated):
+        if split not in by_split:
+            raise ConfigError(f"the data sets have no split {split!r}.{nearest(split, by_split)}")
+        if split in evaluated and len(by_split[split]) > 1:
+            names = ", ".join(by_split[split])
+            raise ConfigError(f"split {split!r} is in several data sets ({names}): evaluate them one at a time")
+    parts = [dataset for split in train for dataset in by_split[split].values()]
+    return parts, {split: next(iter(by_split[split].values())) for split in evaluated}
+
+
+def data_fingerprint(dataset: Any) -> str | None:
+    """A data set's own `fingerprint` (an attribute or a method), of all parts where it is concatenated; else None."""
+    value = getattr(dataset, "fingerprint", None)
+    if value is None and getattr(dataset, "datasets", None):
+        parts = [data_fingerprint(part) for part in dataset.datasets]
+        return sha256_text("\n".join(parts)) if all(parts) else None
+    value = value() if callable(value) else value
+    return None if value is None else str(value)

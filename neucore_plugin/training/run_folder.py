@@ -18,6 +18,7 @@ import yaml
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.files import atomic_write, write_json
 from neucore_plugin.config.compare import config_differences
+from neucore_plugin.config.run import RunSchema
 from neucore_plugin.weights.checkpoint import jsonable
 
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
@@ -50,36 +51,26 @@ class RunFolder:
         return self.record["status"] == "finished"
 
     @classmethod
-    def choose(
-        cls,
-        output_dir: str | Path,
-        job_id: str | None,
-        config: Mapping[str, Any],
-        fingerprint: str,
-        resume: str | Path | None = "never",
-        evaluate: bool = False,
-    ) -> "RunFolder":
-        """The folder to continue, or a new one with its record written.
+    def choose(cls, run: RunSchema, job_id: str, config: Mapping[str, Any], fingerprint: str) -> "RunFolder":
+        """The folder to continue, or a new one with its record written, under run.output_dir.
+
+        run.resume: never; auto (the newest run with the same fingerprint); or the path of a run folder or of its
+        checkpoint_last.pth. An evaluation always has a new folder.
 
         Args:
-            output_dir: relative to the current directory.
             job_id: name of a new folder; where it exists already, `-2`, `-3`, ... is appended.
-            resume: never; auto (the newest run with the same fingerprint under `output_dir`); or the path of a run
-                folder or of its checkpoint_last.pth.
-            evaluate: always a new folder.
         Raises: ConfigError for a path that is no run, or one whose config differs (its keys are named).
         """
-        resume = "never" if resume is None else str(resume)
-        if not evaluate and resume == "auto":
-            found = newest_run(output_dir, fingerprint)
-            if found is not None:
-                return found
-        elif not evaluate and resume != "never":
-            return cls._at(Path(resume), config, fingerprint)
-        path = _fresh(Path(output_dir).expanduser().absolute(), job_id or time.strftime("%Y%m%d-%H%M%S"))
+        if run.resume == "auto" and not run.evaluate:
+            newest = newest_run(run.output_dir, fingerprint)
+            if newest is not None:
+                return newest
+        elif run.resume != "never" and not run.evaluate:
+            return cls._at(Path(run.resume), config, fingerprint)
+        path = _fresh(Path(run.output_dir).expanduser().absolute(), job_id)
         record = {
             "status": "running",
-            "kind": "evaluate" if evaluate else "train",
+            "kind": "evaluate" if run.evaluate else "train",
             "created": time.time(),
             "fingerprint": fingerprint,
             "versions": versions(),

@@ -1,13 +1,11 @@
 """One step of a contrastive model, in one process and in a group: what the tests of large batches compare."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import runner_case
+import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -130,31 +128,6 @@ def step(kind: str, settings: dict, count: int, chunk: int | None = None, accumu
     return {"losses": losses, "grads": grads, "buffers": {name: b.numpy() for name, b in model.named_buffers()}}
 
 
-def in_group(tmp_path: Any, job: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Any]:
-    """What `job(*arguments)` gives in each of `world` gloo processes, by rank."""
-    context = runner_case.clean_processes()
-    results, store = context.Queue(), tmp_path / f"store-{os.urandom(4).hex()}"
-    group = [
-        context.Process(target=_join, args=(rank, world, str(store), results, job, arguments)) for rank in range(world)
-    ]
-    for process in group:
-        process.start()
-    seen = dict(results.get(timeout=240) for _ in range(world))
-    for process in group:
-        process.join(60)
-    assert [process.exitcode for process in group] == [0] * world
-    return [seen[rank] for rank in range(world)]
-
-
-def _join(rank: int, world: int, store: str, results: Any, job: Callable[..., Any], arguments: tuple) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        results.put((rank, job(*arguments)))
-    finally:
-        dist.destroy_process_group()
-
-
 def assert_same_step(found: dict, expected: dict, tolerance: float) -> None:
     """Losses and every gradient, against its largest entry; a parameter without gradient has none in both."""
     # Some gradients are nothing but rounding, such as those of an attention's key bias.
@@ -169,8 +142,6 @@ def assert_same_step(found: dict, expected: dict, tolerance: float) -> None:
 
 
 def _near(value: float, tolerance: float) -> Any:
-    import pytest
-
     return pytest.approx(value, rel=tolerance, abs=tolerance)
 
 

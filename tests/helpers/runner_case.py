@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from lavis.common.config import Config
 from lavis.models.base_model import BaseModel
 from lavis.tasks.base_task import BaseTask
-from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import Dataset
 
 from neucore_plugin.common import files
-from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError, NeucoreError
+from neucore_plugin.config.loading import Config
+from neucore_plugin.config.run import RunSchema
 from neucore_plugin.training.runner import RunnerCir, RunnerCirIter
 from neucore_plugin.weights import checkpoint
 
@@ -157,11 +157,9 @@ KINDS = {"epochs": EPOCHS, "iters": ITERS}
 
 
 def make_config(output_dir, **run) -> Config:
-    config = Config.__new__(Config)  # the host's class, without its yaml files and registry look-ups
-    config.config = OmegaConf.create(
-        {"model": {"arch": "tiny"}, "datasets": {"points": {}}, "run": {**RUN, "output_dir": str(output_dir), **run}}
-    )
-    return config
+    """A whole config, its `run` section validated and completed by the schema."""
+    run = RunSchema.model_validate({**RUN, "output_dir": str(output_dir), **run}).model_dump()
+    return Config({"model": {"arch": "tiny"}, "datasets": {"points": {}}, "run": run})
 
 
 def make_datasets(train: int = 22) -> dict:
@@ -242,22 +240,39 @@ def train_and_die(output_dir, run: dict, batch: int = -1, rename: int = -1, afte
     make_runner(output_dir, task=TinyTask(kill_at_batch=batch), **run).train()
 
 
-def train_in_group(rank: int, world: int, store: str, output_dir, run: dict, results, kill_at_batch: int = -1) -> None:
-    """In a child process: one of `world` gloo processes."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+def train_in_group(output_dir, run: dict, kill_at_batch: int = -1) -> dict:
+    """In each process of a group: train; what this process saw and ended with."""
+    run = dict(run)
+    task = TinyTask(kill_at_batch=kill_at_batch)
+    runner = make_runner(output_dir, task=task, model=TinyModel(dropout=run.pop("dropout", 0.2)), **run)
+    seen = {"metrics": runner.train(), "seen": task.seen, "indices": task.train_indices, "finished": len(task.finished)}
+    seen["state"] = {name: value.numpy() for name, value in runner.bare_model.state_dict().items()}
+    return {**seen, "folder": str(runner.output_dir)}
+
+
+def in_group(tmp_path, job, *arguments, world: int = 2, killed: bool = False) -> list:
+    """What `job(*arguments)` gives, or the NeucoreError it raises, in each of `world` clean gloo processes, by rank.
+
+    killed: every process gets SIGKILL on its way; returns [].
+    """
+    context = clean_processes()
+    results, store = context.Queue(), str(tmp_path / f"store-{os.urandom(4).hex()}")
+    group = [context.Process(target=_join, args=(rank, world, store, results, job, arguments)) for rank in range(world)]
+    for process in group:
+        process.start()
+    seen = dict(results.get(timeout=120) for _ in range(0 if killed else world))
+    for process in group:
+        process.join(60)
+    assert [process.exitcode for process in group] == [-signal.SIGKILL if killed else 0] * world
+    return [seen[rank] for rank in sorted(seen)]
+
+
+def _join(rank: int, world: int, store: str, results, job, arguments: tuple) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    expected = run.pop("expect", None)
     try:
-        task = TinyTask(kill_at_batch=kill_at_batch)
-        runner = make_runner(output_dir, task=task, model=TinyModel(dropout=run.pop("dropout", 0.2)), **run)
-        metrics = runner.train()
-        seen = {"metrics": metrics, "seen": task.seen, "indices": task.train_indices, "finished": len(task.finished)}
-        seen["state"] = {name: value.tolist() for name, value in runner.bare_model.state_dict().items()}
-        results.put((rank, {**seen, "folder": str(runner.output_dir)}))
-    except ConfigError as error:
-        if expected is None:
-            raise
-        results.put((rank, str(error)))
+        results.put((rank, job(*arguments)))
+    except NeucoreError as error:
+        results.put((rank, error))
     finally:
         dist.destroy_process_group()

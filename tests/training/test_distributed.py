@@ -1,9 +1,8 @@
 """Two gloo processes: they agree with each other and with one process that has the whole batch."""
 
-import os
-import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runner_case as case
 import torch
@@ -16,26 +15,10 @@ from neucore_plugin.weights import checkpoint
 PLAIN = {"max_epoch": 2, "dropout": 0.0}
 
 
-def run_group(tmp_path, output_dir, run: dict, world: int = 2, kill_at_batch: int = -1) -> tuple[list[int], dict]:
-    """(exit codes, {rank: what it saw}) of a group of clean processes."""
-    context = case.clean_processes()
-    results, store = context.Queue(), tmp_path / f"store-{os.urandom(4).hex()}"
-    arguments = (world, str(store), str(output_dir), run, results, kill_at_batch)
-    group = [context.Process(target=case.train_in_group, args=(rank, *arguments)) for rank in range(world)]
-    for process in group:
-        process.start()
-    seen = dict(results.get(timeout=120) for _ in range(world if kill_at_batch < 0 else 0))
-    for process in group:
-        process.join(60)
-    return [process.exitcode for process in group], seen
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_equal_one(tmp_path, accumulate):
     run = {**PLAIN, "accum_grad_iters": accumulate}
-    codes, seen = run_group(tmp_path, tmp_path / "two", {**run, "batch_size_train": 2})
-    assert codes == [0, 0]
-    assert seen[0]["state"] == seen[1]["state"]
+    seen = case.in_group(tmp_path, case.train_in_group, tmp_path / "two", {**run, "batch_size_train": 2})
     assert seen[0]["metrics"] == seen[1]["metrics"]
     assert seen[0]["folder"] == seen[1]["folder"]
     assert [seen[rank]["finished"] for rank in (0, 1)] == [1, 0]  # one process writes the results
@@ -52,7 +35,8 @@ def test_two_processes_equal_one(tmp_path, accumulate):
     assert [sorted(a + b) for a, b in batches] == [sorted(batch) for batch in task.train_indices]
     assert seen[0]["seen"] == seen[1]["seen"] == task.seen == {"dev": list(range(7)), "test": list(range(8))}
     for name, value in runner.bare_model.state_dict().items():
-        torch.testing.assert_close(torch.tensor(seen[0]["state"][name], dtype=value.dtype), value, rtol=1e-4, atol=1e-6)
+        assert np.array_equal(seen[0]["state"][name], seen[1]["state"][name])
+        torch.testing.assert_close(torch.from_numpy(seen[0]["state"][name]), value, rtol=1e-4, atol=1e-6)
     assert metrics["test"]["agg_metrics"] == pytest.approx(seen[0]["metrics"]["test"]["agg_metrics"], rel=1e-4)
     logs = [(Path(folder) / "log.txt").read_text().count("\n") for folder in (seen[0]["folder"], runner.output_dir)]
     assert logs[0] == logs[1]
@@ -60,14 +44,12 @@ def test_two_processes_equal_one(tmp_path, accumulate):
 
 def test_a_killed_group_resumes_exactly(tmp_path):
     run = {**case.ITERS, "batch_size_train": 2}
-    codes, whole = run_group(tmp_path, tmp_path / "whole", run)
-    assert codes == [0, 0]
-    codes, _ = run_group(tmp_path, tmp_path / "killed", run, kill_at_batch=7)
-    assert codes == [-signal.SIGKILL] * 2
-    codes, resumed = run_group(tmp_path, tmp_path / "killed", run)
-    assert codes == [0, 0]
+    whole = case.in_group(tmp_path, case.train_in_group, tmp_path / "whole", run)
+    case.in_group(tmp_path, case.train_in_group, tmp_path / "killed", run, 7, killed=True)
+    resumed = case.in_group(tmp_path, case.train_in_group, tmp_path / "killed", run)
     for rank in (0, 1):
-        assert resumed[rank]["state"] == whole[rank]["state"]
+        for name, value in whole[rank]["state"].items():
+            assert np.array_equal(resumed[rank]["state"][name], value), name
         assert resumed[rank]["metrics"] == whole[rank]["metrics"]
         assert len(resumed[rank]["indices"]) == 13 - 6  # from the checkpoint within the round
     one, other = (case.final_state(found[0]["folder"]) for found in (whole, resumed))
@@ -93,6 +75,5 @@ def test_alone_everything_is_a_no_op():
 
 def test_a_failure_of_the_main_process_reaches_all(tmp_path):
     (tmp_path / "out").touch()  # a file where the run folder should go
-    codes, seen = run_group(tmp_path, tmp_path / "out", {**PLAIN, "expect": "cannot be written"})
-    assert codes == [0, 0]
-    assert all("cannot be written" in seen[rank] for rank in (0, 1))
+    seen = case.in_group(tmp_path, case.train_in_group, tmp_path / "out", PLAIN)
+    assert all(isinstance(error, ConfigError) and "cannot be written" in str(error) for error in seen)

@@ -4,11 +4,14 @@ import batch_case as case
 import numpy as np
 import pytest
 import torch
+from runner_case import in_group
+
+from neucore_plugin.common.errors import ConfigError
 
 
-def assert_group_equals_one(tmp_path, kind, settings, count, world=2, tolerance=1e-9, **how) -> list[dict]:
+def assert_group_equals_one(tmp_path, kind, settings, count, world=2, tolerance=1e-9) -> list[dict]:
     one = case.step(kind, settings, count)
-    parts = case.in_group(tmp_path, case.step, kind, settings, count, *how.values(), world=world)
+    parts = in_group(tmp_path, case.step, kind, settings, count, world=world)
     for part in parts:
         case.assert_same_step({**part, "losses": case.mean_losses(parts)}, one, tolerance)
         for name, value in parts[0]["grads"].items():  # the same bits everywhere, or the weights would drift apart
@@ -48,7 +51,7 @@ def test_what_makes_a_pair_right_or_wrong_changes_the_loss():
 
 
 def test_one_pair_alone_is_refused_and_two_processes_of_one_pair_are_not(tmp_path):
-    with pytest.raises(case.ConfigError, match="a batch of one pair has no negatives.*run.batch_size_train to 2"):
+    with pytest.raises(ConfigError, match="a batch of one pair has no negatives.*run.batch_size_train to 2"):
         case.step("neucore", {"reference_negatives": False}, 1)
     settings = {"reference_negatives": False, "mask_duplicates": False}
     assert case.step("neucore", {**settings, "reference_negatives": True}, 1)["losses"]["loss_matching"] > 0

@@ -3,13 +3,12 @@
 import copy
 import signal
 
-import batch_case
 import pytest
 import runner_case as case
 import torch
 from torch import nn
 
-from neucore_plugin.common.errors import CheckpointError, ConfigError
+from neucore_plugin.common.errors import CheckpointError
 from neucore_plugin.training.weight_average import WeightAverage
 from neucore_plugin.weights import checkpoint
 
@@ -75,8 +74,8 @@ def test_the_average_is_validated_saved_as_best_and_tested(tmp_path):
     at_rounds = []
     update = runner._update
 
-    def follow(count, meters):
-        update(count, meters)
+    def follow(*arguments):
+        update(*arguments)
         for name, value in model.named_parameters():
             value = value.detach().double()
             expected[name] = decay * expected[name] + (1 - decay) * value if name in expected else value
@@ -137,27 +136,18 @@ def normed_group(output_dir, run: dict) -> dict:
 
     runner = case.make_runner(output_dir, model=Normed(), **run)
     runner.train()
-    return {name: value.numpy() for name, value in runner._average.state_dict()["weights"].items()}
+    return {name: value.numpy() for name, value in runner.optimisation.average.state_dict()["weights"].items()}
 
 
 def test_the_same_in_all_processes_also_after_a_kill(tmp_path):
-    from test_distributed import run_group
-
     run = {**AVERAGED, "batch_size_train": 3}
-    parts = batch_case.in_group(tmp_path, normed_group, tmp_path / "normed", run)
+    parts = case.in_group(tmp_path, normed_group, tmp_path / "normed", run)
     for name, value in parts[0].items():
         assert (parts[1][name] == value).all(), name
     assert "norm.running_var" in parts[0]
-    _, whole = run_group(tmp_path, tmp_path / "whole", run)
-    codes, _ = run_group(tmp_path, tmp_path / "cut", run, kill_at_batch=7)
-    assert codes == [-signal.SIGKILL] * 2
-    _, again = run_group(tmp_path, tmp_path / "cut", run)
+    whole = case.in_group(tmp_path, case.train_in_group, tmp_path / "whole", run)
+    case.in_group(tmp_path, case.train_in_group, tmp_path / "cut", run, 7, killed=True)
+    again = case.in_group(tmp_path, case.train_in_group, tmp_path / "cut", run)
     one, other = (case.final_state(seen[0]["folder"]) for seen in (whole, again))
     assert {**one, "log": one["log"].splitlines()[1:]} == {**other, "log": other["log"].splitlines()[1:]}
     assert whole[0]["metrics"] == whole[1]["metrics"] == again[1]["metrics"]
-
-
-@pytest.mark.parametrize("decay", [0, 1, 1.5, -0.1, "high"])
-def test_decays_that_are_none(tmp_path, decay):
-    with pytest.raises(ConfigError, match=f"run.ema_decay is {decay!r}; it must lie between 0 and 1"):
-        case.make_runner(tmp_path, ema_decay=decay)

@@ -20,7 +20,7 @@ from neucore_plugin.models.backbones import ENCODERS, build_backbone, encoder_cl
 from neucore_plugin.models.base import model_types
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.retrieval import GalleryIndex
-from neucore_plugin.training.schedule import parameter_groups
+from neucore_plugin.training.optimisation import parameter_groups
 from neucore_plugin.weights import checkpoint
 from neucore_plugin.weights import pretrained as weights
 from neucore_plugin.weights.trust import refuse_strangers

@@ -13,7 +13,7 @@ from neucore_plugin.config.loading import model_defaults
 from neucore_plugin.models.backbones import build_backbone
 from neucore_plugin.models.backbones.tuning import Tuning, rate_scales, settle_modes
 from neucore_plugin.models.neucore import NeucoreModel
-from neucore_plugin.training.schedule import parameter_groups
+from neucore_plugin.training.optimisation import parameter_groups
 from neucore_plugin.weights import checkpoint
 
 FROZEN = {"name": "efficientnet_lite0", "image_size": 64, "grid": 2}
@@ -72,7 +72,7 @@ def batch(model):
 def step(model, rate=0.01):
     model.train()
     torch.manual_seed(5)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=rate)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, {}), lr=rate)
     model(batch(model))["loss"].backward()
     optimizer.step()
 
@@ -93,7 +93,7 @@ def test_frozen_means_frozen():
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     step(model, rate=1.0)
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
-    in_optimizer = {id(p) for group in parameter_groups(model) for p in group["params"]}
+    in_optimizer = {id(p) for group in parameter_groups(model, 0.0, {}) for p in group["params"]}
     assert not in_optimizer & {id(p) for p in model.backbone.parameters()}
 
 
