@@ -3,15 +3,60 @@
 import inspect
 import logging
 import os
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.common.distributed import init_distributed
+from neucore_plugin.common import distributed
+from neucore_plugin.common.randomness import seed_everything
 from neucore_plugin.config import loading
 from neucore_plugin.config.sections import DATASET_SPLITS, Tables
 from neucore_plugin.host.registration import register_all
 from neucore_plugin.weights.trust import section_of
+
+
+def run(cfg_path: str | Path, options: Iterable[str] | None = None, evaluate: bool = False) -> Any:
+    """Train (or evaluate) what a config file describes; returns what the runner returned.
+
+    `evaluate` sets run.evaluate. An evaluation takes the model from its checkpoint; what the file says of it must
+    agree. The config is checked whole before data or weights are touched: `ConfigError`.
+    A file whose arch, task and runner are the host's own goes the host's stock way, unchecked where it is not ours.
+    """
+    try:
+        cfg, task = prepared(cfg_path, [*loading.dotlist(options), *(["run.evaluate=true"] if evaluate else [])])
+        from lavis.common.registry import registry
+
+        job_id = new_job_id()
+        datasets = task.build_datasets(cfg)
+        _seed(cfg)  # what was drawn so far may depend on what caches hold
+        takes_datasets = "datasets" in inspect.signature(task.build_model).parameters
+        model = task.build_model(cfg, datasets) if takes_datasets else task.build_model(cfg)
+        if cfg.run_cfg.rank == 0:
+            cfg.pretty_print()  # now that nothing is left to be refused
+        runner_class = registry.get_runner_class(cfg.run_cfg.get("runner") or "runner_base")
+        runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+        return runner.evaluate(skip_reload=True) if cfg.run_cfg.get("evaluate") else runner.train()
+    finally:
+        distributed.leave()
+
+
+def prepared(cfg_path: str | Path, options: Iterable[str] | None = None) -> tuple[loading.Config, Any]:
+    """(the checked config, its task): the host is imported, the processes have met, log and seeds are set."""
+    loading.read_yaml(cfg_path)  # a missing or broken file is told before the seconds that importing the host takes
+    register_all()
+    from lavis.common.registry import registry
+
+    cfg = loading.load_config(cfg_path, options, registry_tables(), section_of)
+    registry.register("configuration", cfg)
+    distributed.init_distributed(cfg.run_cfg)
+    setup_logging(cfg.run_cfg.rank == 0)
+    _seed(cfg)
+    return cfg, registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
+
+
+def _seed(cfg: loading.Config) -> None:
+    seed_everything(int(cfg.run_cfg.get("seed") or 0), cfg.run_cfg.rank)
 
 
 def registry_tables() -> Tables:
@@ -49,47 +94,4 @@ def setup_logging(is_main: bool = True) -> None:
 
 def new_job_id() -> str:
     """Seconds and a random suffix, the same in every process (in the stock ten-minute bucket runs overwrite runs)."""
-    import torch.distributed as dist
-
-    box = [f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"]
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def run(cfg_path: str | Path, options: list[str] | None = None, evaluate: bool | None = None) -> Any:
-    """Train (or evaluate) what a config file describes; returns what the runner returned.
-
-    `evaluate=True` sets run.evaluate. An evaluation takes the model from its checkpoint; what the file says of it must
-    agree. The config is checked whole before data or weights are touched: `ConfigError`.
-    A file whose arch, task and runner are the host's own goes the host's stock way, unchecked where it is not ours.
-    """
-    loading.read_yaml(cfg_path)  # a missing or broken file is told before the seconds that importing the host takes
-    chosen = [*loading.dotlist(options), *(["run.evaluate=true"] if evaluate else [])]
-    register_all()
-    import torch
-    from lavis.common.registry import registry
-
-    from neucore_plugin.common.randomness import seed_everything
-
-    cfg = loading.load_config(cfg_path, chosen, registry_tables(), section_of)
-    registry.register("configuration", cfg)
-    try:
-        init_distributed(cfg.run_cfg)
-        setup_logging(cfg.run_cfg.rank == 0)
-        seed = int(cfg.run_cfg.get("seed") or 0)
-        seed_everything(seed, cfg.run_cfg.rank)
-        job_id = new_job_id()
-        task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
-        datasets = task.build_datasets(cfg)
-        seed_everything(seed, cfg.run_cfg.rank)  # what was drawn so far may depend on what caches hold
-        takes_datasets = "datasets" in inspect.signature(task.build_model).parameters
-        model = task.build_model(cfg, datasets) if takes_datasets else task.build_model(cfg)
-        if cfg.run_cfg.rank == 0:
-            cfg.pretty_print()  # now that nothing is left to be refused
-        runner_class = registry.get_runner_class(cfg.run_cfg.get("runner") or "runner_base")
-        runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
-        return runner.evaluate(skip_reload=True) if cfg.run_cfg.get("evaluate") else runner.train()
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    return distributed.on_main(lambda: f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(3).hex()}")

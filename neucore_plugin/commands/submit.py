@@ -61,22 +61,14 @@ def _split(arguments: argparse.Namespace, split: str) -> Any:
 
 def _load(arguments: argparse.Namespace, split: str) -> tuple[Any, Any, Any]:
     from neucore_plugin import launch
-    from neucore_plugin.common import distributed
     from neucore_plugin.config import loading
-    from neucore_plugin.host import registration
-    from neucore_plugin.weights import trust
 
     options = [*loading.dotlist(arguments.options), f"model.checkpoint={arguments.checkpoint}", "run.evaluate=true"]
-    registration.register_all()
-    from neucore_plugin.task import ComposedImageRetrievalTask
-
-    cfg = loading.load_config(arguments.cfg_path, options, launch.registry_tables(), trust.section_of)
+    cfg, task = launch.prepared(arguments.cfg_path, options)
     if list(cfg.datasets_cfg) != [arguments.name]:
         raise ConfigError(f"{arguments.cfg_path}: describes {', '.join(cfg.datasets_cfg)}, not {arguments.name} alone")
-    launch.setup_logging(True)
-    task = ComposedImageRetrievalTask.setup_task(cfg=cfg)
     dataset = task.build_split(cfg, arguments.name, split)
-    model = task.build_model(cfg).to(distributed.pick_device(cfg.run_cfg.get("device") or "auto")).eval()
+    model = task.build_model(cfg).to(cfg.run_cfg.device).eval()
     arguments.out.mkdir(parents=True, exist_ok=True)
     task.prepare(model, {arguments.name: {split: dataset}}, cfg, arguments.out)
     return dataset, model, task

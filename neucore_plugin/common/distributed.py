@@ -25,12 +25,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def gather(value: Any) -> list[Any]:
     """The values of all processes, in the order of their ranks, in every process. They must be picklable."""
     if world_size() == 1:
@@ -93,14 +87,12 @@ WORK_TIMEOUT = timedelta(hours=12)  # and later, while the first renders drawing
 
 
 def init_distributed(run_cfg: Any) -> None:
-    """Join the process group that torchrun or srun announces, and settle the device.
+    """Join the process group that torchrun or srun announces, and choose the device.
 
     Sets run_cfg.{distributed, rank, world_size, gpu, device, dist_backend}. gloo on a CPU, nccl on CUDA; the stock
     function knows nccl alone. Raises `ConfigError` where CUDA is demanded and not there, `NeucoreError` where the
     announcement is incomplete or the others cannot be met.
     """
-    import torch
-
     rank, world_size, local_rank = _announced_ranks()
     kind, _, chosen = pick_device(str(run_cfg.get("device") or "auto")).partition(":")
     index = int(chosen or 0) if world_size == 1 else local_rank
@@ -120,14 +112,18 @@ def init_distributed(run_cfg: Any) -> None:
     run_cfg.dist_backend = ("nccl" if kind == "cuda" else "gloo") if backend == "auto" else backend
     if run_cfg.dist_backend == "nccl" and kind != "cuda":
         raise ConfigError("run.dist_backend is nccl, which joins GPUs, but the device is cpu; use auto or gloo")
-    if not torch.distributed.is_initialized():
+    if not dist.is_initialized():
         _join(run_cfg.dist_backend, str(run_cfg.get("dist_url") or "env://"), rank, world_size)
-    torch.distributed.barrier()
+    dist.barrier()
+
+
+def leave() -> None:
+    """Undo `init_distributed`."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _join(backend: str, url: str, rank: int, world_size: int) -> None:
-    import torch.distributed as dist
-
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if url == "env://" and not os.environ.get(name)]
     if missing:
         raise NeucoreError(
@@ -140,9 +136,8 @@ def _join(backend: str, url: str, rank: int, world_size: int) -> None:
             raise FileNotFoundError("the file's folder does not exist")  # torch would wait for it
         store, rank, world_size = next(iter(dist.rendezvous(url, rank, world_size, timeout=JOIN_TIMEOUT)))
         store.set(f"joined/{rank}", "")
-        store.wait(
-            [f"joined/{other}" for other in range(world_size)], JOIN_TIMEOUT
-        )  # the group itself would not give up
+        # The group itself would not give up.
+        store.wait([f"joined/{other}" for other in range(world_size)], JOIN_TIMEOUT)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=WORK_TIMEOUT)
         store.set_timeout(WORK_TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
@@ -156,8 +151,6 @@ def _join(backend: str, url: str, rank: int, world_size: int) -> None:
 
 def pick_device(wanted: str) -> str:
     """ "auto" becomes "cuda" or "cpu"; anything else is kept. Raises `ConfigError` where it cannot be had."""
-    import torch
-
     has_cuda = torch.cuda.is_available()
     if wanted == "auto":
         return "cuda" if has_cuda else "cpu"

@@ -6,11 +6,9 @@ from typing import Any
 
 from neucore_plugin.host import importing
 
-_nesting = [0]
 
-
-def _loaded() -> bool:
-    """Whether lavis is there whole: `default_cfg` is set near the end of its __init__."""
+def _host_is_there() -> bool:
+    """Whole, not half imported: `default_cfg` is set near the end of its __init__."""
     host = sys.modules.get("lavis")
     return hasattr(host, "default_cfg") and not getattr(host.__spec__, "_initializing", False)
 
@@ -22,12 +20,13 @@ def _register() -> None:
 
 
 class _WatchedLoader(Loader):
-    """Loads a module as its own loader does; when the outermost watched import has brought lavis, everything is
-    registered.
+    """Loads a module as its own loader does; registers everything when the outermost watched import has brought lavis.
 
     Waiting for the outermost matters: `import neucore_plugin.task` imports lavis, and registering at that moment would
     import other modules of ours while this one is half made.
     """
+
+    under_way = 0  # watched imports, one within the other
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -40,7 +39,7 @@ class _WatchedLoader(Loader):
         if is_host:
             importing.before_import()
         module.__spec__.loader = module.__loader__ = self._loader  # resources and reload go the module's own way
-        _nesting[0] += 1
+        _WatchedLoader.under_way += 1
         try:
             self._loader.exec_module(module)
         except Exception as error:
@@ -48,8 +47,8 @@ class _WatchedLoader(Loader):
                 raise importing.explain_import_failure(error) from error
             raise
         finally:
-            _nesting[0] -= 1
-        if _nesting[0] == 0 and (is_host or _loaded()):
+            _WatchedLoader.under_way -= 1
+        if not _WatchedLoader.under_way and (is_host or _host_is_there()):
             _register()
 
     def __getattr__(self, name: str) -> Any:  # get_code, get_source, ...: runpy and inspect ask for them
@@ -76,9 +75,10 @@ class _HostFinder(MetaPathFinder):
 
 
 def install() -> None:
+    """Watch from now on; where lavis is there already, register at once."""
     for finder in list(sys.meta_path):  # one left by an earlier load of this module (reload)
         if type(finder).__module__ == __name__ and type(finder).__name__ == "_HostFinder":
             sys.meta_path.remove(finder)
     sys.meta_path.insert(0, _HostFinder())
-    if _loaded():
+    if _host_is_there():
         _register()

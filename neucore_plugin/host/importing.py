@@ -1,11 +1,5 @@
 """Importing salesforce-lavis 1.0.2, with one message where that fails. Light: neither torch nor lavis."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
 import importlib
 import warnings
 from importlib import metadata
@@ -70,14 +64,3 @@ def import_host() -> None:
         importlib.import_module("lavis.runners")
     except Exception as error:
         raise explain_import_failure(error) from error
-
-
-# These modules register themselves in the host's registry when they are imported.
-MEMBERS = (
-    "neucore_plugin.processors",
-    "neucore_plugin.datasets.builders",
-    "neucore_plugin.models.neucore",
-    "neucore_plugin.models.baseline",
-    "neucore_plugin.task",
-    "neucore_plugin.training.runner",
-)

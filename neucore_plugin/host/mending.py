@@ -1,4 +1,4 @@
-"""What is mended in the host, in place: defaults, cache folder, zoos, sums over processes."""
+"""What is mended in the host, in place. Nothing here imports lavis before a function needs it."""
 
 import inspect
 import os
@@ -9,7 +9,7 @@ from neucore_plugin.common.files import cache_dir
 STOCK_CACHE_ROOT = "/export/home/.cache/lavis"
 
 
-def _extend_zoos() -> None:
+def extend_zoos() -> None:
     """The host's zoos are snapshots taken while it was imported: add what has been registered since."""
     from lavis.common.registry import registry
     from lavis.datasets.builders import dataset_zoo
@@ -23,7 +23,8 @@ def _extend_zoos() -> None:
             dataset_zoo.dataset_zoo[name] = list(cls.DATASET_CONFIG_DICT)
 
 
-def _mend_host() -> None:
+def mend_host() -> None:
+    """Give `load_model` a default type, the cache a place of the user's, the host's meters their sums without CUDA."""
     import torch
     import torch.distributed as dist
     from lavis import models
@@ -35,7 +36,7 @@ def _mend_host() -> None:
         if inspect.signature(function).parameters["model_type"].default is inspect.Parameter.empty:
             function.__defaults__ = (None, *function.__defaults__)
 
-    # The stock cache is a fixed folder of another site; `register_path` refuses to change it.
+    # The stock cache folder is one of the host's makers; `register_path` refuses to change it.
     paths = registry.mapping["paths"]
     stock = os.path.join(paths["repo_root"], STOCK_CACHE_ROOT)
     if paths.get("cache_root") == stock and (os.environ.get("NEUCORE_CACHE") or not os.path.isdir(stock)):

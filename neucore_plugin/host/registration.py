@@ -7,26 +7,37 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
-from neucore_plugin.host.importing import MEMBERS, HostError, import_host
-from neucore_plugin.host.mending import _extend_zoos, _mend_host
+from neucore_plugin.host.importing import HostError, import_host
+from neucore_plugin.host.mending import extend_zoos, mend_host
 
-_busy = [False]
+# These modules register themselves when they are imported.
+MEMBERS = (
+    "neucore_plugin.processors",
+    "neucore_plugin.datasets.builders",
+    "neucore_plugin.models.neucore",
+    "neucore_plugin.models.baseline",
+    "neucore_plugin.task",
+    "neucore_plugin.training.runner",
+)
+_under_way = False
 
 
 def register_all() -> None:
     """Import the host, mend it, import every module of ours that registers something; calling it again is harmless."""
-    if _busy[0]:
+    global _under_way
+    if _under_way:  # a member that is being imported asks for it again, through the hook
         return
-    _busy[0] = True
+    _under_way = True
     try:
         import_host()
-        _mend_host()
+        mend_host()
         for name in MEMBERS:
             importlib.import_module(name)
-        _extend_zoos()
+        extend_zoos()
     finally:
-        _busy[0] = False
+        _under_way = False
 
 
 def _guarded(kind: str, name: str) -> Callable[[type], type]:
@@ -62,37 +73,9 @@ def _same_source(one: type, other: type) -> bool:
     return None not in files and os.path.realpath(files[0]) == os.path.realpath(files[1])
 
 
-def register_model(name: str) -> Callable[[type], type]:
-    """Class decorator: the host's `register_model`, safe against reload and double import."""
-    return _guarded("model", name)
-
-
-def register_task(name: str) -> Callable[[type], type]:
-    """Class decorator: the host's `register_task`, safe against reload and double import."""
-    return _guarded("task", name)
-
-
-def register_runner(name: str) -> Callable[[type], type]:
-    """Class decorator: the host's `register_runner`, safe against reload and double import."""
-    return _guarded("runner", name)
-
-
-def register_builder(name: str) -> Callable[[type], type]:
-    """Class decorator: the host's `register_builder`, safe against reload and double import."""
-    return _guarded("builder", name)
-
-
-def register_processor(name: str) -> Callable[[type], type]:
-    """Class decorator: the host's `register_processor`, safe against reload and double import."""
-    return _guarded("processor", name)
-
-
-def register_lr_scheduler(name: str) -> Callable[[type], type]:
-    """Class decorator: the host's `register_lr_scheduler`, safe against reload and double import."""
-    return _guarded("lr_scheduler", name)
-
-
-# --- processes, log ----------------------------------------------------------------------------------------------
-
-
-# --- main flow ----------------------------------------------------------------------------------------------------
+# Class decorators, called with a name: the host's of the same names, safe against reload and double import.
+register_model = partial(_guarded, "model")
+register_task = partial(_guarded, "task")
+register_runner = partial(_guarded, "runner")
+register_builder = partial(_guarded, "builder")
+register_processor = partial(_guarded, "processor")
