@@ -155,13 +155,13 @@ def _same(batch: Any) -> Any:
     return batch
 
 
-def batch_loader(dataset: Any, run: RunSchema, name: str, pin_memory: bool, training: bool = False) -> BatchLoader:
+def batch_loader(dataset: Any, run: RunSchema, split: str, pin_memory: bool, training: bool = False) -> BatchLoader:
     """The loader of a training's, or of an evaluated, data set, for this process."""
     shared = training or run.use_dist_eval_sampler
     return BatchLoader(
         dataset,
         run.batch_size_train if training else run.batch_size_eval,
-        name=name,
+        name=f"train split {split}" if training else f"split {split}",
         shuffle=training,
         seed=run.seed,
         num_workers=run.num_workers,

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,13 @@ class RunFolder:
             stream.writelines(kept)
 
     # ---- results ----------------------------------------------------------------------------
+
+    def store_metrics(
+        self, metrics: Mapping[str, Any], provenance: Mapping[str, Any], files: Iterable[str | Path] = ()
+    ) -> None:
+        """Write test_metrics.json; `files`: what the task has written besides."""
+        record = jsonable({"metrics": metrics, "provenance": provenance})
+        write_json(self.path / METRICS, {**record, "files": [str(Path(file).absolute()) for file in files]})
 
     def stored_metrics(self, splits: list[str]) -> dict[str, Any] | None:
         """{"metrics", "data"} of all `splits`, from an earlier end of this run whose result files are still there."""

@@ -26,16 +26,15 @@ from lavis.runners.runner_base import RunnerBase
 
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError, NeucoreError
-from neucore_plugin.common.files import write_json
 from neucore_plugin.common.randomness import seed_everything
 from neucore_plugin.config.run import RunSchema
 from neucore_plugin.host.registration import register_runner
 from neucore_plugin.training.checkpointer import Checkpointer, Progress, load_weights, resumed_weights
 from neucore_plugin.training.display import round_display
 from neucore_plugin.training.grad_cache import GradCache
-from neucore_plugin.training.loaders import BatchLoader, batch_loader, chosen_datasets, data_fingerprint
+from neucore_plugin.training.loaders import batch_loader, chosen_datasets, data_fingerprint
 from neucore_plugin.training.optimisation import Optimisation
-from neucore_plugin.training.run_folder import BEST, LAST, METRICS, RunFolder, versions
+from neucore_plugin.training.run_folder import BEST, LAST, RunFolder, versions
 from neucore_plugin.weights import checkpoint
 
 
@@ -54,22 +53,17 @@ class RunnerCir(RunnerBase):
         self.run: RunSchema = cfg.run
         train, evaluated = chosen_datasets(datasets, self.run)
         super().__init__(cfg, task, model, datasets, job_id)  # calls setup_output_dir
-        self._device = torch.device(distributed.pick_device(self.run.device))
-        if self._device == torch.device("cuda"):  # with an index, so that it compares equal to the device of a tensor
-            self._device = torch.device("cuda", torch.cuda.current_device())
-        self._model = self._wrapped_model = model.to(self._device)
-        self._by_name, self.datasets, self._prepared = datasets, evaluated, False
+        # What the host's properties of these names give, without the underscore.
+        self._model = self._wrapped_model = model.to(distributed.pick_device(self.run.device))
+        self._device = next(model.parameters()).device
         self._dataloaders = {
-            split: batch_loader(dataset, self.run, f"split {split}", self.cuda_enabled)
-            for split, dataset in evaluated.items()
+            split: batch_loader(dataset, self.run, split, self.cuda_enabled) for split, dataset in evaluated.items()
         }
+        self._by_name, self.datasets, self._prepared = datasets, evaluated, False
         self.progress = Progress()
         if train:
-            joined = train[0] if len(train) == 1 else ConcatDataset(train)
-            name = f"train split {', '.join(self.run.train_splits)}"
-            self._train_loader: BatchLoader | None = batch_loader(
-                joined, self.run, name, self.cuda_enabled, training=True
-            )
+            joined, names = train[0] if len(train) == 1 else ConcatDataset(train), ", ".join(self.run.train_splits)
+            self._train_loader = batch_loader(joined, self.run, names, self.cuda_enabled, training=True)
             self.round_iters, self.max_iters = self._lengths(len(self._train_loader))
 
     def _lengths(self, epoch_iters: int) -> tuple[int, int]:
@@ -100,11 +94,6 @@ class RunnerCir(RunnerBase):
     def bare_model(self) -> torch.nn.Module:
         """The model itself, on its device."""
         return self._model
-
-    @property
-    def is_main(self) -> bool:
-        """True in the one process that writes files."""
-        return distributed.rank() == 0
 
     @property
     def epoch(self) -> int:
@@ -150,7 +139,7 @@ class RunnerCir(RunnerBase):
         self.checkpointer = Checkpointer(self.folder, self._model, self.optimisation, conditions, self.plain_config())
         progress = self.checkpointer.resume()
         if progress is None:
-            if self.is_main:
+            if distributed.rank() == 0:
                 self.folder.log({"config": self.plain_config()})
             # Only now: how much was drawn before depends on what was cached already.
             seed_everything(self.run.seed, distributed.rank())
@@ -240,7 +229,7 @@ class RunnerCir(RunnerBase):
 
     def log_stats(self, stats: Mapping[str, Any], split_name: str, epoch: Any = None) -> None:
         """One line in log.txt: {"epoch", "iteration", "<split>_<name>": value, ...}."""
-        if self.is_main:
+        if distributed.rank() == 0:
             named = {f"{split_name}_{name}": value for name, value in stats.items()}
             self.folder.log({"epoch": epoch, "iteration": self.progress.iteration, **named})
             logging.info("epoch %s  %s", epoch, _shown(named))
@@ -254,7 +243,14 @@ class RunnerCir(RunnerBase):
             progress.best_epoch = self.epoch
             return progress.iteration >= self.max_iters
         results = {split: self.eval_epoch(split, self.epoch) for split in self.run.valid_splits}
-        value = sum(self._aggregate(metrics, split) for split, metrics in results.items()) / len(results)
+        for split, metrics in results.items():
+            value = metrics.get("agg_metrics")
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise NeucoreError(
+                    f"the task {type(self.task).__name__} gave agg_metrics = {value!r} on {split!r}; a finite number "
+                    "selects the best weights. Check that the split has queries and the model gives finite scores"
+                )
+        value = sum(metrics["agg_metrics"] for metrics in results.values()) / len(results)
         better = progress.best_metric is None or value > progress.best_metric
         if better:
             progress.best_metric, progress.best_epoch = value, self.epoch
@@ -262,28 +258,14 @@ class RunnerCir(RunnerBase):
             self.log_stats({**metrics, "best_epoch": progress.best_epoch}, split, self.epoch)
         return better
 
-    def _aggregate(self, metrics: Mapping[str, Any], split: str) -> float:
-        value = metrics.get("agg_metrics")
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
-        raise NeucoreError(
-            f"the task {type(self.task).__name__} gave agg_metrics = {value!r} on {split!r}; a finite number is needed "
-            "to select the best weights. Check that the split has queries and the model gives finite scores"
-        )
-
     @torch.no_grad()
     def eval_epoch(self, split_name: str, cur_epoch: Any) -> dict[str, Any]:
         """Metrics of one split with the weights that the model has, in every process the same."""
         self._model.eval()
         self.task.before_evaluation(model=self._model, dataset=self.datasets[split_name])
-        options = {
-            "cuda_enabled": self.cuda_enabled,
-            "split_name": split_name,
-            "testing": cur_epoch in ("best", "given"),
-        }
-        known = inspect.signature(self.task.evaluation).parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-            options = {name: value for name, value in options.items() if name in known}  # tasks of the host
+        options = {"cuda_enabled": self.cuda_enabled}
+        if "testing" in inspect.signature(self.task.evaluation).parameters:  # not in the host's own tasks
+            options["testing"] = cur_epoch in ("best", "given")
         result = self.task.evaluation(self._model, self.dataloaders[split_name], **options)
         metrics = self.task.after_evaluation(val_result=result, split_name=split_name, epoch=cur_epoch)
         return distributed.gather(checkpoint.plain(metrics or {}, "metrics"))[0]
@@ -291,8 +273,7 @@ class RunnerCir(RunnerBase):
     def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> dict[str, Any]:
         """Evaluate the test splits, write metrics and results. Returns {split: metrics}.
 
-        A training run tests its best weights, `run.evaluate` those that it is given; the host's arguments, which say
-        the same, are not read.
+        Of the best weights, or with run.evaluate of those given: what the arguments of the host ask for, too.
         """
         self._prepare()
         started = time.time()
@@ -333,14 +314,12 @@ class RunnerCir(RunnerBase):
         return path
 
     def _write_results(self, metrics: dict[str, Any], provenance: dict[str, Any]) -> None:
-        record = checkpoint.jsonable({"metrics": metrics, "provenance": provenance, "files": []})
-        write_json(self.output_dir / METRICS, record)
+        self.folder.store_metrics(metrics, provenance)
         if hasattr(self.task, "finish"):
             files = self.task.finish(
                 metrics, model=self._model, output_dir=self.output_dir, cfg=self.config, provenance=provenance
             )
-            record["files"] = [str(Path(path).absolute()) for path in files or ()]
-            write_json(self.output_dir / METRICS, record)
+            self.folder.store_metrics(metrics, provenance, files or ())
         self.folder.write(status="finished", finished=time.time())
         logging.info("run folder: %s", self.output_dir)
 

@@ -15,7 +15,7 @@ from lavis.tasks.base_task import BaseTask
 from torch import nn
 from torch.utils.data import Dataset
 
-from neucore_plugin.common import files
+from neucore_plugin.common import distributed, files
 from neucore_plugin.common.errors import ConfigError, NeucoreError
 from neucore_plugin.config.loading import Config
 from neucore_plugin.config.run import RunSchema
@@ -115,15 +115,12 @@ class TinyTask(BaseTask):
         self.train_indices.append(samples["index"])
         return model(samples)
 
-    def evaluation(self, model, data_loader, cuda_enabled=True, split_name=None):
+    def evaluation(self, model, data_loader, cuda_enabled=True):
         assert not model.training
         assert not cuda_enabled or torch.cuda.is_available()
         errors = {i: e for b in data_loader for i, e in zip(b["index"], self._errors(model, b), strict=True)}
-        parts = [errors]
-        if dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, errors)
-        self.seen[split_name] = sorted(index for part in parts for index in part)
+        parts = distributed.gather(errors)
+        assert sum(map(len, parts)) == len(data_loader.dataset)
         torch.rand(3)  # an evaluation that draws
         return {index: error for part in parts for index, error in part.items()}
 
@@ -133,6 +130,7 @@ class TinyTask(BaseTask):
         return [float(model({**batch, "x": x[None], "y": y[None]})["loss"]) for x, y in pairs]
 
     def after_evaluation(self, val_result, split_name, epoch):
+        self.seen[split_name] = sorted(val_result)
         value = -sum(val_result[i] for i in sorted(val_result)) / len(val_result)
         given = self.given.pop(0) if self.given else value
         return {"agg_metrics": given, "error": np.float64(-value), "nested": {"count": np.int64(len(val_result))}}

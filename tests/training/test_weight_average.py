@@ -60,11 +60,11 @@ class Recorded(case.TinyTask):
 
     def __init__(self) -> None:
         super().__init__()
-        self.evaluated: list[tuple[str, dict]] = []
+        self.evaluated: list[tuple[int, dict]] = []
 
-    def evaluation(self, model, data_loader, cuda_enabled=True, split_name=None):
-        self.evaluated.append((split_name, copy.deepcopy(checkpoint.trainable_state(model))))
-        return super().evaluation(model, data_loader, cuda_enabled, split_name)
+    def evaluation(self, model, data_loader, cuda_enabled=True):
+        self.evaluated.append((len(data_loader.dataset), copy.deepcopy(checkpoint.trainable_state(model))))
+        return super().evaluation(model, data_loader, cuda_enabled)
 
 
 def test_the_average_is_validated_saved_as_best_and_tested(tmp_path):
@@ -84,14 +84,14 @@ def test_the_average_is_validated_saved_as_best_and_tested(tmp_path):
 
     runner._update = follow
     runner.train()
-    validated = [state for split, state in task.evaluated if split == "dev"]
+    validated = [state for size, state in task.evaluated if size == 7]  # dev
     assert len(validated) == len(at_rounds) == 3
     for state, wanted in zip(validated, at_rounds, strict=True):
         for name, value in state.items():
             torch.testing.assert_close(value, wanted[name].float(), rtol=1e-5, atol=1e-6)
     best, last = (checkpoint.load(runner.output_dir / f"checkpoint_{name}.pth") for name in ("best", "last"))
     place = best["progress"]["best_epoch"]
-    tested = [state for split, state in task.evaluated if split == "test"]
+    tested = [state for size, state in task.evaluated if size == 8]  # test
     for name, value in best["model"].items():
         assert torch.equal(value, validated[place][name]) and torch.equal(value, tested[0][name])
     assert not torch.equal(last["model"]["out.weight"], last["average"]["weights"]["out.weight"])
