@@ -21,3 +21,10 @@ def cache_root(tmp_path_factory) -> Path:
 def tiny_config(shapes_root, cache_root, tmp_path):
     """`write_tiny` into the test's own folder."""
     return lambda change=None, name="tiny.yaml": write_tiny(shapes_root, cache_root, tmp_path, change, name)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No launcher around the test."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)

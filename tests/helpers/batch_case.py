@@ -1,6 +1,8 @@
 """One step of a contrastive model, in one process and in a group: what the tests of large batches compare."""
 
+import copy
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,8 +62,8 @@ WORDS = ("red", "blue", "square", "dress", "long")
 TEXTS = ("make it blue", "the same but longer, in red", "square", "", "a zeppelin", "blue and red", "long", "it")
 
 
-def neucore(dtype: torch.dtype = torch.float64, train_text: bool = False, **matching: Any) -> NeucoreModel:
-    """On the embedded encoders, without anything random in it."""
+@lru_cache
+def _neucore(train_text: bool, **matching: bool) -> NeucoreModel:
     torch.manual_seed(0)
     text = {"name": "minilm_l6", **({"freeze": False, "train_blocks": 1} if train_text else {})}
     config = {
@@ -78,7 +80,12 @@ def neucore(dtype: torch.dtype = torch.float64, train_text: bool = False, **matc
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model.to(dtype)
+    return model
+
+
+def neucore(dtype: torch.dtype = torch.float64, train_text: bool = False, **matching: bool) -> NeucoreModel:
+    """On the embedded encoders, without anything random in it; `matching`: settings of its loss."""
+    return copy.deepcopy(_neucore(train_text, **matching)).to(dtype)
 
 
 def neucore_pairs(count: int, dtype: torch.dtype = torch.float64) -> dict:
@@ -128,6 +135,11 @@ def step(kind: str, settings: dict, count: int, chunk: int | None = None, accumu
     return {"losses": losses, "grads": grads, "buffers": {name: b.numpy() for name, b in model.named_buffers()}}
 
 
+def steps(calls: list[tuple]) -> list[dict]:
+    """`step` of each call's arguments, in one process: to start a group takes longer than a step."""
+    return [step(*call) for call in calls]
+
+
 def assert_same_step(found: dict, expected: dict, tolerance: float) -> None:
     """Losses and every gradient, against its largest entry; a parameter without gradient has none in both."""
     # Some gradients are nothing but rounding, such as those of an attention's key bias.
@@ -143,6 +155,14 @@ def assert_same_step(found: dict, expected: dict, tolerance: float) -> None:
 
 def _near(value: float, tolerance: float) -> Any:
     return pytest.approx(value, rel=tolerance, abs=tolerance)
+
+
+def assert_group_equals_one(parts: list[dict], one: dict, tolerance: float = 1e-9) -> None:
+    """`parts`: the same step in each process of a group, `one`: in one process that has the whole batch."""
+    for part in parts:
+        assert_same_step({**part, "losses": mean_losses(parts)}, one, tolerance)
+        for name, value in parts[0]["grads"].items():  # the same bits everywhere, or the weights would drift apart
+            assert value is None or np.array_equal(part["grads"][name], value), name
 
 
 def mean_losses(parts: list[dict]) -> dict[str, float]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lavis.models.base_model import BaseModel
 from lavis.tasks.base_task import BaseTask
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -188,14 +188,14 @@ def final_state(folder) -> dict:
         "average": checkpoint.fingerprint(last["average"]["weights"]) if last["average"] else None,
         "rng": checkpoint.fingerprint({"torch": last["rng"][0]["torch"]}),
         "progress": {k: v for k, v in last["progress"].items() if k != "seconds"},
-        "log": (Path(folder) / "log.txt").read_text(),
+        "log": (Path(folder) / "log.txt").read_text().splitlines()[1:],  # the first has the output folder
     }
 
 
 def clean_processes():
     """Context of processes that have run nothing yet: a server imports the host once, they are forked from it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["runner_case"])
+    context.set_forkserver_preload(["runner_case", "batch_case"])
     here = str(Path(__file__).parent)
     if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -266,11 +266,12 @@ def in_group(tmp_path, job, *arguments, world: int = 2, killed: bool = False) ->
 
 
 def _join(rank: int, world: int, store: str, results, job, arguments: tuple) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    distributed.init_distributed(OmegaConf.create({"device": "cpu", "dist_url": f"file://{store}"}))
     try:
         results.put((rank, job(*arguments)))
     except NeucoreError as error:
         results.put((rank, error))
     finally:
-        dist.destroy_process_group()
+        distributed.leave()

@@ -21,10 +21,7 @@ def uninterrupted(tmp_path_factory, kind: str) -> dict:
 
 
 def assert_same_end(folder, metrics, expected) -> None:
-    state = case.final_state(folder)
-    for part in ("last", "best", "moments", "rng", "progress"):
-        assert state[part] == expected[0][part], part
-    assert state["log"].splitlines()[1:] == expected[0]["log"].splitlines()[1:]  # the first has the output folder
+    assert case.final_state(folder) == expected[0]
     assert metrics == expected[1]
 
 
