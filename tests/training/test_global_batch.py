@@ -35,4 +35,4 @@ def test_neucore(tmp_path):
 def test_one_pair_alone_is_refused_unless_references_are_negatives():
     with pytest.raises(ConfigError, match="a batch of one pair has no negatives.*run.batch_size_train to 2"):
         case.step("neucore", {"reference_negatives": False}, 1)
-    assert case.step("neucore", {"reference_negatives": True}, 1)["losses"]["loss_matching"] > 0
+    assert case.step("neucore", {**PAIR, "reference_negatives": True}, 1)["losses"]["loss_matching"] > 0
