@@ -75,13 +75,13 @@ class GradCache(nn.Module):
     @contextlib.contextmanager
     def _statistics_kept(self) -> Iterator[None]:
         """Running statistics have moved in the first pass: not again in the second."""
-        held = [(value, value.clone()) for value in running_statistics(self.model).values()]
+        before = [(value, value.clone()) for value in running_statistics(self.model).values()]
         try:
             yield
         finally:
             with torch.no_grad():
-                for value, before in held:
-                    value.copy_(before)
+                for value, kept in before:
+                    value.copy_(kept)
 
 
 def rows(samples: Mapping[str, Any]) -> int:

@@ -50,9 +50,9 @@ class WeightAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, value in self._weights.items():
-            held = value.detach().clone()
+            own = value.detach().clone()
             value.copy_(self._average[name])
-            self._average[name].copy_(held)
+            self._average[name].copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers for a checkpoint."""

@@ -60,8 +60,8 @@ def test_two_processes_of_torchrun_train_like_one(tiny_config, run):
     launch.run(one)
     two = config_of(tiny_config, "two", 8, **run)
     process = start(two, "--nproc_per_node=2")
-    said = process.communicate(timeout=400)[0]
-    assert process.returncode == 0, said[-3000:]
+    output = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, output[-3000:]
     assert_like_one(outcome(two), outcome(one))
 
 
@@ -76,8 +76,8 @@ def test_two_machines_train_like_one(tiny_config):
         port = place.getsockname()[1]
     launcher = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=pair"]
     nodes = [start(two, *launcher, f"--rdzv_endpoint=127.0.0.1:{port}") for _ in range(2)]
-    said = [node.communicate(timeout=400)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    output = [node.communicate(timeout=400)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], output[0][-2000:] + output[1][-2000:]
     assert_like_one(outcome(two), outcome(one))
 
 
@@ -85,6 +85,6 @@ def test_two_machines_train_like_one(tiny_config):
 def test_an_error_is_printed_once(tiny_config):
     path = config_of(tiny_config, "wrong", 8, dist_backend="nccl")
     process = start(path, "--nproc_per_node=2")
-    said = process.communicate(timeout=400)[0]
-    assert process.returncode != 0 and said.count("error: run.dist_backend is nccl") == 1
-    assert "neucore_plugin/host.py" not in said  # no traceback of ours
+    output = process.communicate(timeout=400)[0]
+    assert process.returncode != 0 and output.count("error: run.dist_backend is nccl") == 1
+    assert "neucore_plugin/launch.py" not in output  # no traceback of ours
