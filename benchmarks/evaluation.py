@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from neucore_plugin.models.concept_alignment import ConceptAlignment
-from neucore_plugin.models.matching import Matching
+from neucore_plugin.models.matching import TERMS, Matching
 from neucore_plugin.models.progressive_fusion import ProgressiveFusion
 
 WIDTH, WORD_WIDTH, TOKENS, TYPES, DEPTH = 512, 300, 49, 3, 1
@@ -34,11 +34,20 @@ class Released(torch.nn.Module):
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.alignment = ConceptAlignment(WIDTH, WORD_WIDTH, 4, 8, bag="joint", released=True)
+        block = {"dim": WIDTH, "heads": 8, "mlp_ratio": 4.0, "dropout": 0.0, "released": True}
+        self.alignment = ConceptAlignment(**block, word_dim=WORD_WIDTH, depth=4, bag="joint")
         self.fusion = ProgressiveFusion(
-            WIDTH, "mixture", steps=TYPES, layers=1, module_depth=DEPTH, heads=8, head_dim=64, released=True
+            **block,
+            mode="mixture",
+            steps=TYPES,
+            layers=1,
+            module_depth=DEPTH,
+            head_dim=64,
+            gumbel=False,
+            generator_linears=2,
+            instruction_linears=2,
         )
-        self.matching = Matching(WIDTH)
+        self.matching = Matching(dim=WIDTH, terms=TERMS, temperature=0.0, learn_temperature=False, released=True)
         self.embeddings = torch.nn.Embedding(vocabulary, WORD_WIDTH)
 
 
@@ -61,6 +70,7 @@ def data(queries: int, images: int, vocabulary: int) -> tuple[torch.Tensor, list
 
 
 def fuse(model: Released, encoded: Item, concepts: torch.Tensor, words: torch.Tensor, mask, sentence: torch.Tensor):
+    mask = torch.ones(words.shape[:2], dtype=torch.bool) if mask is None else mask
     present = torch.ones(concepts.shape[:2], dtype=torch.bool)
     return model.fusion(encoded["tokens"], encoded["fg"], concepts, present, words, mask, sentence)["fused"]
 

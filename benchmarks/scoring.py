@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from neucore_plugin.models.matching import Matching
+from neucore_plugin.models.matching import TERMS, Matching
 
 WIDTH = 512
 SIZES = {"all queries": (4181, 2297), "one query": (1, 200_000)}
@@ -69,7 +69,7 @@ def naive(query: dict[str, torch.Tensor], gallery: dict[str, torch.Tensor]) -> t
 
 @functools.cache
 def matching(width: int) -> Matching:
-    return Matching(width)
+    return Matching(dim=width, terms=TERMS, temperature=0.0, learn_temperature=False, released=False)
 
 
 def products(query: dict[str, torch.Tensor], gallery: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -50,7 +50,14 @@ HOST_LINE = (  # these alone may import lavis
     "models.baseline",
     *(f"models.backbones.{name}" for name in ("albef", "blip", "blip2", "clip", "host_model", "registered")),
 )
-LIFTABLE = ("models.concept_alignment", "models.progressive_fusion", "models.matching", "models.layers")
+LIFTABLE = (
+    "models.concept_alignment",
+    "models.concept_loss",
+    "models.progressive_fusion",
+    "models.matching",
+    "models.matching_loss",
+    "models.layers",
+)
 
 
 def modules() -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""What all composed-retrieval models here share: building, checkpoints, inputs (`cir_inputs.py`), the batch's loss.
+"""What all composed-retrieval models here share: reading a batch or a query, the batch's losses, building, checkpoints.
 
-B batch, N image tokens, L words, K concepts of a query, C concept vocabulary, D width, Q queries, G gallery images.
+B batch, N image tokens, L words, D width, Di width of the backbone's tokens, Q queries, G gallery images.
 """
 
 import copy
@@ -13,18 +13,19 @@ import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel, all_gather_with_grad
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import CheckpointError, ConfigError, nearest
-from neucore_plugin.concepts import ConceptVocabulary
+from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
 from neucore_plugin.config.compare import reconciled
 from neucore_plugin.config.loading import model_defaults
 from neucore_plugin.models.backbones import SIDES, Backbone, build_backbone
 from neucore_plugin.models.backbones.resnet_gru import word_list
 from neucore_plugin.models.backbones.tuning import rate_scales
-from neucore_plugin.models.inputs import CirInputs
+from neucore_plugin.models.inputs import Pairs, Query, drawn, projection, with_stand_ins
 from neucore_plugin.models.matching import Matching
+from neucore_plugin.models.matching_loss import MatchingLoss
 from neucore_plugin.processors import CaptionProcessor, ImageProcessor
 from neucore_plugin.weights import checkpoint
 from neucore_plugin.weights.trust import refuse_strangers
@@ -38,18 +39,25 @@ def model_types(released: bool = True) -> dict[str, str]:
     return paths if released else {name: path for name, path in paths.items() if not name.startswith("official_")}
 
 
-class CirModel(CirInputs, BaseModel):
-    """Base of the registered models: a backbone and a head that fuses a reference image with a relative caption.
+class CirModel(BaseModel):
+    """Base of the registered models: a backbone and a head that composes a reference image with a relative caption.
 
-    A subclass names itself (`arch`, `title`, `head_parts`), has a `matching`, and defines `from_section`,
-    `encode_pairs`, `encode_image` and `encode_query`.
+    A subclass names itself (`arch`, `head_parts`), has a `matching`, and defines `from_section`, `forward`, `compose`
+    (queries) and `represent` (gallery images). A query may lack its image or its text: learned stand-ins, trained by
+    `query_dropout`, take their place. Its parts lie directly in the model, since their names are those of checkpoints.
 
     Args:
+        backbone: see `neucore_plugin.models.backbones`.
         vocabulary: the concepts of the training captions; empty means that nothing can be trained.
-        mask_duplicates: batch-mates with an equally right target do not count as negatives.
-        reference_negatives: the batch's reference images count as negatives, beside its targets.
+        embed_dim: D.
+        query_dropout: {"image": p, "text": p}, which part of the training queries loses its image, or its text.
+        concept_pos: parts of speech that count as concepts.
+        matching_loss: keyword arguments of MatchingLoss.
         config: the model section this was built from; kept in checkpoints.
-        inputs: keyword arguments of CirInputs.
+        projected: whether words and sentences are projected to the width D, and images normalised before.
+        query_reads: what queries read: tokens or pooled (of the reference), words, sentence, concepts. Only that gets
+            projections and stand-ins, so that no parameter is idle.
+        gallery_reads: what gallery images are encoded from, tokens or pooled.
     """
 
     arch: ClassVar[str]
@@ -60,30 +68,255 @@ class CirModel(CirInputs, BaseModel):
 
     def __init__(
         self,
+        *,
+        backbone: Backbone,
         vocabulary: ConceptVocabulary,
-        mask_duplicates: bool = True,
-        reference_negatives: bool = False,
-        config: Mapping[str, Any] | None = None,
-        **inputs: Any,
+        embed_dim: int,
+        query_dropout: Mapping[str, float],
+        concept_pos: Sequence[str],
+        matching_loss: Mapping[str, bool],
+        config: Mapping[str, Any],
+        projected: bool,
+        query_reads: Sequence[str],
+        gallery_reads: str,
     ) -> None:
-        super().__init__(**inputs)
-        self.config, self.vocabulary = copy.deepcopy(dict(config or {})), vocabulary
+        super().__init__()
+        self.backbone, self.vocabulary = backbone, vocabulary
+        self.query_dropout, self.concept_pos = dict(query_dropout), tuple(concept_pos)
+        self.query_reads, self.gallery_reads = tuple(query_reads), gallery_reads
+        self.reference_reads = next((name for name in ("tokens", "pooled") if name in query_reads), None)
+        image, text, read = backbone.image, backbone.text, {*query_reads, gallery_reads}
+        pooled_width = getattr(image, "pooled_width", image.width)
+        self.image_projection = projection(image.width, embed_dim, projected) if "tokens" in read else None
+        self.pooled_projection = projection(pooled_width, embed_dim, projected) if "pooled" in read else None
+        if not projected and text.width != embed_dim:
+            raise ConfigError(
+                f"the released form has no projection of the words: model.backbone.text gives width "
+                f"{text.width}, model.embed_dim is {embed_dim}; make them equal"
+            )
+        self.word_projection, self.sentence_projection = (
+            (projection(text.width, embed_dim, True) if projected else nn.Identity()) if name in read else None
+            for name in ("words", "sentence")
+        )
+        stand_ins = {"absent_image": self.reference_reads, "absent_word": "words", "absent_sentence": "sentence"}
+        for name, reads in stand_ins.items():
+            setattr(self, name, nn.Parameter(torch.randn(embed_dim) * 0.02) if reads in query_reads else None)
+        self.matching_loss = MatchingLoss(**matching_loss)
+        self.image_processor = ImageProcessor(image.image_size, image.mean, image.std)
+        self.caption_processor = CaptionProcessor()
+        self._extractor: ConceptExtractor | None = None
+        self.config = copy.deepcopy(dict(config))
         for side, encoder in (self.config.get("backbone") or {}).items():
-            encoder |= getattr(getattr(self.backbone, side), "resolved", {})
-        self.mask_duplicates, self.reference_negatives = mask_duplicates, reference_negatives
+            encoder |= getattr(getattr(backbone, side), "resolved", {})
         self.trained = False
-
-    # ---- building -------------------------------------------------------------------------------------------------
 
     @property
     def title(self) -> str:
         """What result tables call the model."""
         return self.arch
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    # ---- what a subclass defines ----------------------------------------------------------------------------------
+
     @classmethod
     def from_section(cls, backbone: Backbone, vocabulary: ConceptVocabulary, config: dict[str, Any]) -> "CirModel":
-        """Build from a complete model section; subclasses define it."""
+        """Build from a complete model section."""
         raise TypeError(f"{cls.__name__} does not say how it is built from a config")
+
+    def forward(self, samples: Mapping[str, Any], by_pair: bool = False) -> dict[str, Tensor]:
+        """One training step: a batch of TripletDataset samples -> loss, loss_matching and others (scalars).
+
+        `by_pair`: instead what `losses` takes, without any look at the rest of the batch (see `encode_pairs`).
+        """
+        raise TypeError(f"{type(self).__name__} does not say how it is trained")
+
+    def compose(self, query: Query) -> dict[str, Tensor]:
+        """Queries -> encodings for `score`, [Q,D] each; of each query by itself."""
+        raise TypeError(f"{type(self).__name__} does not say how queries are composed")
+
+    def represent(self, features: Tensor) -> dict[str, Tensor]:
+        """Gallery images, projected tokens [G,N,D] or pooled [G,D] as `gallery_reads` says -> {"fg": [G,D], ...}."""
+        raise TypeError(f"{type(self).__name__} does not say how gallery images are represented")
+
+    def concept_maps(self, pixels: Tensor, texts: Sequence[str], candidates: Tensor) -> list[list[dict[str, Any]]]:
+        """Where each concept of a query lies in its two images (see `models/concept_maps.py`): none in this base."""
+        return [[] for _ in texts]
+
+    def restored(self) -> None:
+        """Renew what was computed from weights that a checkpoint has replaced."""
+
+    # ---- retrieval ------------------------------------------------------------------------------------------------
+
+    def encode_image(
+        self, pixels: Tensor | None = None, tokens: Tensor | None = None, pooled: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Gallery images, pixels [G,3,H,W] or cached backbone outputs -> {"fg": [G,D], ...} for `score`.
+
+        A model reads tokens or pooled vectors; what it does not read has no use here.
+        """
+        return self.represent(self.image_features([self.gallery_reads], pixels, tokens, pooled)[self.gallery_reads])
+
+    def encode_query(
+        self,
+        pixels: Tensor | None = None,
+        texts: Sequence[str] | None = None,
+        *,
+        tokens: Tensor | None = None,
+        pooled: Tensor | None = None,
+        text_features: Mapping[str, Tensor] | None = None,
+        concept_words: Sequence[Sequence[str]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Queries -> encodings for `score`; each as if it were alone.
+
+        Args:
+            pixels: reference images [Q,3,H,W], or `tokens` and `pooled` from a cache; none = a text-only query.
+            texts: relative captions; None = an image-only query. `text_features`, `concept_words`: cached or
+                precomputed forms of the same texts.
+        Raises: ValueError for neither image nor text, or different numbers of them.
+        """
+        images = [given for given in (pixels, tokens, pooled) if given is not None]
+        has_image, has_text, name = bool(images), texts is not None, self.reference_reads
+        if not has_image and not has_text:
+            raise ValueError("a query needs a reference image, a text, or both")
+        count = len(images[0]) if has_image else len(texts)
+        reference = None
+        if name is not None and has_image:
+            reference = self.image_features([name], pixels, tokens, pooled)[name]
+        elif name is not None:
+            shape = (self.backbone.image.num_tokens,) if name == "tokens" else ()
+            reference = self.absent_image.expand(count, *shape, -1)
+        texts = list(texts) if has_text else [""] * count
+        if len(texts) != count:
+            raise ValueError(f"{count} reference images but {len(texts)} texts")
+        if not has_text or "concepts" not in self.query_reads:
+            concept_words = [()] * count
+        elif concept_words is None:
+            concept_words = self.extract_concepts(texts)
+        text = self.text_features(texts, text_features if has_text else None)
+        return self.compose(Query(reference, text, concept_words))
+
+    def score(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
+        """Scores [Q,G], higher is better, in matrix products over chunks of queries."""
+        return self.matching.score(query, gallery, chunk=chunk)
+
+    # ---- what is read of the backbone -----------------------------------------------------------------------------
+
+    def image_features(
+        self, names: Iterable[str], pixels: Tensor | None, tokens: Tensor | None = None, pooled: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """pixels [B,3,H,W], or cached backbone outputs -> those of `names`, projected: tokens [B,N,D], pooled [B,D]."""
+        names, found = sorted(names), {"tokens": tokens, "pooled": pooled}
+        if any(found[name] is None for name in names):
+            if pixels is None:
+                raise ValueError(f"give an image as pixels, or its cached {' and '.join(names)}")
+            found = self.backbone.image(pixels.to(self.device))
+        layers = {"tokens": self.image_projection, "pooled": self.pooled_projection}
+        return {name: layers[name](found[name].to(self.device)) for name in names}
+
+    def text_features(self, texts: Sequence[str], features: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """texts, or cached backbone features -> words [B,L,D], word_mask [B,L], sentence [B,D]: what queries read."""
+        if self.word_projection is None and self.sentence_projection is None:
+            return {}
+        if features is None:
+            encoded = self.backbone.text([self.caption_processor(text) for text in texts])
+            features = {"words": encoded["words"], "word_mask": encoded["mask"], "sentence": encoded["sentence"]}
+        mask = features["word_mask"].to(self.device)
+        result = {}
+        if self.word_projection is not None:
+            words = self.word_projection(features["words"].to(self.device)) * mask[..., None]
+            result |= {"words": words, "word_mask": mask}
+        if self.sentence_projection is not None:
+            result["sentence"] = self.sentence_projection(features["sentence"].to(self.device))
+        return with_stand_ins(result, ~mask.any(1), self.absent_word, self.absent_sentence)
+
+    def extract_concepts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+        """Concepts of relative captions, as lemmas of the configured parts of speech."""
+        if self._extractor is None:
+            self._extractor = ConceptExtractor(self.concept_pos)
+        return self._extractor([self.caption_processor(text) for text in texts])
+
+    def read_pairs(self, samples: Mapping[str, Any], negatives: bool = False) -> Pairs:
+        """A batch of samples, in training with stand-ins for what `query_dropout` takes away.
+
+        negatives: whether the references are also read as gallery images are.
+        """
+        images = {
+            side: [samples.get(f"{side}_{key}") for key in ("image", "tokens", "pooled")]
+            for side in ("reference", "target")
+        }
+        names = {self.reference_reads, self.gallery_reads if negatives else None} - {None}
+        seen = self.image_features(names, *images["reference"])
+        reference = seen.get(self.reference_reads)
+        target = self.image_features([self.gallery_reads], *images["target"])[self.gallery_reads]
+        cached = {key: samples[key] for key in ("words", "word_mask", "sentence")} if "words" in samples else None
+        text = self.text_features(samples["text_input"], cached)
+        concept_words = list(samples["concept_words"])
+        if self.training:
+            no_image, no_text = drawn(self.query_dropout, len(target), self.device)
+            if reference is not None:
+                rows = no_image.view(-1, *[1] * (reference.ndim - 1))
+                reference = torch.where(rows, self.absent_image, reference)
+            text = with_stand_ins(text, no_text, self.absent_word, self.absent_sentence)
+            concept_words = [() if gone else words for words, gone in zip(concept_words, no_text.tolist(), strict=True)]
+        return Pairs(reference, text, concept_words, target, seen[self.gallery_reads] if negatives else None)
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def encode_pairs(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Every pair of a batch by itself, for `losses`: {"query.*", "target.*", "reference.*", "loss_*"}, B rows each.
+
+        Gradient caching calls it on a few pairs at a time.
+        """
+        return self.forward(samples, by_pair=True)
+
+    def losses(self, encoded: Mapping[str, Tensor], samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The losses of a batch from what `encode_pairs` gave: each query against the targets of all processes.
+
+        Rows of "loss_*" are averaged. `loss` is the sum of all. With several processes the gallery of the loss is that
+        of the whole global batch, gathered with its gradient, so that N processes of B pairs equal one of N x B.
+        """
+        sides = ["target", "reference"] if self.matching_loss.reference_negatives else ["target"]
+        query, gallery = ({}, {})
+        for name, value in encoded.items():
+            side, _, entry = name.partition(".")
+            if side == "query":
+                query[entry] = value
+            elif side == "target":
+                gallery[entry] = torch.stack([encoded[f"{side}.{entry}"] for side in sides], dim=1)  # [B,sides,D]
+        keys = torch.stack([samples[f"{side}_key"].to(self.device) for side in sides], dim=1)  # [B,sides]
+        gallery, keys = columns(with_others(gallery)), columns(with_others({"key": keys}))["key"]  # [G,D], [G]
+        if len(keys) < 2:
+            raise ConfigError(
+                "a batch of one pair has no negatives: its matching loss is always 0. Set run.batch_size_train to 2 or "
+                "more, or model.matching.reference_negatives: true, or start several processes"
+            )
+        scores = self.matching.score(query, gallery)  # [B,G]
+        matching = self.matching_loss(scores, self.matching.factor(), keys, samples.get("right_keys"))
+        found = {"loss_matching": matching}
+        found |= {name: rows.mean() for name, rows in encoded.items() if name.startswith("loss_")}
+        return {"loss": sum(found.values()), **found}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Named groups for `run.lr_scales`: backbone_image, backbone_text, head; only what is trained.
+
+        An encoder with layer_decay has a group a block, all of one name, each with its own `lr_scale`.
+        """
+        groups: dict[tuple[str, float], list] = {}
+        taken: set[int] = set()
+        for side, tuning in self.backbone.tuning.items():
+            for parameter, scale in rate_scales(getattr(self.backbone, side), tuning.layer_decay):
+                if id(parameter) not in taken:  # both sides may be one model
+                    groups.setdefault((f"backbone_{side}", scale), []).append(parameter)
+                    taken.add(id(parameter))
+        head = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
+        groups[("head", 1.0)] = head
+        return [{"name": name, "lr_scale": scale, "params": part} for (name, scale), part in groups.items() if part]
+
+    # ---- building and checkpoints ---------------------------------------------------------------------------------
 
     @classmethod
     def default_config_path(cls, model_type: str | None = None) -> str:
@@ -161,9 +394,6 @@ class CirModel(CirInputs, BaseModel):
         model.trained = True
         return model
 
-    def restored(self) -> None:
-        """Renew what was computed from weights that a checkpoint has replaced."""
-
     def load_checkpoint(self, url_or_filename: str | Path) -> None:
         """Become the model of a checkpoint: its architecture, weights and vocabulary (the host calls this)."""
         other = type(self).from_checkpoint(url_or_filename)
@@ -195,68 +425,18 @@ class CirModel(CirInputs, BaseModel):
         state, frozen = checkpoint.model_state(self)
         return checkpoint.fingerprint({**state}) if not frozen else checkpoint.fingerprint(state, extra=frozen)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Named groups for `run.lr_scales`: backbone_image, backbone_text, head; only what is trained.
 
-        An encoder with layer_decay has a group a block, all of one name, each with its own `lr_scale`.
-        """
-        groups: dict[tuple[str, float], list] = {}
-        taken: set[int] = set()
-        for side, tuning in self.backbone.tuning.items():
-            for parameter, scale in rate_scales(getattr(self.backbone, side), tuning.layer_decay):
-                if id(parameter) not in taken:  # both sides may be one model
-                    groups.setdefault((f"backbone_{side}", scale), []).append(parameter)
-                    taken.add(id(parameter))
-        head = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
-        groups[("head", 1.0)] = head
-        return [{"name": name, "lr_scale": scale, "params": part} for (name, scale), part in groups.items() if part]
-
-    def concept_maps(self, pixels: Tensor, texts: Sequence[str], candidates: Tensor) -> list[list[dict[str, Any]]]:
-        """Where each concept of a query lies in its two images (see `models/concept_maps.py`): none in this base."""
-        return [[] for _ in texts]
-
-    # ---- training -------------------------------------------------------------------------------------------------
-
-    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """One training step: a batch of TripletDataset samples -> loss, loss_matching and others (scalars)."""
-        return self.losses(self.encode_pairs(samples), samples)
-
-    def encode_pairs(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Every pair of a batch by itself -> {"query.*", "target.*", "reference.*", "loss_*"}, each with B rows."""
-        raise TypeError(f"{type(self).__name__} does not say how pairs are encoded")
-
-    def losses(self, encoded: Mapping[str, Tensor], samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The losses of a batch from what `encode_pairs` gave: each query against the targets of all processes.
-
-        Rows of "loss_*" are averaged. `loss` is the sum of all. With several processes the gallery of the loss is that
-        of the whole global batch, gathered with its gradient, so that N processes of B pairs equal one of N x B.
-        """
-        query, targets = part(encoded, "query"), part(encoded, "target")
-        sides, keys = [targets], [samples["target_key"]]
-        if self.reference_negatives:
-            sides, keys = [targets, part(encoded, "reference")], [*keys, samples["reference_key"]]
-        gallery = with_others({name: torch.stack([side[name] for side in sides], dim=1) for name in targets})
-        gallery = {name: value.transpose(0, 1).flatten(0, 1) for name, value in gallery.items()}
-        columns = with_others({"key": torch.stack([key.to(self.device) for key in keys], dim=1)})["key"]
-        columns = columns.T.flatten().cpu()  # [G]
-        if len(columns) < 2:
-            raise ConfigError(
-                "a batch of one pair has no negatives: its matching loss is always 0. Set run.batch_size_train to 2 or "
-                "more, or model.matching.reference_negatives: true, or start several processes"
-            )
-        also_right = None
-        if self.mask_duplicates:
-            right = [torch.isin(columns, torch.tensor(rights)) for rights in samples["right_keys"]]
-            also_right = torch.stack(right).to(self.device)  # [B,G]
-        found = {"loss_matching": self.matching.contrastive_loss(self.matching.score(query, gallery), also_right)}
-        found |= {name: rows.mean() for name, rows in encoded.items() if name.startswith("loss_")}
-        return {"loss": sum(found.values()), **found}
-
-    # ---- retrieval ------------------------------------------------------------------------------------------------
-
-    def score(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
-        """Scores [Q,G], higher is better, in matrix products over chunks of queries."""
-        return self.matching.score(query, gallery, chunk=chunk)
+def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments that every model takes, `matching` and `matching_loss` among them, from a complete section."""
+    matching = dict(config["matching"])
+    return {
+        "embed_dim": config["embed_dim"],
+        "query_dropout": config["query_dropout"],
+        "concept_pos": config["concepts"]["pos"],
+        "matching_loss": {name: matching.pop(name) for name in ("mask_duplicates", "reference_negatives")},
+        "matching": matching,
+        "config": {**config, "checkpoint": None},
+    }
 
 
 def registered_models() -> dict[str, type[CirModel]]:
@@ -265,9 +445,14 @@ def registered_models() -> dict[str, type[CirModel]]:
     return {arch: model for arch, model in known if issubclass(model, CirModel)}
 
 
-def part(encoded: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The entries "name.*" of what `encode_pairs` gave, without `name.`."""
-    return {key.removeprefix(f"{name}."): value for key, value in encoded.items() if key.startswith(f"{name}.")}
+def by_side(**sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `CirModel.losses` takes: the entries of each side as "side.name"."""
+    return {f"{side}.{name}": value for side, entries in sides.items() for name, value in entries.items()}
+
+
+def columns(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """[B,sides,...] -> [sides B,...], one side after the other: the columns of a batch's scores."""
+    return {name: value.transpose(0, 1).flatten(0, 1) for name, value in rows.items()}
 
 
 def with_others(rows: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,11 @@
 """Baselines behind NEUCORE's interface: same backbones, loss, index and report, another way to compose a query.
 
-A composer is a small module that knows no host. `reads` names what it takes of the backbone's projected output: pooled
-or tokens (of the reference), sentence or words. Gallery images are their projected pooled vector.
+The ways are in `composers.py`. Gallery images are their projected pooled vector.
 
-B batch, N image tokens, L words, D width, Q queries, G gallery images.
+B batch, D width, Q queries, G gallery images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -16,19 +15,17 @@ from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config.model import WITH_DROPOUT
 from neucore_plugin.host.registration import register_model
 from neucore_plugin.models.backbones import Backbone
-from neucore_plugin.models.base import CirModel, model_types
+from neucore_plugin.models.base import CirModel, by_side, model_types, shared_settings
 from neucore_plugin.models.composers import COMPOSERS, Artemis
+from neucore_plugin.models.inputs import Query
 from neucore_plugin.models.matching import Matching
 
-# ---- composers -----------------------------------------------------------------------------------------------------
-
-
-# ---- the model -----------------------------------------------------------------------------------------------------
+DROPOUT = {"combiner": 0.5, "cross_attention": 0.0}  # what `dropout: null` means
 
 
 @register_model("cir_baseline")
 class CirBaseline(CirModel):
-    """A baseline: a composer between the backbone and the contrastive loss.
+    """A baseline: a composer between the backbone and the matching loss.
 
     Args:
         method: one of COMPOSERS. options: keyword arguments of its composer. matching: temperature, learn_temperature.
@@ -40,26 +37,19 @@ class CirBaseline(CirModel):
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types(released=False)
 
     def __init__(
-        self,
-        backbone: Backbone,
-        vocabulary: ConceptVocabulary,
-        embed_dim: int,
-        method: str,
-        matching: Mapping[str, Any],
-        options: Mapping[str, Any] | None = None,
-        **shared: Any,
+        self, *, embed_dim: int, method: str, options: Mapping[str, Any], matching: Mapping[str, Any], **shared: Any
     ) -> None:
         if method not in COMPOSERS:
             raise ConfigError(f"model.method: {method!r} is no baseline.{nearest(method, COMPOSERS)}")
         composer = COMPOSERS[method]
         reads = {"query_reads": composer.reads, "gallery_reads": "pooled"}
-        super().__init__(vocabulary, backbone=backbone, embed_dim=embed_dim, **reads, **shared)
+        super().__init__(embed_dim=embed_dim, projected=True, **reads, **shared)
         self.method = method
         if composer is Artemis:
-            self.composer, self.matching = None, Artemis(embed_dim, **matching)
+            self.composer, self.matching = None, Artemis(dim=embed_dim, **matching)
         else:
-            self.composer = composer(embed_dim, **(options or {}))
-            self.matching = Matching(embed_dim, terms=["fused"], **matching)
+            self.composer = composer(dim=embed_dim, **options)
+            self.matching = Matching(dim=embed_dim, terms=["fused"], released=False, **matching)
 
     @property
     def title(self) -> str:
@@ -69,61 +59,28 @@ class CirBaseline(CirModel):
     @classmethod
     def from_section(cls, backbone: Backbone, vocabulary: ConceptVocabulary, config: dict[str, Any]) -> "CirBaseline":
         """Build from a complete `model` section."""
-        matching, method = dict(config["matching"]), config["method"]
+        method, dropout = config["method"], config["dropout"]
         options = dict(config["cross_attention"]) if method == "cross_attention" else {}
-        if config["dropout"] is not None:
-            if method not in WITH_DROPOUT:
-                raise ConfigError(f"model.dropout: got {config['dropout']}; {method} has none; leave it out")
-            options["dropout"] = config["dropout"]
-        return cls(
-            backbone=backbone,
-            vocabulary=vocabulary,
-            embed_dim=config["embed_dim"],
-            method=method,
-            options=options,
-            query_dropout=config["query_dropout"],
-            mask_duplicates=matching.pop("mask_duplicates"),
-            reference_negatives=matching.pop("reference_negatives"),
-            matching=matching,
-            concept_pos=config["concepts"]["pos"],
-            config={**config, "checkpoint": None},
-        )
+        if method in WITH_DROPOUT:
+            options["dropout"] = DROPOUT[method] if dropout is None else dropout
+        elif dropout is not None:
+            raise ConfigError(f"model.dropout: got {dropout}; {method} has none; leave it out")
+        return cls(backbone=backbone, vocabulary=vocabulary, method=method, options=options, **shared_settings(config))
 
-    def _query(self, reference: Tensor | None, text: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {**text} if reference is None else {self.reference_reads: reference, **text}
+    def forward(self, samples: Mapping[str, Any], by_pair: bool = False) -> dict[str, Tensor]:
+        """A batch of TripletDataset samples -> loss = loss_matching, scalars; `by_pair`: as in CirModel."""
+        negatives = self.matching_loss.reference_negatives
+        given = self.read_pairs(samples, negatives)
+        encoded = by_side(query=self.compose(given), target=self.represent(given.target))  # [B,D] each
+        if negatives:
+            encoded |= by_side(reference=self.represent(given.negative))
+        return encoded if by_pair else self.losses(encoded, samples)  # of scores [B,G]
+
+    def compose(self, query: Query) -> dict[str, Tensor]:
+        """Queries -> {"fused": [Q,D]}, or the four vectors of ARTEMIS."""
+        inputs = {**query.text} if query.reference is None else {self.reference_reads: query.reference, **query.text}
         return {"fused": self.composer(**inputs)} if self.composer is not None else self.matching(**inputs)
 
-    def encode_pairs(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A batch of TripletDataset samples -> query.*, target.fg and, where it is a negative, reference.fg."""
-        given = self.training_inputs(samples, negatives=self.reference_negatives)
-        query = self._query(given["reference"], given["text"])
-        gallery = {"target.fg": given["target"]}
-        if self.reference_negatives:
-            gallery["reference.fg"] = given["negative"]
-        return {**{f"query.{name}": value for name, value in query.items()}, **gallery}
-
-    def encode_image(
-        self, pixels: Tensor | None = None, tokens: Tensor | None = None, pooled: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Gallery images, pixels [G,3,H,W] or cached pooled vectors -> {"fg": [G,D]}; `tokens` have no use here."""
-        return {"fg": self.image_features(["pooled"], pixels, tokens, pooled)["pooled"]}
-
-    def encode_query(
-        self,
-        pixels: Tensor | None = None,
-        texts: Sequence[str] | None = None,
-        *,
-        tokens: Tensor | None = None,
-        pooled: Tensor | None = None,
-        text_features: Mapping[str, Tensor] | None = None,
-        concept_words: Sequence[Sequence[str]] | None = None,
-    ) -> dict[str, Tensor]:
-        """Queries -> encodings for `score`.
-
-        Args:
-            pixels: reference images [Q,3,H,W], or `tokens` and `pooled` from a cache; none = a text-only query.
-            texts: relative captions; None = an image-only query. `text_features`: cached form of the same texts.
-            concept_words: have no use here.
-        """
-        given = self.query_inputs(pixels, texts, tokens, text_features, concept_words or (), pooled)
-        return self._query(given["reference"], given["text"])
+    def represent(self, features: Tensor) -> dict[str, Tensor]:
+        """Gallery images, pooled [G,D] -> {"fg": [G,D]}."""
+        return {"fg": features}

@@ -1,7 +1,12 @@
-"""How a baseline composes a query from image and text."""
+"""How a baseline composes a query from image and text: small modules that know no host.
+
+`reads` names what a composer takes of the backbone's projected output: pooled or tokens (of the reference), sentence
+or words.
+
+Q queries, G gallery images, N image tokens, L words, D width.
+"""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,39 +16,37 @@ from neucore_plugin.models.layers import EncoderBlock
 from neucore_plugin.models.matching import Matching
 
 
-class ImageOnly(nn.Module):
+class Fixed(nn.Module):
+    """A composer without weights: it takes the width as the others do, and has no use for it."""
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+
+
+class ImageOnly(Fixed):
     """The reference itself: how far the images alone go."""
 
     reads = ("pooled",)
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
 
     def forward(self, pooled: Tensor) -> Tensor:
         """[Q,D] -> [Q,D]."""
         return pooled
 
 
-class TextOnly(nn.Module):
+class TextOnly(Fixed):
     """The relative caption alone, as in text-to-image retrieval."""
 
     reads = ("sentence",)
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
 
     def forward(self, sentence: Tensor) -> Tensor:
         """[Q,D] -> [Q,D]."""
         return sentence
 
 
-class Sum(nn.Module):
+class Sum(Fixed):
     """Late fusion: the sum of both vectors."""
 
     reads = ("pooled", "sentence")
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
 
     def forward(self, pooled: Tensor, sentence: Tensor) -> Tensor:
         """Both [Q,D] -> [Q,D]."""
@@ -61,7 +64,7 @@ class Tirg(nn.Module):
 
     reads = ("pooled", "sentence")
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, *, dim: int) -> None:
         super().__init__()
         self.gate, self.residual = (
             nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim)) for _ in range(2)
@@ -80,7 +83,7 @@ class Combiner(nn.Module):
     """CLIP4Cir's fusion: f = out(h) + s t + (1 - s) x, of unit length, with h and s from [P t ; P x] by two branches.
 
     Args:
-        dropout: after each of the four ReLUs. The hidden widths are the published 4 D and 8 D.
+        dropout: after each of the four ReLUs, 0.5 as published. The hidden widths are the published 4 D and 8 D.
 
     Source: Baldrati et al., "Effective Conditioned and Composed Image Retrieval Combining CLIP-Based Features", CVPR
     2022, section 3.2.
@@ -88,7 +91,7 @@ class Combiner(nn.Module):
 
     reads = ("pooled", "sentence")
 
-    def __init__(self, dim: int, dropout: float = 0.5) -> None:
+    def __init__(self, *, dim: int, dropout: float) -> None:
         super().__init__()
 
         def layer(width: int, wider: int) -> nn.Sequential:
@@ -116,11 +119,13 @@ class CrossAttention(nn.Module):
 
     reads = ("tokens", "words")
 
-    def __init__(self, dim: int, depth: int = 2, heads: int = 4, mlp_ratio: float = 2.0, dropout: float = 0.0) -> None:
+    def __init__(self, *, dim: int, depth: int, heads: int, mlp_ratio: float, dropout: float) -> None:
         super().__init__()
         self.first = nn.Parameter(torch.randn(dim) * 0.02)
         self.segments = nn.Parameter(torch.randn(2, dim) * 0.02)
-        self.blocks = nn.ModuleList(EncoderBlock(dim, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            EncoderBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
@@ -135,7 +140,7 @@ class CrossAttention(nn.Module):
 
 
 class Artemis(Matching):
-    """ARTEMIS fuses nothing: a target t is compared with the text m and, as m directs it, with the reference r.
+    """ARTEMIS fuses nothing: a target t is compared with the text m and, as m directs it, with the reference r:
 
     s(r, m, t) = cos(Tr(m), A_EM(m) * t) + cos(A_IS(m) * r, A_IS(m) * t), A = softmax(MLP(m)). Both are what `Matching`
     calls the explicit term, a vector against the weighted target; Tr is its `transform`, A_EM its `attention`.
@@ -146,8 +151,14 @@ class Artemis(Matching):
 
     reads = ("pooled", "sentence")
 
-    def __init__(self, dim: int, **temperature: Any) -> None:
-        super().__init__(dim, terms=["explicit"], **temperature)
+    def __init__(self, *, dim: int, temperature: float, learn_temperature: bool) -> None:
+        super().__init__(
+            dim=dim,
+            terms=["explicit"],
+            temperature=temperature,
+            learn_temperature=learn_temperature,
+            released=False,
+        )
         self.implicit_attention = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))  # A_IS
 
     def forward(self, pooled: Tensor, sentence: Tensor) -> dict[str, Tensor]:
@@ -164,11 +175,6 @@ class Artemis(Matching):
         """Scores [Q,G], in matrix products; [Q,G,D] is never built."""
         explicit, implicit = self._both(query)
         return super().score(explicit, gallery, chunk) + super().score(implicit, gallery, chunk)
-
-    def score_pairs(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> Tensor:
-        """Scores [B] of query i with image i."""
-        explicit, implicit = self._both(query)
-        return super().score_pairs(explicit, gallery) + super().score_pairs(implicit, gallery)
 
     @staticmethod
     def _both(query: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

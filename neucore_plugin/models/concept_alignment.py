@@ -1,38 +1,29 @@
 """Multi-modal concept alignment: where the concepts of a text lie in a reference and a target image.
 
-Source: Zhao & Xu, "NEUCORE: Neural Concept Reasoning for Composed Image Retrieval", PMLR 243 (arXiv 2310.01358).
+Source: Zhao & Xu, "NEUCORE: Neural Concept Reasoning for Composed Image Retrieval", PMLR 243 (arXiv 2310.01358),
+multi-modal concept alignment. The equations and their tests: docs/equations.md.
 
-Shapes: B batch, N image tokens, C concept vocabulary, D width, Dw width of a concept's embedding, H heads.
-Masks are true where a token is valid.
+B batch, N image tokens, C concept vocabulary, D width, Dw width of a concept's embedding.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neucore_plugin.common.errors import ConfigError
-from neucore_plugin.models.layers import EncoderBlock, check_positive, check_shape, masked_softmax
+from neucore_plugin.models.layers import EncoderBlock, check_positive, check_shape
 
 POSITION_ROWS = 197  # rows of the released form's position table
 BAGS = ("union", "joint")
 
 
 class ConceptEncoder(nn.Module):
-    """Transformer E over image tokens: [B,N,D] -> [B,N,D]; invalid tokens come out as zeros.
+    """Transformer E over image tokens, a final LayerNorm after its blocks: [B,N,D] -> [B,N,D].
 
     With `class_token` it is the released form: a class token is prepended and dropped again, and one row of a position
     table, n+1 for n tokens, is added to every token, which limits the number of tokens to 195.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        depth: int = 4,
-        heads: int = 8,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        class_token: bool = False,
-    ):
+    def __init__(self, *, dim: int, depth: int, heads: int, mlp_ratio: float, dropout: float, class_token: bool):
         super().__init__()
         check_positive(dim=dim, heads=heads)
         if not isinstance(depth, int) or depth < 0:
@@ -42,57 +33,50 @@ class ConceptEncoder(nn.Module):
         if class_token:
             self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
             self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, POSITION_ROWS, dim), std=0.02))
-        self.blocks = nn.ModuleList(EncoderBlock(dim, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            EncoderBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         check_shape("image tokens [B,N,D]", tokens, None, None, self.dim)
         batch, count, _ = tokens.shape
-        if mask is not None:
-            check_shape("image token mask [B,N]", mask, batch, count)
-            mask = mask.bool()
-            tokens = tokens.masked_fill(~mask[..., None], 0.0)  # whatever stands at padding cannot spread
-        x, valid = tokens, mask
+        x = tokens
         if self.cls_token is not None:
             if count + 1 > POSITION_ROWS - 1:
                 raise ValueError(
                     f"{count} image tokens are too many for the released concept encoder, whose position table ends at "
                     f"{POSITION_ROWS - 2}; use fewer tokens or the default form, which takes any number"
                 )
-            x = torch.cat([self.cls_token.expand(batch, -1, -1), tokens], dim=1) + self.pos_embed[:, count + 1]
-            valid = None if mask is None else F.pad(mask, (1, 0), value=True)
+            x = torch.cat([self.cls_token.expand(batch, -1, -1), tokens], dim=1)  # [B,1+N,D]
+            x = x + self.pos_embed[:, count + 1]
         for block in self.blocks:
-            x = block(x, valid)
-        x = self.norm(x[:, x.shape[1] - count :])  # [B,N,D]
-        return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
+            x = block(x, None)
+        return self.norm(x[:, x.shape[1] - count :])  # [B,N,D]
 
 
 class MILPooling(nn.Module):
     """Multiple-instance pooling: sum_n a_n x_n with a = softmax_n(u . tanh(V x_n + b) + c).
 
-    [B,N,D] -> ([B,D], weights [B,N]); a bag with no valid token gives zeros. `hidden`: rows of V, D/2 unless given.
+    [B,N,D] -> ([B,D], weights [B,N]); V has `hidden` rows.
     """
 
-    def __init__(self, dim: int, hidden: int | None = None):
+    def __init__(self, *, dim: int, hidden: int):
         super().__init__()
-        hidden = max(dim // 2, 1) if hidden is None else hidden
         check_positive(dim=dim, hidden=hidden)
         self.dim = dim
         self.attention = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, 1))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_shape("instances [B,N,D]", x, None, None, self.dim)
-        if mask is not None:
-            check_shape("instance mask [B,N]", mask, *x.shape[:2])
-            x = x.masked_fill(~mask.bool()[..., None], 0.0)
-        weights = masked_softmax(self.attention(x).squeeze(-1), mask)  # [B,N]
+        weights = self.attention(x).squeeze(-1).softmax(dim=-1)  # [B,N]
         return torch.einsum("bn,bnd->bd", weights, x), weights
 
 
 class ConceptClassifier(nn.Module):
     """Multi-label classification against projected concept embeddings; words never seen in training project alike."""
 
-    def __init__(self, word_dim: int, dim: int):
+    def __init__(self, *, word_dim: int, dim: int):
         super().__init__()
         check_positive(word_dim=word_dim, dim=dim)
         self.projection = nn.Linear(word_dim, dim)
@@ -113,62 +97,43 @@ class ConceptClassifier(nn.Module):
         return pooled @ self.project(vocabulary).T
 
 
-def focal_concept_loss(
-    logits: Tensor, labels: Tensor, alpha: float = 0.5, gamma: float = 1.0, reduce: bool = True
-) -> Tensor:
-    """Focal loss, mean over B and C (with `reduce`; else [B], mean over C), of logits [B,C] against labels [B,C].
-
-    Labels are 0 and 1; the loss is not weighted.
-
-    With p = sigmoid(logit), a label 1 costs -alpha (1-p)^gamma log p, a label 0 costs -(1-alpha) p^gamma log(1-p).
-    """
-    check_shape("concept logits [B,C]", logits, None, None)
-    check_shape("concept labels [B,C]", labels, *logits.shape)
-    if logits.numel() == 0:
-        raise ValueError(f"concept logits have shape {list(logits.shape)}: an empty batch or vocabulary has no loss")
-    labels = labels.to(logits.dtype)
-    log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
-    # Powers are taken as exponentials of logarithms: finite, with finite gradients, at any logit and any gamma >= 0.
-    positive = alpha * torch.exp(gamma * log_not_p) * log_p
-    negative = (1.0 - alpha) * torch.exp(gamma * log_p) * log_not_p
-    rows = -(labels * positive + (1.0 - labels) * negative).mean(dim=1)
-    return rows.mean() if reduce else rows
-
-
-class ConceptAlignmentLoss(nn.Module):
-    """`weight` times the focal concept loss."""
-
-    def __init__(self, weight: float = 200.0, alpha: float = 0.5, gamma: float = 1.0):
-        super().__init__()
-        if weight < 0 or not 0 <= alpha <= 1 or gamma < 0:
-            raise ConfigError(
-                f"concept loss: weight {weight}, alpha {alpha}, gamma {gamma}; "
-                "weight and gamma must not be negative, alpha must lie in 0..1"
-            )
-        self.weight, self.alpha, self.gamma = weight, alpha, gamma
-
-    def forward(self, logits: Tensor, labels: Tensor, reduce: bool = True) -> Tensor:
-        return self.weight * focal_concept_loss(logits, labels, self.alpha, self.gamma, reduce)
-
-
 class ConceptAlignment(nn.Module):
-    """Encodes single images and pools the bag of a reference and a target; classifies the bag by concepts.
+    """Encodes both images, pools the bag of their tokens, classifies the bag by the concepts of the vocabulary:
 
-    `bag` says how the two images' tokens come together: "union" pools their separate encodings, "joint" encodes the raw
-    tokens of both together (twice the cost). In both, learned segment vectors tell reference from target; the released
-    form has none, and only knows "joint".
+    f_a^rt = P(E([f^r ; f^t])),  logits = f_a^rt . W w_c;  P is `MILPooling`, E `ConceptEncoder`, W w_c `project`.
+
+    A text names things of the target (to be added) and of the reference (to be removed): hence one bag of both. Pooling
+    weights and products of token and concept show where a concept lies. A foreground and a background pooling of the
+    single images, f_a^r and f_a^t, serve the matching.
+
+    Args:
+        dim: D. word_dim: Dw. depth, heads, mlp_ratio, dropout: of the encoder.
+        bag: how the tokens come together: "joint" encodes the raw tokens of both images together, as above (twice the
+            cost); "union" pools their separate encodings, P([E(f^r) ; E(f^t)]).
+        released: the authors' form. It knows "joint" alone, and has no segment vectors; in ours, a learned one is added
+            to the tokens of each image, to tell reference from target.
+
+    >>> alignment = ConceptAlignment(
+    ...     dim=8, word_dim=6, depth=1, heads=2, mlp_ratio=2.0, dropout=0.0, bag="union", released=False)
+    >>> reference, target, vocabulary = torch.randn(3, 16, 8), torch.randn(3, 16, 8), torch.randn(100, 6)
+    >>> r, t, logits = alignment(reference, target, vocabulary)
+    >>> r["tokens"].shape, t["fg"].shape, logits.shape
+    (torch.Size([3, 16, 8]), torch.Size([3, 8]), torch.Size([3, 100]))
+
+    Source: Zhao & Xu 2023, multi-modal concept alignment, and figure 1; the background pooling: the released code.
     """
 
     def __init__(
         self,
+        *,
         dim: int,
         word_dim: int,
-        depth: int = 4,
-        heads: int = 8,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        bag: str = "union",
-        released: bool = False,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        dropout: float,
+        bag: str,
+        released: bool,
     ):
         super().__init__()
         if bag not in BAGS:
@@ -176,49 +141,35 @@ class ConceptAlignment(nn.Module):
         if released and bag != "joint":
             raise ConfigError(f'concept_alignment.bag is {bag!r}, but the released form needs "joint"')
         self.bag = bag
-        self.encoder = ConceptEncoder(dim, depth, heads, mlp_ratio, dropout, class_token=released)
-        self.fg_pool = MILPooling(dim)
-        self.bg_pool = MILPooling(dim)
-        self.classifier = ConceptClassifier(word_dim, dim)
+        self.encoder = ConceptEncoder(
+            dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, class_token=released
+        )
+        self.fg_pool, self.bg_pool = (MILPooling(dim=dim, hidden=max(dim // 2, 1)) for _ in range(2))
+        self.classifier = ConceptClassifier(word_dim=word_dim, dim=dim)
         self.segments = None if released else nn.Parameter(0.02 * torch.randn(2, dim))
 
-    def encode(self, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """tokens [B,N,D], mask [B,N] -> tokens E(tokens) [B,N,D], fg [B,D], bg [B,D], fg_weights [B,N]."""
-        encoded = self.encoder(tokens, mask)
-        fg, weights = self.fg_pool(encoded, mask)
-        bg, _ = self.bg_pool(encoded, mask)
-        return {"tokens": encoded, "fg": fg, "bg": bg, "fg_weights": weights}
+    def forward(
+        self, reference: Tensor, target: Tensor, vocabulary: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """reference, target: tokens [B,N,D]; vocabulary [C,Dw] -> what `encode` gives of both, and logits [B,C]."""
+        check_shape("target tokens [B,N,D]", target, *reference.shape)
+        both = self.encode(torch.cat([reference, target]))
+        r, t = ({name: value.chunk(2)[side] for name, value in both.items()} for side in (0, 1))
+        r["raw"], t["raw"] = reference, target  # not parts of `both`: gradients are summed in another order there
+        pooled, _ = self.pool_bag(r, t)  # [B,D]
+        return r, t, self.classifier(pooled, vocabulary)
 
-    def align(
-        self,
-        reference: dict[str, Tensor],
-        target: dict[str, Tensor],
-        reference_tokens_raw: Tensor | None = None,
-        target_tokens_raw: Tensor | None = None,
-        masks: tuple[Tensor | None, Tensor | None] | None = None,
-    ) -> dict[str, Tensor]:
-        """Pool the bag of both images -> pooled [B,D], weights [B,Nr+Nt] (reference first).
+    def encode(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Images by themselves, [B,N,D] -> raw and tokens, the input and E of it, [B,N,D]; fg, bg [B,D]; fg_weights."""
+        encoded = self.encoder(tokens)
+        fg, weights = self.fg_pool(encoded)
+        bg, _ = self.bg_pool(encoded)
+        return {"raw": tokens, "tokens": encoded, "fg": fg, "bg": bg, "fg_weights": weights}
 
-        reference, target: what `encode` gave. The raw tokens (the input of `encode`) are needed by "joint" only.
-        masks: (reference [B,Nr], target [B,Nt]), either may be None.
-        """
-        if self.bag == "joint":
-            if reference_tokens_raw is None or target_tokens_raw is None:
-                raise ValueError("a joint bag encodes the raw tokens of both images: pass them to align()")
-            parts = [reference_tokens_raw, target_tokens_raw]
-        else:
-            parts = [reference["tokens"], target["tokens"]]
-        check_shape("target tokens [B,N,D]", parts[1], parts[0].shape[0], None, parts[0].shape[2])
-        mask = self._bag_mask(parts, masks)
+    def pool_bag(self, reference: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What `encode` gave of both -> the bag's vector [B,D], and weights [B,2N] of its tokens, reference first."""
+        parts = [side["raw" if self.bag == "joint" else "tokens"] for side in (reference, target)]
         if self.segments is not None:
             parts = [part + segment for part, segment in zip(parts, self.segments, strict=True)]
-        bag = torch.cat(parts, dim=1)  # [B,Nr+Nt,D]
-        pooled, weights = self.fg_pool(self.encoder(bag, mask) if self.bag == "joint" else bag, mask)
-        return {"pooled": pooled, "weights": weights}
-
-    @staticmethod
-    def _bag_mask(parts: list[Tensor], masks: tuple[Tensor | None, Tensor | None] | None) -> Tensor | None:
-        if masks is None or all(mask is None for mask in masks):
-            return None
-        full = [torch.ones(p.shape[:2], dtype=torch.bool, device=p.device) for p in parts]
-        return torch.cat([f if mask is None else mask.bool() for f, mask in zip(full, masks, strict=True)], dim=1)
+        bag = torch.cat(parts, dim=1)  # [B,2N,D]
+        return self.fg_pool(self.encoder(bag) if self.bag == "joint" else bag)

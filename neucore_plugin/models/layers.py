@@ -1,4 +1,7 @@
-"""Layers that several parts share: masked softmax, self-attention, encoder block."""
+"""Layers that several parts share: masked softmax, self-attention, encoder block.
+
+B batch, N tokens, D width, H heads, d width of a head. Masks are true where a token is valid.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +28,8 @@ def check_positive(**values: int) -> None:
             raise ConfigError(f"{name} is {value!r}, expected a whole number of at least 1")
 
 
-def masked_softmax(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the last dimension, restricted to `mask`; a row with nothing valid is all zeros, not NaN."""
-    if mask is None:
-        return logits.softmax(dim=-1)
     mask = mask.bool().expand_as(logits)
     empty = ~mask.any(dim=-1, keepdim=True)
     weights = logits.masked_fill(~mask, float("-inf")).masked_fill(empty, 0.0).softmax(dim=-1)
@@ -44,27 +45,25 @@ class SelfAttention(nn.Module):
 
     def __init__(
         self,
+        *,
         dim: int,
         heads: int,
-        head_dim: int | None = None,
+        head_dim: int,
+        dropout: float,
         qkv_bias: bool = True,
-        dropout: float = 0.0,
         uniform_invalid: bool = False,
     ):
         super().__init__()
-        check_positive(dim=dim, heads=heads)
-        if head_dim is None and dim % heads:
-            raise ConfigError(
-                f"width {dim} is not a multiple of {heads} heads; choose another number of heads or a head_dim"
-            )
-        self.heads, self.head_dim = heads, head_dim or dim // heads
-        inner = self.heads * self.head_dim
+        check_positive(dim=dim, heads=heads, head_dim=head_dim)
+        self.heads, self.head_dim = heads, head_dim
+        inner = heads * head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
         self.proj = nn.Linear(inner, dim)
         self.dropout = dropout
         self.uniform_invalid = uniform_invalid
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B,N,D], mask [B,N] or None where all are valid -> [B,N,D]."""
         batch, count, _ = x.shape
         q, k, v = self.qkv(x).view(batch, count, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each [B,H,N,d]
         keys = None
@@ -83,7 +82,7 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with a GELU between, on the last dimension."""
 
-    def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
+    def __init__(self, dim: int, hidden: int, dropout: float):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
@@ -94,15 +93,19 @@ class FeedForward(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer block: attention, then MLP, each with a residual."""
+    """Pre-norm transformer block: attention, then MLP of width `mlp_ratio` D, each with a residual."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, dropout: float):
+    def __init__(self, *, dim: int, heads: int, mlp_ratio: float, dropout: float):
         super().__init__()
+        check_positive(dim=dim, heads=heads)
+        if dim % heads:
+            raise ConfigError(f"width {dim} is not a multiple of {heads} heads; choose another number of heads")
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SelfAttention(dim, heads, dropout=dropout)
+        self.attn = SelfAttention(dim=dim, heads=heads, head_dim=dim // heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = FeedForward(dim, int(dim * mlp_ratio), dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """As `SelfAttention`."""
         x = x + self.attn(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))

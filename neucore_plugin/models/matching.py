@@ -1,19 +1,15 @@
-"""Matching of queries and gallery images: three terms in matrix products, and the batch's contrastive loss.
+"""Matching of queries and gallery images: three terms in matrix products; the tensor [Q,G,D] is never built.
 
-score(q, t) = cos(f, t_fg)                                        "fused"
-            + (u / |u|) . (a * t_fg) / |a * t_fg|                 "explicit", the explicit term of ARTEMIS
-            + cos(r_bg, t_bg)                                     "background"
-with u = W m + b and a = softmax(MLP(m)) from the sentence vector m. A term with a zero vector in it is 0.
+Source: Zhao & Xu, "NEUCORE: Neural Concept Reasoning for Composed Image Retrieval", PMLR 243 (arXiv 2310.01358);
+Delmas et al., "ARTEMIS", ICLR 2022. The equations and their tests: docs/equations.md.
 
-Source: Zhao & Xu, "NEUCORE", PMLR 243; Delmas et al., "ARTEMIS", ICLR 2022. The tensor [Q,G,D] is never built.
-
-Shapes: Q queries, G gallery images, B batch, D width.
+Q queries, G gallery images, D width; q and g of them at a time.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neucore_plugin.common.errors import ConfigError
@@ -42,24 +38,35 @@ def _full(x: Tensor) -> Tensor:
 
 
 class Matching(nn.Module):
-    """Scores query encodings against gallery encodings.
+    """Scores query encodings against gallery encodings, by the sum of up to three terms:
 
-    terms: which of the three terms are summed; leaving one out is an ablation. temperature: natural logarithm of the
-    factor on scores in the loss, learnable or fixed; the factor never exceeds 100, but in the `released` form.
+    S(q, t) = cos(f, t_fg)                                "fused"
+            + (u / |u|) . (a * t_fg) / |a * t_fg|         "explicit", u = W m + b, a = softmax(MLP(m))
+            + cos(r_bg, t_bg)                             "background"
+
+    f is the fused vector, m the sentence; a term with a zero vector in it is 0. In products, the explicit term is
+    ((u / |u|) * a) . t_fg / sqrt((a * a) . (t_fg * t_fg)).
+
+    Args:
+        dim: D. terms: which of the three are summed; leaving one out is an ablation.
+        temperature: natural logarithm of the factor on scores in the loss. learn_temperature: whether it is trained.
+        released: the authors' form, whose factor is not bounded; ours never exceeds 100.
+
+    >>> matching = Matching(dim=8, terms=TERMS, temperature=2.65926, learn_temperature=True, released=False)
+    >>> fused, sentence, reference_bg = torch.randn(3, 2, 8)
+    >>> query = matching.query(fused, sentence, reference_bg)
+    >>> gallery = matching.gallery(fg=torch.randn(100, 8), bg=torch.randn(100, 8))
+    >>> matching.score(query, gallery).shape
+    torch.Size([2, 100])
+
+    Source: Zhao & Xu 2023, progressive fusion (f against t_fg); the other two terms: the released code; the explicit
+    term: ARTEMIS, text-explicit matching.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        terms: tuple[str, ...] | list[str] = TERMS,
-        temperature: float = 2.65926,
-        learn_temperature: bool = True,
-        released: bool = False,
-    ):
+    def __init__(self, *, dim: int, terms: Sequence[str], temperature: float, learn_temperature: bool, released: bool):
         super().__init__()
         check_positive(dim=dim)
         self.max_temperature = math.inf if released else MAX_TEMPERATURE
-        terms = [terms] if isinstance(terms, str) else list(terms)
         unknown = [term for term in terms if term not in TERMS]
         if unknown or not terms or len(set(terms)) != len(terms):
             raise ConfigError(f"matching.terms is {terms}, expected one or more, each once, of: {', '.join(TERMS)}")
@@ -79,6 +86,10 @@ class Matching(nn.Module):
         else:
             self.register_buffer("temperature", value)
 
+    def factor(self) -> Tensor:
+        """exp(temperature) [1]: what the loss multiplies scores by."""
+        return self.temperature.clamp(max=self.max_temperature).exp()
+
     def query(self, fused: Tensor, sentence: Tensor, reference_bg: Tensor) -> dict[str, Tensor]:
         """All [Q,D] -> encoding: fused, background; with the explicit term also text (u) and attention (a)."""
         check_shape("fused vectors [Q,D]", fused, None, self.dim)
@@ -96,7 +107,7 @@ class Matching(nn.Module):
         check_shape("gallery backgrounds [G,D]", bg, fg.shape[0], self.dim)
         return {"fg": fg, "bg": bg}
 
-    def score(self, query: dict[str, Tensor], gallery: dict[str, Tensor], chunk: int = 256) -> Tensor:
+    def score(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
         """Scores [Q,G]. Differentiable where an input needs a gradient; otherwise in place, `chunk` queries at a time.
 
         Memory beyond the result does not grow with Q or G. Half precision is read as stored and computed in float32.
@@ -109,39 +120,7 @@ class Matching(nn.Module):
                 return self._score_block(self._query_side(query), self._gallery_side(gallery))
             return self._score_in_place(query, gallery, chunk)
 
-    def score_pairs(self, query: dict[str, Tensor], gallery: dict[str, Tensor]) -> Tensor:
-        """Scores [B] of query i with image i."""
-        query, gallery = self._check(query, gallery)
-        check_shape("gallery of pairs [B,D]", gallery["fg"], query["fused"].shape[0], self.dim)
-        with torch.autocast(gallery["fg"].device.type, enabled=False):
-            fg = _full(gallery["fg"])
-            total = 0.0
-            if "fused" in self.terms:
-                total = total + (_unit(_full(query["fused"])) * _unit(fg)).sum(dim=-1)
-            if "explicit" in self.terms:
-                total = total + (_unit(_full(query["text"])) * _unit(_full(query["attention"]) * fg)).sum(dim=-1)
-            if "background" in self.terms:
-                total = total + (_unit(_full(query["background"])) * _unit(_full(gallery["bg"]))).sum(dim=-1)
-            return total
-
-    def contrastive_loss(self, scores: Tensor, also_right: Tensor | None = None) -> Tensor:
-        """Cross-entropy of scores [B,G] x exp(temperature), G >= B; column i is the right one of row i.
-
-        also_right [B,G], bool: other columns that answer a row as well are left out, being no wrong answers.
-        """
-        rows = scores.shape[0]
-        if scores.ndim != 2 or scores.shape[1] < rows:
-            raise ValueError(f"batch scores have shape {list(scores.shape)}, expected [B,G] with G of at least B")
-        logits = scores * self.temperature.clamp(max=self.max_temperature).exp()
-        right = torch.arange(rows, device=logits.device)
-        if also_right is not None:
-            check_shape("also_right [B,G]", also_right, *scores.shape)
-            ignored = also_right.bool().clone()
-            ignored[right, right] = False
-            logits = logits.masked_fill(ignored, float("-inf"))
-        return F.cross_entropy(logits, right)
-
-    def _check(self, query: dict[str, Tensor], gallery: dict[str, Tensor]) -> tuple[dict, dict]:
+    def _check(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> tuple[dict, dict]:
         """The entries that the terms need, their shapes checked."""
         needed = ["fused", *(["background"] if "background" in self.terms else [])]
         needed += ["text", "attention"] if "explicit" in self.terms else []

@@ -1,6 +1,10 @@
 """NEUCORE as a model of the host: backbone, concept alignment, progressive fusion, matching.
 
-B batch, N image tokens, L words, K concepts of a query, C concept vocabulary, D width, Q queries, G gallery images.
+Source: Zhao & Xu, "NEUCORE: Neural Concept Reasoning for Composed Image Retrieval", PMLR 243 (arXiv 2310.01358),
+figure 1. The equations, where they are computed and where tested: docs/equations.md.
+
+B batch, N image tokens, L words, K concepts of a query, C concept vocabulary, D width, Dw width of a concept's
+embedding, Q queries, G gallery images. r reference, t target.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,20 +17,22 @@ from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.host.registration import register_model
 from neucore_plugin.models.backbones import Backbone
-from neucore_plugin.models.base import CirModel, model_types
-from neucore_plugin.models.concept_alignment import ConceptAlignment, ConceptAlignmentLoss
+from neucore_plugin.models.base import CirModel, by_side, model_types, shared_settings
+from neucore_plugin.models.concept_alignment import ConceptAlignment
+from neucore_plugin.models.concept_loss import ConceptLoss
 from neucore_plugin.models.concept_maps import concept_maps
+from neucore_plugin.models.inputs import Query
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.progressive_fusion import ProgressiveFusion
 
 
 @register_model("neucore")
 class NeucoreModel(CirModel):
-    """Composed image retrieval by concept alignment and progressive fusion (Zhao & Xu, 2023).
+    """Composed image retrieval by concept alignment and progressive fusion.
 
     Args:
-        alignment, fusion, matching: keyword arguments of ConceptAlignment, ProgressiveFusion and Matching.
-        loss: keyword arguments of ConceptAlignmentLoss.
+        alignment, fusion, matching, concept_loss: keyword arguments of ConceptAlignment, ProgressiveFusion, Matching
+            and ConceptLoss.
         released: the authors' form: one linear map of the image tokens, none of the words, and the parts' own.
         shared: as in CirModel.
     """
@@ -37,24 +43,25 @@ class NeucoreModel(CirModel):
 
     def __init__(
         self,
+        *,
         backbone: Backbone,
-        vocabulary: ConceptVocabulary,
         embed_dim: int,
         alignment: Mapping[str, Any],
         fusion: Mapping[str, Any],
         matching: Mapping[str, Any],
-        loss: Mapping[str, Any],
-        released: bool = False,
+        concept_loss: Mapping[str, float],
+        released: bool,
         **shared: Any,
     ) -> None:
-        super().__init__(vocabulary, backbone=backbone, embed_dim=embed_dim, projected=not released, **shared)
+        reads = {"query_reads": ("tokens", "words", "sentence", "concepts"), "gallery_reads": "tokens"}
+        super().__init__(backbone=backbone, embed_dim=embed_dim, projected=not released, **reads, **shared)
         self.released = released
         self.alignment = ConceptAlignment(
             dim=embed_dim, word_dim=backbone.text.word_width, released=released, **alignment
         )
         self.fusion = ProgressiveFusion(dim=embed_dim, released=released, **fusion)
         self.matching = Matching(dim=embed_dim, released=released, **matching)
-        self.concept_loss = ConceptAlignmentLoss(**loss)
+        self.concept_loss = ConceptLoss(**concept_loss)
         self.words_live = getattr(backbone.text, "words_live", False)
         self.register_buffer("concept_embeddings", None, persistent=False)  # they follow from the backbone
         self.restored()
@@ -62,133 +69,47 @@ class NeucoreModel(CirModel):
     @classmethod
     def from_section(cls, backbone: Backbone, vocabulary: ConceptVocabulary, config: dict[str, Any]) -> "NeucoreModel":
         """Build from a complete `model` section."""
-        matching, loss = dict(config["matching"]), config["loss"]
+        loss = config["loss"]
         return cls(
             backbone=backbone,
             vocabulary=vocabulary,
-            embed_dim=config["embed_dim"],
             alignment=config["concept_alignment"],
             fusion=config["fusion"],
-            loss={"weight": loss["concept_weight"], "alpha": loss["focal_alpha"], "gamma": loss["focal_gamma"]},
-            query_dropout=config["query_dropout"],
-            mask_duplicates=matching.pop("mask_duplicates"),
-            reference_negatives=matching.pop("reference_negatives"),
-            matching=matching,
-            concept_pos=config["concepts"]["pos"],
-            config={**config, "checkpoint": None},
+            concept_loss={"weight": loss["concept_weight"], "alpha": loss["focal_alpha"], "gamma": loss["focal_gamma"]},
             released=config["form"] == "released",
+            **shared_settings(config),
         )
 
-    def restored(self) -> None:
-        """Embed the vocabulary with the weights that the text encoder has now."""
-        if not self.words_live:
-            self.concept_embeddings = self.backbone.text.embed_words(self.vocabulary.words).clone()
+    def forward(self, samples: Mapping[str, Any], by_pair: bool = False) -> dict[str, Tensor]:
+        """A batch of TripletDataset samples -> loss = loss_matching + loss_concept, scalars; `by_pair`: as in CirModel.
 
-    def concept_table(self) -> Tensor:
-        """Embeddings of the concept vocabulary [C,Dw]; with gradient where the word embedding is trained."""
-        return self.backbone.text.embed_words(self.vocabulary.words) if self.words_live else self.concept_embeddings
-
-    def query_concepts(self, words: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-        """Concept lemmas of each query -> projected embeddings [B,K,D], mask [B,K]; any word is allowed."""
-        length = max((len(concepts) for concepts in words), default=0)
-        mask = torch.zeros(len(words), length, dtype=torch.bool, device=self.device)
-        flat = [word for concepts in words for word in concepts]
-        for row, concepts in enumerate(words):
-            mask[row, : len(concepts)] = True
-        embeddings = self._embed_concepts(flat)
-        padded = embeddings.new_zeros(len(words), length, embeddings.shape[-1])
-        padded[mask] = embeddings
-        return self.alignment.classifier.project(padded) * mask[..., None], mask
-
-    def _embed_concepts(self, words: Sequence[str]) -> Tensor:
-        if self.words_live:
-            return self.backbone.text.embed_words(words)
-        rows = [self.vocabulary.index(word) for word in words]
-        unseen = [word for word, row in zip(words, rows, strict=True) if row is None]
-        known = (
-            self.concept_embeddings[torch.tensor([row or 0 for row in rows], dtype=torch.long, device=self.device)]
-            if (len(self.vocabulary))
-            else self.concept_embeddings.new_zeros(len(words), self.concept_embeddings.shape[1])
-        )
-        if unseen:
-            where = torch.tensor([row is None for row in rows], device=self.device)
-            known = known.clone()
-            known[where] = self.backbone.text.embed_words(unseen).to(known)
-        return known
-
-    # ---- the computation ------------------------------------------------------------------------------------------
-
-    def encode_pairs(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A batch of TripletDataset samples -> query.*, target.*, reference.* for `losses`, and loss_concept [B]."""
+        The paper's figure 1, from left to right.
+        """
         if not len(self.vocabulary):
             raise ConfigError(
                 "neucore: a model without a concept vocabulary cannot be trained; build it from a train split"
             )
-        given = self.training_inputs(samples)
-        both = self.alignment.encode(torch.cat([given["reference"], given["target"]]))
-        r, t = ({key: value.chunk(2)[side] for key, value in both.items()} for side in (0, 1))
-        bag = self.alignment.align(r, t, given["reference"], given["target"])
-        logits = self.alignment.classifier(bag["pooled"], self.concept_table())  # [B,C]
-        query = self._query(r, given["text"], given["concept_words"])
-        return {
-            **{f"query.{name}": value for name, value in query.items()},
-            **{f"target.{name}": t[name] for name in ("fg", "bg")},
-            **{f"reference.{name}": r[name] for name in ("fg", "bg")},
-            "loss_concept": self.concept_loss(logits, self.concept_labels(samples["concept_words"]), reduce=False),
-        }
+        given = self.read_pairs(samples)  # reference and target [B,N,D], words [B,L,D], sentence [B,D]
+        r, t, logits = self.alignment(given.reference, given.target, self.concept_table())  # fg, bg [B,D]; [B,C]
+        concepts, concept_mask = self.query_concepts(given.concept_words)  # [B,K,D], [B,K]
+        fused = self.fusion(r["tokens"], r["fg"], concepts, concept_mask, **given.text)["fused"]  # [B,D]
+        query = self.matching.query(fused, given.text["sentence"], r["bg"])  # [B,D] each
+        target, reference = (self.matching.gallery(side["fg"], side["bg"]) for side in (t, r))  # [B,D] each
+        encoded = by_side(query=query, target=target, reference=reference)
+        encoded["loss_concept"] = self.concept_loss(logits, self.concept_labels(samples["concept_words"]))  # [B]
+        return encoded if by_pair else self.losses(encoded, samples)  # of scores [B,G]
 
-    def concept_labels(self, words: Sequence[Sequence[str]]) -> Tensor:
-        """Multi-hot labels [B,C] of the vocabulary's concepts."""
-        labels = torch.zeros(len(words), len(self.vocabulary), device=self.device)
-        for row, concepts in enumerate(words):
-            columns = [index for word in concepts if (index := self.vocabulary.index(word)) is not None]
-            labels[row, columns] = 1.0
-        return labels
+    def compose(self, query: Query) -> dict[str, Tensor]:
+        """Queries -> fused, background and, with the explicit term, text and attention, [Q,D] each."""
+        r = self.alignment.encode(query.reference)
+        concepts, concept_mask = self.query_concepts(query.concept_words)  # [Q,K,D], [Q,K]
+        fused = self.fusion(r["tokens"], r["fg"], concepts, concept_mask, **query.text, alone=True)["fused"]  # [Q,D]
+        return self.matching.query(fused, query.text["sentence"], r["bg"])
 
-    def _query(
-        self, reference: dict[str, Tensor], text: dict[str, Tensor], concept_words, alone: bool = False
-    ) -> dict[str, Tensor]:
-        concepts, concept_mask = self.query_concepts(concept_words)
-        fused = self.fusion(
-            reference_tokens=reference["tokens"],
-            reference_fg=reference["fg"],
-            concepts=concepts,
-            concept_mask=concept_mask,
-            words=text["words"],
-            word_mask=text["word_mask"],
-            sentence=text["sentence"],
-            alone=alone,
-        )["fused"]
-        return self.matching.query(fused, text["sentence"], reference["bg"])
-
-    # ---- retrieval ------------------------------------------------------------------------------------------------
-
-    def encode_image(
-        self, pixels: Tensor | None = None, tokens: Tensor | None = None, pooled: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Gallery images, pixels [G,3,H,W] or cached tokens -> {"fg": [G,D], "bg": [G,D]}; `pooled` has no use here."""
-        encoded = self.alignment.encode(self.image_tokens(pixels, tokens))
+    def represent(self, features: Tensor) -> dict[str, Tensor]:
+        """Gallery images, tokens [G,N,D] -> {"fg": [G,D], "bg": [G,D]}."""
+        encoded = self.alignment.encode(features)
         return self.matching.gallery(encoded["fg"], encoded["bg"])
-
-    def encode_query(
-        self,
-        pixels: Tensor | None = None,
-        texts: Sequence[str] | None = None,
-        *,
-        tokens: Tensor | None = None,
-        pooled: Tensor | None = None,
-        text_features: Mapping[str, Tensor] | None = None,
-        concept_words: Sequence[Sequence[str]] | None = None,
-    ) -> dict[str, Tensor]:
-        """Queries -> encodings for `score`.
-
-        Args:
-            pixels: reference images [Q,3,H,W], or `tokens` from a cache; neither = a text-only query.
-            texts: relative captions; None = an image-only query. `text_features`, `concept_words`: cached or
-                precomputed forms of the same texts.
-        """
-        given = self.query_inputs(pixels, texts, tokens, text_features, concept_words)
-        return self._query(self.alignment.encode(given["reference"]), given["text"], given["concept_words"], alone=True)
 
     def concept_maps(self, pixels: Tensor, texts: Sequence[str], candidates: Tensor) -> list[list[dict[str, Any]]]:
         """Where each concept of a query lies in its reference and in a candidate image; see `models/concept_maps.py`.
@@ -199,5 +120,49 @@ class NeucoreModel(CirModel):
             return [[] for _ in texts]
         concept_words = self.extract_concepts(texts)
         concepts, _ = self.query_concepts(concept_words)
-        sides = [self.alignment.encode(self.image_tokens(images)) for images in (pixels, candidates)]
+        images = (self.image_features(["tokens"], side)["tokens"] for side in (pixels, candidates))
+        sides = [self.alignment.encode(tokens) for tokens in images]
         return concept_maps(sides, concept_words, concepts, self.backbone.image.grid)
+
+    # ---- concepts -------------------------------------------------------------------------------------------------
+
+    def restored(self) -> None:
+        """Embed the vocabulary with the weights that the text encoder has now."""
+        if not self.words_live:
+            self.concept_embeddings = self.backbone.text.embed_words(self.vocabulary.words).clone()
+
+    def concept_table(self) -> Tensor:
+        """Embeddings of the concept vocabulary [C,Dw]; with gradient where the word embedding is trained."""
+        return self.backbone.text.embed_words(self.vocabulary.words) if self.words_live else self.concept_embeddings
+
+    def concept_labels(self, words: Sequence[Sequence[str]]) -> Tensor:
+        """Multi-hot labels [B,C] of the vocabulary's concepts."""
+        labels = torch.zeros(len(words), len(self.vocabulary), device=self.device)
+        for row, concepts in enumerate(words):
+            found = [index for word in concepts if (index := self.vocabulary.index(word)) is not None]
+            labels[row, found] = 1.0
+        return labels
+
+    def query_concepts(self, words: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """Concept lemmas of each query -> projected embeddings [B,K,D], mask [B,K]; any word is allowed."""
+        length = max((len(concepts) for concepts in words), default=0)
+        mask = torch.zeros(len(words), length, dtype=torch.bool, device=self.device)
+        for row, concepts in enumerate(words):
+            mask[row, : len(concepts)] = True
+        embeddings = self._embed([word for concepts in words for word in concepts])
+        padded = embeddings.new_zeros(len(words), length, embeddings.shape[-1])
+        padded[mask] = embeddings
+        return self.alignment.classifier.project(padded) * mask[..., None], mask
+
+    def _embed(self, words: Sequence[str]) -> Tensor:
+        """[n,Dw]; those of the vocabulary from its table, where the text encoder does not change."""
+        if self.words_live:
+            return self.backbone.text.embed_words(words)
+        table, rows = self.concept_embeddings, [self.vocabulary.index(word) for word in words]
+        found = table.new_zeros(len(words), table.shape[1])
+        unseen = torch.tensor([row is None for row in rows], dtype=torch.bool, device=self.device)
+        found[~unseen] = table[[row for row in rows if row is not None]]
+        if unseen.any():
+            others = [word for word, row in zip(words, rows, strict=True) if row is None]
+            found[unseen] = self.backbone.text.embed_words(others).to(found)
+        return found

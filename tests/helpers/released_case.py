@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from released_quantities import everything, inputs
+from released_quantities import everything, image_tokens, inputs
 from torch import Tensor, nn
 
 from neucore_plugin.concepts import ConceptVocabulary
@@ -199,7 +199,7 @@ def check_search(case: Case) -> None:
     images = torch.cat([given["img_src"], given["img_trg"]])
     if "in/extra_gallery" in values:
         images = torch.cat([images, torch.from_numpy(values["in/extra_gallery"]).double()])
-    encoded = alignment.encode(model.image_tokens(images))
+    encoded = alignment.encode(image_tokens(model, images))
     for name, key in (("token", "tokens"), ("fg", "fg"), ("bg", "bg")):
         if f"out/infer/gallery_{name}" in values:
             case.compare(f"infer/gallery_{name}", encoded[key])
@@ -220,7 +220,7 @@ def check_search(case: Case) -> None:
                 concepts=concepts,
                 concept_mask=torch.ones(concepts.shape[:2], dtype=torch.bool),
                 words=words,
-                word_mask=None,
+                word_mask=torch.ones(words.shape[:2], dtype=torch.bool),
                 sentence=sentence,
             )["fused"]
             query = model.matching.query(fused, sentence, encoded["bg"][one])

@@ -20,16 +20,21 @@ def inputs(case: Any, batch: str, model: NeucoreModel) -> dict[str, Tensor]:
     return {key: value.to(kind) if value.is_floating_point() else value for key, value in found.items()}
 
 
+def image_tokens(model: NeucoreModel, pixels: Tensor) -> Tensor:
+    """Projected tokens [B,N,D] of pictures or feature maps."""
+    return model.image_features(["tokens"], pixels)["tokens"]
+
+
 def everything(model: NeucoreModel, case: Any, batch: str) -> dict[str, Tensor]:
     """Every quantity that `out/<batch>/` may hold, under its name there, from the parts of the model."""
     given, alignment, fusion, matching = inputs(case, batch, model), model.alignment, model.fusion, model.matching
-    out = {"img_tokens_r": model.image_tokens(given["img_src"]), "img_tokens_t": model.image_tokens(given["img_trg"])}
+    out = {f"img_tokens_{side}": image_tokens(model, given[f"img_{key}"]) for side, key in (("r", "src"), ("t", "trg"))}
     text = model.backbone.text.encode_ids(given["txt"], given["txt_len"])
     out["m"], out["word_feats"] = text["sentence"], text["words"]
     reference, target = alignment.encode(out["img_tokens_r"]), alignment.encode(out["img_tokens_t"])
     for side, encoding in (("r", reference), ("t", target)):
         out.update({f"{side}_token": encoding["tokens"], f"{side}_fg": encoding["fg"], f"{side}_bg": encoding["bg"]})
-    out["rt_fg"] = alignment.align(reference, target, out["img_tokens_r"], out["img_tokens_t"])["pooled"]
+    out["rt_fg"], _ = alignment.pool_bag(reference, target)
     embed = model.backbone.text.embedding
     vocabulary = embed(torch.from_numpy(case.values["in/all_nouns_token"]))  # [C,Dw]
     out["cls_weights"] = alignment.classifier.project(vocabulary)
@@ -37,7 +42,7 @@ def everything(model: NeucoreModel, case: Any, batch: str) -> dict[str, Tensor]:
     concept_mask = torch.arange(given["nouns"].shape[1])[None] < given["nouns_len"][:, None]
     concepts = alignment.classifier.project(embed(given["nouns"])) * concept_mask[..., None]
     out["concepts"] = concepts
-    out["mil_loss"] = model.concept_loss(out["cls_logits"], given["mil_labels"])
+    out["mil_loss"] = model.concept_loss(out["cls_logits"], given["mil_labels"]).mean()
     fused = fusion(
         reference["tokens"], reference["fg"], concepts, concept_mask, text["words"], text["mask"], text["sentence"]
     )
@@ -61,10 +66,11 @@ def everything(model: NeucoreModel, case: Any, batch: str) -> dict[str, Tensor]:
     out["Tr_m"] = nn.functional.normalize(query["text"], dim=-1)  # recorded after its division by the norm
     out["A_EM"] = query["attention"]
     for key, term in (("program_scores", "fused"), ("EM_scores", "explicit"), ("IS_scores", "background")):
-        out[key] = Matching(out["m"].shape[1], terms=[term]).score(query, gallery)
+        one = Matching(dim=out["m"].shape[1], terms=[term], temperature=0.0, learn_temperature=False, released=True)
+        out[key] = one.score(query, gallery)
     out["scores"] = matching.score(query, gallery)
-    out["scores_scaled"] = out["scores"] * matching.temperature.exp()
+    out["scores_scaled"] = out["scores"] * matching.factor()
     out["matching_loss_unscaled"] = nn.functional.cross_entropy(out["scores"], torch.arange(len(out["scores"])))
-    out["matching_loss"] = matching.contrastive_loss(out["scores"])
+    out["matching_loss"] = model.matching_loss(out["scores"], matching.factor(), torch.arange(len(out["m"])), None)
     out["loss"] = out["matching_loss"] + out["mil_loss"]
     return out

@@ -165,7 +165,7 @@ def test_batch_statistics_of_the_cnn_are_recognised(made: Path) -> None:
     """A case recorded with batch norm by the batch is met as such, with its gradients."""
     case = released_case.Case(made)
     by_batch = released_case.set_batch_norm(case.model, True)
-    tokens = by_batch.image_tokens(released_case.inputs(case, "main", by_batch)["img_src"])
+    tokens = released_case.image_tokens(by_batch, released_case.inputs(case, "main", by_batch)["img_src"])
     out = released_case.everything(by_batch, case, "main")
     out["loss"].backward()
     name = "img_enc.cnn.module.0.weight"

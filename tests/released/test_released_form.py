@@ -132,7 +132,7 @@ def test_a_cnn_of_the_checkpoint_is_found_under_any_names(resnet18, how):
     assert torch.allclose(tokens, expected.permute(0, 2, 3, 1).reshape(2, 4, 512), rtol=1e-6)
     weight = state["img_enc.proj.weight"].double()
     projected = torch.nn.functional.conv2d(expected, weight, state["img_enc.proj.bias"].double())
-    assert torch.allclose(model.image_tokens(pixels)[1, 2], projected[1, :, 1, 0], rtol=1e-6)
+    assert torch.allclose(model.image_features(["tokens"], pixels)["tokens"][1, 2], projected[1, :, 1, 0], rtol=1e-6)
 
 
 def test_weights_of_no_known_cnn_are_refused():
