@@ -40,10 +40,10 @@ def weighted_sum(weights, vectors, width):
     return out
 
 
-def mil_pooling(x, v_weight, v_bias, u, c, valid=None):
+def mil_pooling(x, v_weight, v_bias, u, c):
     """sum_n a_n x_n with a = softmax_n(u . tanh(V x_n + b) + c) -> pooled, weights."""
     logits = [linear([math.tanh(h) for h in linear(token, v_weight, v_bias)], [u], [c])[0] for token in x]
-    weights = softmax(logits, valid)
+    weights = softmax(logits)
     return weighted_sum(weights, x, len(x[0])), weights
 
 

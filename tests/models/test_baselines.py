@@ -2,16 +2,15 @@
 
 import copy
 import json
-import math
 import warnings
 
 import clip_case
-import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
-from PIL import Image
 from places import PROJECTS
+from tiny import BASELINE, TEXTS
 
 import neucore_plugin
 from neucore_plugin import cli, launch
@@ -25,13 +24,6 @@ from neucore_plugin.models.composers import COMPOSERS, Artemis
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.weights import checkpoint, trust
 
-TEXTS = ["make it blue", "the same dress but much longer and in red", "square"]
-SECTION = {
-    "arch": "cir_baseline",
-    "backbone": {"image": {"name": "efficientnet_lite0", "image_size": 64, "grid": 2}},
-    "embed_dim": 32,
-    "cross_attention": {"depth": 2, "heads": 2},
-}
 EMOJI = PROJECTS / "train_emoji.yaml"
 
 
@@ -41,146 +33,39 @@ EMOJI = PROJECTS / "train_emoji.yaml"
 @pytest.fixture(scope="module")
 def built():
     """One model a method."""
-    models = {}
-    for method in METHODS:
-        torch.manual_seed(0)
-        section = {**SECTION, "method": method}
-        models[method] = CirBaseline.from_config(section, vocabulary=ConceptVocabulary(("red", "blue")))
-    return models
-
-
-@pytest.fixture(params=METHODS)
-def model(built, request):
-    return copy.deepcopy(built[request.param]).eval()
-
-
-@pytest.fixture(scope="module")
-def pixels(built):
-    noise = np.random.default_rng(3).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
-    return torch.stack([built["sum"].image_processor(Image.fromarray(values)) for values in noise])
-
-
-@pytest.fixture
-def samples(pixels):
-    return {
-        "reference_image": pixels,
-        "target_image": pixels.flip(0),
-        "text_input": TEXTS,
-        "concept_words": [(), (), ()],
-        "reference_key": torch.tensor([0, 1, 2]),
-        "target_key": torch.tensor([2, 3, 0]),
-        "right_keys": [(2,), (3,), (0,)],
-    }
+    return {method: tiny.build(method) for method in METHODS}
 
 
 def test_the_schema_names_the_methods():
     assert tuple(COMPOSERS) == METHODS
 
 
-def test_every_trainable_parameter_gets_a_gradient(model, samples):
-    """None is idle, so that counts are fair and processes need not wait for one another."""
-    model.train()
-    model.query_dropout = {"image": 0.4, "text": 0.4}
-    torch.manual_seed(1)
-    for _ in range(8):
-        model(samples)["loss"].backward()
-    idle = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum())]
-    assert not idle
-    names = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    assert ("sentence_projection" in names) is (model.title not in ("image_only", "cross_attention"))
-    assert ("absent_image" in names) is (model.title != "text_only")
-    assert {"word_projection", "image_projection", "absent_word"} <= names or model.title != "cross_attention"
-
-
-def test_the_loss_is_the_cross_entropy_of_the_scores(model, samples):
-    """Columns are the targets, then the references; the third target is the first query's reference and left out."""
-    out = model(samples)
-    with torch.no_grad():
-        query = model.encode_query(samples["reference_image"], TEXTS)
-        images = torch.cat([samples["target_image"], samples["reference_image"]])
-        logits = (model.score(query, model.encode_image(images)) * model.matching.temperature.exp()).tolist()
-    keys, total = [2, 3, 0, 0, 1, 2], 0.0
-    for row, right in enumerate((2, 3, 0)):
-        rivals = [math.exp(z) for column, z in enumerate(logits[row]) if column == row or keys[column] != right]
-        total += math.log(sum(rivals)) - logits[row][row]
-    assert out["loss_matching"].item() == out["loss"].item() == pytest.approx(total / 3, rel=1e-4)
-
-
-@torch.no_grad()
-def test_scores_do_not_depend_on_batch_mates_or_padding(model, pixels):
-    gallery = model.encode_image(pixels)
-    together = model.score(model.encode_query(pixels, TEXTS), gallery)
-    for row, text in enumerate(TEXTS):
-        alone = model.score(model.encode_query(pixels[row : row + 1], [text]), gallery)
-        assert torch.allclose(together[row], alone[0], atol=2e-5)
-    single = torch.cat([model.encode_image(image[None])["fg"] for image in pixels])
-    assert torch.allclose(single, gallery["fg"], atol=2e-5)
-    assert torch.equal(model.score(model.encode_query(pixels, TEXTS), gallery), together)
-
-
-@torch.no_grad()
-def test_a_query_may_lack_its_image_or_its_text(model, pixels):
-    gallery = model.encode_image(pixels)
-    whole, only_text, only_image = (
-        model.score(model.encode_query(image, texts), gallery)
-        for image, texts in ((pixels, TEXTS), (None, TEXTS), (pixels, None))
-    )
-    assert only_text.shape == only_image.shape == (3, 3)
-    assert torch.equal(only_text, whole) is (model.title == "text_only")
-    assert torch.equal(only_image, whole) is (model.title == "image_only")
-    empty = model.score(model.encode_query(pixels, [""] * 3), gallery)  # an empty caption is a missing caption
-    assert torch.allclose(empty, only_image, atol=1e-5)
-    with pytest.raises(ValueError, match="a reference image, a text, or both"):
-        model.encode_query(None, None)
-    with pytest.raises(ValueError, match="3 reference images but 1 texts"):
-        model.encode_query(pixels, TEXTS[:1])
-
-
-@torch.no_grad()
-def test_cached_features_give_the_same(model, samples, pixels):
-    image, text = model.backbone.image(pixels), model.backbone.text(TEXTS)
-    features = {"words": text["words"], "word_mask": text["mask"], "sentence": text["sentence"]}
-    cached = {key: value for key, value in samples.items() if "image" not in key} | features
-    cached |= {f"reference_{name}": image[name] for name in ("tokens", "pooled")}
-    cached |= {f"target_{name}": image[name].flip(0) for name in ("tokens", "pooled")}
-    assert model(cached)["loss"].item() == pytest.approx(model(samples)["loss"].item(), rel=1e-5)
-    query = model.encode_query(texts=TEXTS, **image, text_features=features)
-    scores = model.score(query, model.encode_image(**image))
-    assert torch.allclose(scores, model.score(model.encode_query(pixels, TEXTS), model.encode_image(pixels)), atol=1e-5)
-    with pytest.raises(ValueError, match="give an image as pixels, or its cached pooled"):
-        model.encode_image(tokens=image["tokens"])
-
-
-def test_no_encoder_runs_for_what_a_method_does_not_read(built, pixels, samples):
+def test_no_encoder_runs_for_what_a_method_does_not_read(built):
+    pixels = tiny.pixels(built["sum"])
     for method, side in (("image_only", "text"), ("text_only", "image")):
         model = copy.deepcopy(built[method]).eval()
-        model.reference_negatives = False
+        model.matching_loss.reference_negatives = False
         calls = []
         getattr(model.backbone, side).register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model.encode_query(pixels, TEXTS)
         assert not calls
-        model(samples)
+        model(tiny.samples(pixels))
         assert len(calls) == (0 if side == "text" else 1)  # the target alone
 
 
-def save(model, path):
-    state, frozen = checkpoint.model_state(model)
-    checkpoint.save({"architecture": model.checkpoint_header(), "model": state, "frozen": frozen}, path)
-    return path
+def test_only_what_a_method_reads_has_weights(built):
+    for method, model in built.items():
+        names = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+        assert ("sentence_projection" in names) is (method not in ("image_only", "cross_attention"))
+        assert ("absent_image" in names) is (method != "text_only")
+        assert {"word_projection", "image_projection", "absent_word"} <= names or method != "cross_attention"
 
 
-@torch.no_grad()
-def test_a_checkpoint_brings_the_method(model, pixels, tmp_path):
-    path = save(model, tmp_path / "best.pth")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        loaded = neucore_plugin.load_model(path)
-    assert type(loaded) is CirBaseline and loaded.title == model.title and not loaded.training
-    scores = [m.score(m.encode_query(pixels, TEXTS), m.encode_image(pixels)) for m in (model, loaded)]
-    assert torch.equal(*scores) and loaded.fingerprint() == model.fingerprint()
-    assert loaded.concept_maps(pixels, TEXTS, pixels) == [[], [], []]
-    held = trust.section_of(path, {})["config"]
-    assert (held["arch"], held["method"]) == ("cir_baseline", model.title)
+def test_a_checkpoint_brings_the_method(built, tmp_path):
+    path = tiny.save(built["tirg"], tmp_path / "best.pth")
+    assert type(neucore_plugin.load_model(path)) is CirBaseline
+    section = trust.section_of(path, {})["config"]
+    assert (section["arch"], section["method"]) == ("cir_baseline", "tirg")
 
 
 @pytest.mark.filterwarnings("ignore:.*random weights")
@@ -189,7 +74,7 @@ def test_on_other_encoders(method, tmp_path):
     """A CLIP ResNet, whose pooled vector has a width of its own, and a text encoder that is trained with the head."""
     image = {"name": "clip", "config": clip_case.RESNET, "pretrained": "none"}
     text = {"name": "glove_bigru", "word_dim": 8, "width": 16}
-    section = {**SECTION, "method": method, "backbone": {"image": image, "text": text}}
+    section = {**BASELINE, "method": method, "backbone": {"image": image, "text": text}}
     model = CirBaseline.from_config(section, vocabulary=ConceptVocabulary(("blue",)), captions=TEXTS)
     assert model.pooled_projection[1].in_features == 24
     assert model.image_projection is None or model.image_projection[1].in_features == 256
@@ -199,19 +84,19 @@ def test_on_other_encoders(method, tmp_path):
     model.train()({"reference_image": pixels, "target_image": pixels.flip(0), **texts, **keys})["loss"].backward()
     assert model.backbone.text.embedding.weight.grad.abs().sum() > 0
     with torch.no_grad():
-        loaded = neucore_plugin.load_model(save(model, tmp_path / "best.pth"))
+        loaded = neucore_plugin.load_model(tiny.save(model, tmp_path / "best.pth"))
         assert loaded.backbone.text.words == model.backbone.text.words
         scores = [m.score(m.encode_query(pixels, TEXTS), m.encode_image(pixels)) for m in (model.eval(), loaded)]
     assert torch.equal(*scores)
 
 
 def test_checkpoints_of_another_model_or_method_are_refused(built, tmp_path):
-    path = save(built["tirg"], tmp_path / "best.pth")
+    path = tiny.save(built["tirg"], tmp_path / "best.pth")
     with pytest.raises(CheckpointError, match="holds a model of architecture 'cir_baseline', not 'neucore'"):
         NeucoreModel.from_checkpoint(path)
     with pytest.raises(CheckpointError, match="other settings(?s:.)*method: 'tirg' in the checkpoint, 'sum' in"):
-        CirBaseline.from_config({**SECTION, "method": "sum", "checkpoint": str(path)})
-    changed = {**SECTION, "method": "tirg", "query_dropout": {"image": 0.5}, "checkpoint": str(path)}
+        CirBaseline.from_config({**BASELINE, "method": "sum", "checkpoint": str(path)})
+    changed = {**BASELINE, "method": "tirg", "query_dropout": {"image": 0.5}, "checkpoint": str(path)}
     assert CirBaseline.from_config(changed).query_dropout["image"] == 0.5
     stored = checkpoint.load(path)
     stored["architecture"]["arch"] = "blip"
@@ -229,7 +114,7 @@ def test_the_host_loads_it_by_name(built, tmp_path):
         assert load_model("cir_baseline", is_eval=True).title == "combiner"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        path = save(built["artemis"], tmp_path / "best.pth")
+        path = tiny.save(built["artemis"], tmp_path / "best.pth")
         loaded = load_model("cir_baseline", checkpoint=str(path), is_eval=True)
     assert loaded.title == "artemis" and type(loaded.matching) is Artemis
 
@@ -293,9 +178,9 @@ def test_other_ways_to_a_bad_model_are_told_too(built):
     with pytest.raises(ConfigError, match=r"model\.method: is a setting of cir_baseline, not of neucore"):
         loading.load_config(EMOJI, ["model.method=tirg"])
     with pytest.raises(ConfigError, match="'combinner' is no baseline. Did you mean 'combiner'"):
-        CirBaseline(built["sum"].backbone, ConceptVocabulary(()), 8, "combinner", {}, query_dropout={})
+        CirBaseline(embed_dim=8, method="combinner", options={}, matching={})
     with pytest.raises(ConfigError, match="model.dropout: got 0.1; sum has none"):
-        CirBaseline.from_config({**SECTION, "method": "sum", "dropout": 0.1})
+        CirBaseline.from_config({**BASELINE, "method": "sum", "dropout": 0.1})
 
 
 # ---- end to end ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import reference
+import tiny
 import torch
 from places import ROOT
 
@@ -26,8 +27,8 @@ def rand(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def build(*args: object, **kwargs: object) -> Matching:
-    return Matching(D, *args, **kwargs).double()
+def build(**settings: object) -> Matching:
+    return Matching(dim=D, **{**tiny.MATCHING, **settings}).double()
 
 
 def encodings(queries: int = Q, images: int = G) -> tuple[dict, dict]:
@@ -54,7 +55,7 @@ def loops(query: dict, gallery: dict, terms: list[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize("terms", SUBSETS, ids="+".join)
 def test_every_way_to_score_equals_loops(terms: list[str]) -> None:
-    matching, (query, gallery) = build(terms), encodings()
+    matching, (query, gallery) = build(terms=terms), encodings()
     query["fused"][1] = query["text"][2] = query["background"][3] = gallery["fg"][4] = gallery["bg"][5] = 0.0
     expected = loops(query, gallery, terms)
     torch.testing.assert_close(matching.score(query, gallery), expected)  # in place
@@ -64,8 +65,6 @@ def test_every_way_to_score_equals_loops(terms: list[str]) -> None:
         for q in range(Q):  # matrix-vector products
             one = {key: value[q : q + 1] for key, value in query.items()}
             torch.testing.assert_close(matching.score(one, gallery), expected[q : q + 1])
-            pairs = {key: value[q : q + 1].expand(G, -1) for key, value in query.items()}
-            torch.testing.assert_close(matching.score_pairs(pairs, gallery), expected[q])
 
 
 @pytest.mark.parametrize("queries", [1, Q])
@@ -102,7 +101,7 @@ def test_scores_do_not_depend_on_lengths_and_stay_within_the_number_of_terms() -
     assert scores.abs().max() <= 3
     itself = {**query, "background": gallery["bg"][:Q], "fused": gallery["fg"][:Q]}
     torch.testing.assert_close(
-        build(["fused", "background"]).score(itself, gallery).diag(), torch.full((Q,), 2.0).double()
+        build(terms=["fused", "background"]).score(itself, gallery).diag(), torch.full((Q,), 2.0).double()
     )
 
 
@@ -118,23 +117,18 @@ def test_text_and_attention_of_a_query() -> None:
         logits = reference.linear(reference.relu(reference.linear(sentence[q].tolist(), *first)), *last)
         expected = torch.tensor(reference.softmax(logits), dtype=torch.float64)
         torch.testing.assert_close(encoding["attention"][q], expected)
-    assert set(build(["fused"]).query(rand(Q, D), sentence, rand(Q, D))) == {"fused", "background"}
-    assert [name for name, _ in build(["fused"]).named_parameters()] == ["temperature"]
+    assert set(build(terms=["fused"]).query(rand(Q, D), sentence, rand(Q, D))) == {"fused", "background"}
+    assert [name for name, _ in build(terms=["fused"]).named_parameters()] == ["temperature"]
 
 
-def test_gradients_of_scores_and_loss() -> None:
+def test_gradients_of_scores() -> None:
     matching, (query, gallery) = build(), encodings(3, 3)
     values = [v.requires_grad_() for v in (*query.values(), *gallery.values())]
 
     def sides(tensors: tuple[torch.Tensor, ...]) -> tuple[dict, dict]:
         return dict(zip(query, tensors[:4], strict=True)), dict(zip(gallery, tensors[4:], strict=True))
 
-    def loss(*tensors: torch.Tensor) -> torch.Tensor:
-        return matching.contrastive_loss(matching.score(*sides(tensors)), torch.tensor([0, 1, 0]).expand(3, 3) == 1)
-
     assert torch.autograd.gradcheck(lambda *t: matching.score(*sides(t)), values)
-    assert torch.autograd.gradcheck(lambda *t: matching.score_pairs(*sides(t)), values)
-    assert torch.autograd.gradcheck(loss, values)
 
 
 @pytest.mark.parametrize("zero", ["query", "gallery", "both"])
@@ -144,10 +138,8 @@ def test_zero_vectors_have_score_and_gradient_zero(zero: str) -> None:
         sides[name] = {k: v if k == "attention" else torch.zeros_like(v) for k, v in sides[name].items()}
     query, gallery = ({k: v.requires_grad_() for k, v in side.items()} for side in sides.values())
     scores = matching.score(query, gallery)
-    pairs = matching.score_pairs(query, {k: v[:Q] for k, v in gallery.items()})
-    (scores.sum() + pairs.sum()).backward()
+    scores.sum().backward()
     assert not scores.any()
-    assert not pairs.any()
     for value in (*query.values(), *gallery.values()):
         assert not value.grad.any()
     with torch.no_grad():
@@ -157,15 +149,13 @@ def test_zero_vectors_have_score_and_gradient_zero(zero: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    matching = Matching(D)
+    matching = Matching(dim=D, **tiny.MATCHING)
     query, gallery = ({k: v.to(dtype) for k, v in side.items()} for side in encodings())
     exact = matching.score(*({k: v.double() for k, v in side.items()} for side in (query, gallery)))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         for scores in (matching.score(query, gallery), matching.score({k: v[:1] for k, v in query.items()}, gallery)):
             assert scores.dtype == torch.float32
             torch.testing.assert_close(scores.double(), exact[: len(scores)], atol=2e-6, rtol=0)
-        pairs = matching.score_pairs(query, {k: v[:Q] for k, v in gallery.items()})
-        torch.testing.assert_close(pairs.double(), exact.diagonal(), atol=2e-6, rtol=0)
 
 
 def test_empty_sides() -> None:
@@ -176,38 +166,16 @@ def test_empty_sides() -> None:
     assert matching.score(query, gallery).shape == (Q, 0)
 
 
-@pytest.mark.parametrize("columns", [4, 7])
-@pytest.mark.parametrize("share", [None, 0.0, 0.4, 1.0])
-def test_contrastive_loss_equals_loops(share: float | None, columns: int) -> None:
-    """Also with more columns than rows (further negatives), and where a row has no rival left."""
-    matching, scores = build(temperature=1.2), rand(4, columns)
-    also_right = None if share is None else torch.rand(4, columns) < share
-    expected = reference.contrastive_loss(scores.tolist(), 1.2, None if share is None else also_right.tolist())
-    loss = matching.contrastive_loss(scores, also_right)
-    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
-
-
-def test_contrastive_loss_in_closed_form() -> None:
-    matching = build(temperature=0.0)
-    assert matching.contrastive_loss(torch.zeros(4, 4)).item() == pytest.approx(math.log(4))
-    assert matching.contrastive_loss(torch.zeros(4, 6)).item() == pytest.approx(math.log(6))
-    pairs = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2)).bool()
-    assert matching.contrastive_loss(torch.zeros(4, 4), pairs).item() == pytest.approx(math.log(3))
-    assert matching.contrastive_loss(torch.zeros(1, 1)).item() == 0.0
-    assert matching.contrastive_loss(10 * torch.eye(2)).item() == pytest.approx(math.log1p(math.exp(-10)), rel=1e-3)
-
-
-def test_temperature_is_learned_and_bounded() -> None:
+def test_the_factor_is_learned_and_bounded() -> None:
     matching = build()
-    matching.contrastive_loss(rand(4, 4)).backward()
+    matching.factor().backward()
     assert matching.temperature.grad.abs() > 0
     assert build(learn_temperature=False).temperature.requires_grad is False
     assert "temperature" in build(learn_temperature=False).state_dict()
     with torch.no_grad():
         matching.temperature.fill_(50.0)
-    scores = torch.tensor([[0.0, 0.1], [0.1, 0.0]], dtype=torch.float64)
-    expected = math.log1p(math.exp(10.0))  # a factor of 100
-    assert matching.contrastive_loss(scores).item() == pytest.approx(expected)
+    assert matching.factor().item() == pytest.approx(100.0)
+    assert build(temperature=5.0, released=True).factor().item() == pytest.approx(math.exp(5.0))
 
 
 BAD_SETTINGS = {
@@ -233,14 +201,8 @@ BAD = {
     "keys": (lambda m, q, g: m.score({"fused": q["fused"]}, g), "lack background, text, attention; make them with"),
     "bg missing": (lambda m, q, g: m.score(q, {"fg": g["fg"]}), "lack bg"),
     "chunk": (lambda m, q, g: m.score(q, g, chunk=0), "chunk is 0"),
-    "pairs": (lambda m, q, g: m.score_pairs(q, g), r"gallery of pairs \[B,D\] has shape \[7, 6\], expected \[5, 6\]"),
     "sentence": (lambda m, q, g: m.query(rand(Q, D), rand(6, D), rand(Q, D)), r"sentence vectors .* \[6, 6\]"),
     "gallery": (lambda m, q, g: m.gallery(rand(G, D), rand(G)), r"gallery backgrounds .* \[7\]"),
-    "scores": (lambda m, q, g: m.contrastive_loss(rand(5, 4)), r"batch scores have shape \[5, 4\]"),
-    "right": (
-        lambda m, q, g: m.contrastive_loss(rand(4, 4), torch.ones(4, 3)),
-        r"also_right \[B,G\] has shape \[4, 3\]",
-    ),
 }
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 import reference
+import tiny
 import torch
 
 from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.models.layers import masked_softmax
 from neucore_plugin.models.progressive_fusion import (
     AdaptiveInstanceNorm,
     AttendedEntities,
@@ -16,7 +18,7 @@ from neucore_plugin.models.progressive_fusion import (
 B, N, K, L, D, S = 3, 4, 2, 5, 6, 3
 WORDS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
 CONCEPTS = torch.tensor([[1, 1], [1, 0], [0, 0]], dtype=torch.bool)
-TOKENS = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+VALID = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)  # of an executor's tokens
 FORMS = {"progressive": {}, "two layers": {"layers": 2, "module_depth": 2}, "mixture": {"mode": "mixture", "layers": 2}}
 
 
@@ -29,12 +31,21 @@ def rand(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def build(cls: type, *args: object, **kwargs: object) -> torch.nn.Module:
-    return cls(*args, **kwargs).double().eval()
+def build(cls: type, **settings: object) -> torch.nn.Module:
+    return cls(**settings).double().eval()
 
 
-def fusion(**kwargs: object) -> ProgressiveFusion:
-    return build(ProgressiveFusion, D, **{"steps": S, "heads": 2, "head_dim": 3, "mlp_ratio": 2.0, **kwargs})
+def fusion(**changes: object) -> ProgressiveFusion:
+    return build(ProgressiveFusion, dim=D, **{**tiny.FUSION, "steps": S, **changes})
+
+
+def executor(**changes: object) -> Executor:
+    settings = {"dim": D, "entity_dim": 5, "depth": 1, "heads": 2, "head_dim": 4, "mlp_ratio": 2.0, "dropout": 0.0}
+    return build(Executor, **{**settings, "released": False, "linears": 2, **changes})
+
+
+def instructions(**changes: object) -> InstructionWeights:
+    return build(InstructionWeights, **{"dim": D, "layers": 2, "steps": S, "gumbel": False, "linears": 2, **changes})
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -46,7 +57,6 @@ def batch() -> dict[str, torch.Tensor]:
         "words": rand(B, L, D),
         "word_mask": WORDS,
         "sentence": rand(B, D),
-        "reference_mask": TOKENS,
     }
 
 
@@ -54,11 +64,17 @@ def pair(linear: torch.nn.Linear) -> tuple[list, list]:
     return linear.weight.tolist(), linear.bias.tolist()
 
 
+def test_masked_softmax_takes_extreme_logits() -> None:
+    logits = torch.tensor([[1e30, -1e30, 5.0], [1e30, 1.0, 1.0]], dtype=torch.float64)
+    mask = torch.tensor([[False, True, False], [False, True, True]])
+    assert masked_softmax(logits, mask).tolist() == [[0.0, 1.0, 0.0], [0.0, 0.5, 0.5]]
+
+
 # --- attended entities
 
 
 def test_attended_entities_equal_loops() -> None:
-    module, m, words = build(AttendedEntities, D, S), rand(B, D), rand(B, L, D)
+    module, m, words = build(AttendedEntities, dim=D, steps=S), rand(B, D), rand(B, L, D)
     entities, weights = module(m, words, WORDS)
     for b in range(B):
         expected = reference.attended_entities(
@@ -73,8 +89,8 @@ def test_attended_entities_equal_loops() -> None:
 
 
 def test_attended_entities_in_closed_form() -> None:
-    module, m, words = build(AttendedEntities, D, S), rand(B, D), rand(B, L, D)
-    entities, weights = module(m, words[:, :1])  # one word: it is the entity of every step
+    module, m, words = build(AttendedEntities, dim=D, steps=S), rand(B, D), rand(B, L, D)
+    entities, weights = module(m, words[:, :1], WORDS[:1, :1].expand(B, 1))  # one word: it is the entity of every step
     torch.testing.assert_close(entities, words[:, :1].expand(-1, S, -1))
     assert (weights == 1).all()
     torch.nn.init.zeros_(module.alpha.weight)  # equal scores: the mean of the valid words
@@ -84,7 +100,7 @@ def test_attended_entities_in_closed_form() -> None:
 
 
 def test_attended_entities_without_words_are_zero_and_train() -> None:
-    module, words = AttendedEntities(D, S).double(), rand(B, L, D).requires_grad_()
+    module, words = build(AttendedEntities, dim=D, steps=S), rand(B, L, D).requires_grad_()
     entities, weights = module(rand(B, D), words, WORDS)
     assert not entities[2].any()
     assert not weights[2].any()
@@ -101,7 +117,7 @@ def test_attended_entities_without_words_are_zero_and_train() -> None:
 
 
 def test_instruction_weights_are_distributions_without_gradient_to_the_sentence() -> None:
-    module, sentence = build(InstructionWeights, D, 2, S), rand(B, D).requires_grad_()
+    module, sentence = instructions(), rand(B, D).requires_grad_()
     weights = module(sentence)
     assert weights.shape == (B, 2, S)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(B, 2, dtype=torch.float64))
@@ -111,17 +127,17 @@ def test_instruction_weights_are_distributions_without_gradient_to_the_sentence(
 
 
 def test_gumbel_noise_in_training_only() -> None:
-    noisy, sentence = InstructionWeights(D, 1, S, gumbel=True), torch.randn(B, D)
+    noisy, sentence = instructions(layers=1, gumbel=True).train(), rand(B, D)
     assert not torch.equal(noisy(sentence), noisy(sentence))
     noisy.eval()
     assert torch.equal(noisy(sentence), noisy(sentence))
-    silent = InstructionWeights(D, 1, S)
+    silent = instructions().train()
     assert torch.equal(silent(sentence), silent(sentence))
     # argmax of logits plus Gumbel noise is a draw from their softmax
     torch.nn.init.zeros_(noisy.mlp[2].weight)
     with torch.no_grad():
         noisy.mlp[2].bias.copy_(torch.tensor([0.5, 0.3, 0.2]).log())
-        drawn = noisy.train()(torch.zeros(20000, D)).argmax(dim=-1).flatten().bincount(minlength=S) / 20000
+        drawn = noisy.train()(torch.zeros(20000, D).double()).argmax(dim=-1).flatten().bincount(minlength=S) / 20000
     torch.testing.assert_close(drawn, torch.tensor([0.5, 0.3, 0.2]), atol=0.015, rtol=0)
 
 
@@ -132,26 +148,25 @@ def test_norm_equals_instance_norm_of_torch_without_padding() -> None:
     x, scale, shift = rand(B, N, D), rand(B, D), rand(B, D)
     expected = torch.nn.functional.instance_norm(x.transpose(1, 2), eps=1e-6).transpose(1, 2)
     expected = expected * scale[:, None] + shift[:, None]
-    torch.testing.assert_close(AdaptiveInstanceNorm()(x, scale, shift), expected)
-    torch.testing.assert_close(AdaptiveInstanceNorm(masked_statistics=False)(x, scale, shift, TOKENS), expected)
+    torch.testing.assert_close(AdaptiveInstanceNorm()(x, scale, shift, None), expected)
 
 
 def test_norm_of_valid_tokens_equals_loops() -> None:
     x, scale, shift = rand(B, N, D), rand(B, D), rand(B, D)
-    out = AdaptiveInstanceNorm()(x, scale, shift, TOKENS)
+    out = AdaptiveInstanceNorm()(x, scale, shift, VALID)
     for b in range(2):
-        expected = reference.adaptive_norm(x[b].tolist(), scale[b].tolist(), shift[b].tolist(), TOKENS[b].tolist())
+        expected = reference.adaptive_norm(x[b].tolist(), scale[b].tolist(), shift[b].tolist(), VALID[b].tolist())
         torch.testing.assert_close(out[b], torch.tensor(expected, dtype=torch.float64))
     assert torch.isfinite(out).all()
-    single = AdaptiveInstanceNorm()(x[:, :1], scale, shift, TOKENS[:, :1])  # no variance: the shift is left
+    single = AdaptiveInstanceNorm()(x[:, :1], scale, shift, VALID[:, :1])  # no variance: the shift is left
     torch.testing.assert_close(single[0], shift[:1])
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_executor_equals_loops(depth: int) -> None:
-    module, x, entity = build(Executor, D, 5, depth, 2, 4, 2.0), rand(B, N, D), rand(B, 5)
+    module, x, entity = executor(depth=depth), rand(B, N, D), rand(B, 5)
     torch.nn.init.normal_(module.generator[2].bias)
-    mask = TOKENS.clone()
+    mask = VALID.clone()
     mask[2, 1] = True
     out = module(x, entity, mask)
     weights = {name: value.tolist() for name, value in module.state_dict().items()}
@@ -161,7 +176,7 @@ def test_executor_equals_loops(depth: int) -> None:
 
 
 def test_executor_starts_near_scale_one_and_shift_zero() -> None:
-    parameters = Executor(64, 64, depth=2).instantiate(torch.randn(B, 64))
+    parameters = executor(dim=64, entity_dim=64, depth=2).instantiate(rand(B, 64))
     assert parameters.shape == (B, 4, 2, 64)
     assert parameters[:, :, 0].abs().mean() < 0.3
     assert (parameters[:, :, 1] - 1).abs().mean() < 0.3
@@ -169,12 +184,12 @@ def test_executor_starts_near_scale_one_and_shift_zero() -> None:
 
 
 def test_gradients_of_entities_and_executor() -> None:
-    attend, execute = build(AttendedEntities, D, 2), build(Executor, D, D, 1, 2, 3, 2.0)
+    attend, execute = build(AttendedEntities, dim=D, steps=2), executor(entity_dim=D, head_dim=3)
     assert torch.autograd.gradcheck(
         lambda m, w: attend(m, w, WORDS), (rand(B, D).requires_grad_(), rand(B, L, D).requires_grad_())
     )
     assert torch.autograd.gradcheck(
-        lambda x, e: execute(x, e, TOKENS), (rand(B, N, D).requires_grad_(), rand(B, D).requires_grad_())
+        lambda x, e: execute(x, e, VALID), (rand(B, N, D).requires_grad_(), rand(B, D).requires_grad_())
     )
 
 
@@ -182,7 +197,7 @@ def test_gradients_of_entities_and_executor() -> None:
 
 
 def test_chain_feeds_each_step_with_the_output_of_the_one_before() -> None:
-    model, inputs = fusion(layers=2), {**batch(), "reference_mask": None}
+    model, inputs = fusion(layers=2), batch()
     entities, _ = model.attend(inputs["sentence"], inputs["words"], WORDS)
     x = torch.cat([inputs["reference_fg"][:, None], inputs["reference_tokens"], inputs["concepts"]], dim=1)
     mask = torch.cat([torch.ones(B, 1 + N, dtype=torch.bool), CONCEPTS], dim=1)
@@ -194,7 +209,7 @@ def test_chain_feeds_each_step_with_the_output_of_the_one_before() -> None:
 
 
 def test_mixture_sums_executors_by_instruction_weights() -> None:
-    model, inputs = fusion(mode="mixture", layers=2), {**batch(), "reference_mask": None}
+    model, inputs = fusion(mode="mixture", layers=2), batch()
     out = model(**inputs)
     x = torch.cat([inputs["reference_fg"][:, None], inputs["reference_tokens"], inputs["concepts"]], dim=1)
     mask = torch.cat([torch.ones(B, 1 + N, dtype=torch.bool), CONCEPTS], dim=1)
@@ -210,13 +225,13 @@ def test_mixture_sums_executors_by_instruction_weights() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_padding_and_batch_mates_do_not_matter(form: str) -> None:
     model, inputs = fusion(**FORMS[form]), batch()
-    spoiled = dict(inputs)
-    for key, mask in (("reference_tokens", TOKENS), ("concepts", CONCEPTS), ("words", WORDS)):
+    spoiled = dict(inputs)  # with NaN at padding: nothing may read it
+    for key, mask in (("concepts", CONCEPTS), ("words", WORDS)):
         spoiled[key] = inputs[key].masked_fill(~mask[..., None], float("nan"))
     together = model(**spoiled)
-    for b, (n, k, w) in enumerate([(4, 2, 5), (3, 1, 2), (0, 0, 0)]):
+    for b, (k, w) in enumerate([(2, 5), (1, 2), (0, 0)]):
         one = {key: value[b : b + 1] for key, value in inputs.items()}
-        cut = {"reference_tokens": n, "reference_mask": n, "concepts": k, "concept_mask": k, "words": w, "word_mask": w}
+        cut = {"concepts": k, "concept_mask": k, "words": w, "word_mask": w}
         one.update({key: one[key][:, :size] for key, size in cut.items()})
         alone = model(**one)
         torch.testing.assert_close(together["fused"][b : b + 1], alone["fused"])
@@ -227,7 +242,7 @@ def test_padding_and_batch_mates_do_not_matter(form: str) -> None:
 
 def test_released_form_reads_padded_concepts() -> None:
     """What the default mends: there, more padding changes the result."""
-    inputs = {**batch(), "reference_mask": None}
+    inputs = batch()
     wider = {
         **inputs,
         "concepts": torch.nn.functional.pad(inputs["concepts"], (0, 0, 0, 3)),
@@ -236,6 +251,7 @@ def test_released_form_reads_padded_concepts() -> None:
     released, mended = fusion(mode="mixture", released=True), fusion(mode="mixture")
     assert not torch.allclose(released(**inputs)["fused"], released(**wider)["fused"])
     torch.testing.assert_close(mended(**inputs)["fused"], mended(**wider)["fused"])
+    torch.testing.assert_close(released(**inputs, alone=True)["fused"], released(**wider, alone=True)["fused"])
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -254,13 +270,6 @@ def test_every_parameter_gets_a_finite_gradient(form: str) -> None:
     assert [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
 
 
-def test_a_query_without_image_is_read_from_the_foreground_slot_and_depends_on_the_words() -> None:
-    model, inputs = fusion(), batch()
-    inputs["reference_mask"] = torch.zeros_like(TOKENS)
-    first = model(**inputs)["fused"]
-    assert not torch.allclose(first, model(**{**inputs, "words": rand(B, L, D)})["fused"])
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_evaluation_is_deterministic(form: str) -> None:
     model, inputs = fusion(**FORMS[form], dropout=0.3), batch()
@@ -277,7 +286,6 @@ BAD = {
     "words": (torch.zeros(B + 1, L, D), r"word vectors \[B,L,D\] has shape \[4, 5, 6\], expected \[3, any, 6\]"),
     "word_mask": (torch.zeros(B, L + 1), r"word mask \[B,L\] has shape \[3, 6\]"),
     "sentence": (torch.zeros(B + 1, D), r"sentence vectors \[B,D\] has shape \[4, 6\]"),
-    "reference_mask": (torch.zeros(B, N + 1), r"reference mask \[B,N\] has shape \[3, 5\]"),
 }
 
 
@@ -288,14 +296,17 @@ def test_bad_input(key: str) -> None:
         fusion()(**{**batch(), key: value.double()})
 
 
-def test_bad_executor_input() -> None:
-    executor = build(Executor, D, 5)
-    with pytest.raises(ValueError, match=r"entity \[B,E\] has shape \[3, 6\], expected \[any, 5\]"):
-        executor(rand(B, N, D), rand(B, D))
-    with pytest.raises(ValueError, match=r"executor input \[B,M,D\] has shape \[3, 4, 7\]"):
-        executor(rand(B, N, D + 1), rand(B, 5))
-    with pytest.raises(ValueError, match=r"executor mask \[B,M\] has shape \[3, 5\]"):
-        executor(rand(B, N, D), rand(B, 5), torch.ones(B, N + 1))
+@pytest.mark.parametrize(
+    ("x", "entity", "mask", "message"),
+    [
+        ((B, N, D), (B, D), (B, N), r"entity \[B,E\] has shape \[3, 6\], expected \[any, 5\]"),
+        ((B, N, D + 1), (B, 5), (B, N), r"executor input \[B,M,D\] has shape \[3, 4, 7\]"),
+        ((B, N, D), (B, 5), (B, N + 1), r"executor mask \[B,M\] has shape \[3, 5\]"),
+    ],
+)
+def test_bad_executor_input(x: tuple, entity: tuple, mask: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        executor()(rand(*x), rand(*entity), torch.ones(mask))
 
 
 BAD_SETTINGS = {
