@@ -10,6 +10,7 @@ import tiny
 import torch
 import yaml
 from places import PROJECTS
+from shapes import write_tiny
 from tiny import BASELINE, TEXTS
 
 import neucore_plugin
@@ -189,13 +190,11 @@ def test_other_ways_to_a_bad_model_are_told_too(built):
 @pytest.fixture(scope="module")
 def runs(shapes_root, cache_root, tmp_path_factory):
     """Three epochs of two methods from one yaml of NEUCORE: {method: output folder}, and that yaml."""
-    import conftest
-
     def change(content):
         for key in ("concept_alignment", "fusion", "loss"):
             content["model"].pop(key)
 
-    path = conftest.write_tiny(shapes_root, cache_root, tmp_path_factory.mktemp("baselines"), change)
+    path = write_tiny(shapes_root, cache_root, tmp_path_factory.mktemp("baselines"), change)
     folders = {}
     for method in ("artemis", "text_only"):
         folders[method] = path.parent / method
