@@ -190,6 +190,7 @@ def test_other_ways_to_a_bad_model_are_told_too(built):
 @pytest.fixture(scope="module")
 def runs(shapes_root, cache_root, tmp_path_factory):
     """Three epochs of two methods from one yaml of NEUCORE: {method: output folder}, and that yaml."""
+
     def change(content):
         for key in ("concept_alignment", "fusion", "loss"):
             content["model"].pop(key)
