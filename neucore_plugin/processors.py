@@ -12,10 +12,8 @@ from torchvision.transforms import InterpolationMode
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.text import clean_caption
+from neucore_plugin.config.names import AUGMENTS, FITS
 from neucore_plugin.host.registration import register_processor
-
-FITS = ("pad", "crop", "stretch")
-AUGMENTS = ("none", "crop_flip")
 
 
 @register_processor("cir_image")

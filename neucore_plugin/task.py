@@ -14,6 +14,7 @@ from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError, DataError, nearest
 from neucore_plugin.common.files import features_dir
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, cached_concepts
+from neucore_plugin.config.crosschecks import unknown_splits
 from neucore_plugin.datasets.encode_ahead import encode_ahead
 from neucore_plugin.datasets.triplets import TripletDataset
 from neucore_plugin.evaluation.evaluator import Evaluator
@@ -49,12 +50,7 @@ class ComposedImageRetrievalTask(BaseTask):
         wanted = [split for splits in named.values() for split in splits]
         datasets = {name: _builder(cfg, name, wanted).build_datasets() for name in cfg.datasets_cfg}
         known = list(dict.fromkeys(split for splits in datasets.values() for split in splits))
-        problems = [
-            f"run.{key}: no data set of this config has a split {split!r}.{nearest(split, known)}"
-            for key, splits in named.items()
-            for split in splits
-            if split not in known
-        ]
+        problems = [": ".join(found) for found in unknown_splits(self.run, datasets, known)]
         if problems:
             raise ConfigError("\n".join(problems))
         # Test a split with every protocol of its data set: "val" becomes "val", "val@soft", ...; one after the other,

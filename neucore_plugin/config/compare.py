@@ -1,5 +1,6 @@
-"""A config against the one that a checkpoint was trained with: what may differ, and what must not."""
+"""What may differ between a config and the one that a checkpoint (`model`) or a run (all of it) was started with."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,25 +22,33 @@ _IGNORED += ("backbone.text.glove_words",)
 
 
 def reconciled(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored model section with the training settings of `wanted`. Raises CheckpointError on other differences."""
-    theirs, mine = _flat(stored), _flat(wanted)
+    """The `model` section to build a checkpoint's model with, from the one `stored` in it and the `wanted` one.
+
+    What decides the architecture or the concepts must be equal: CheckpointError lists all that is not, by key. What
+    only concerns the training is taken from `wanted`, and so is the place of frozen weights that the file leaves out;
+    where weights once came from does not matter.
+    """
+    result, old, new = copy.deepcopy(dict(stored)), _leaves(stored), _leaves(wanted)
     problems = [
-        f"model.{key}: {theirs.get(key)!r} in the checkpoint, {mine.get(key)!r} in the config"
-        for key in sorted(theirs.keys() | mine.keys())
-        if theirs.get(key) != mine.get(key)
+        f"model.{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} in the config"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
         and not _within(key, _TRAINING + _PLACES + _IGNORED)
-        and not (key.endswith((".quick_gelu", ".module")) and mine.get(key) is None)  # the checkpoint knows
+        and not (key.endswith((".quick_gelu", ".module")) and new.get(key) is None)  # the checkpoint knows
     ]
     if problems:
         listed = "\n  ".join(problems)
         raise CheckpointError(
             f"{path} was trained with other settings; give the config the same, or train anew\n  {listed}"
         )
-    result = _copied(stored)
-    for key, value in mine.items():
-        elsewhere = _within(key, _PLACES) and value is not None and theirs.get(key) != "none"
+    for key, value in new.items():
+        elsewhere = _within(key, _PLACES) and value is not None and old.get(key) != "none"
         if _within(key, _TRAINING) or elsewhere:
-            _put(result, key, value)
+            *outer, last = key.split(".")
+            section = result
+            for name in outer:
+                section = section.setdefault(name, {})
+            section[last] = value
     return result
 
 
@@ -47,38 +56,18 @@ def _within(key: str, places: tuple[str, ...]) -> bool:
     return any(key == place or key.startswith(f"{place}.") for place in places)
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _copied(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in section.items()}
-
-
-def _put(section: dict[str, Any], key: str, value: Any) -> None:
-    *outer, last = key.split(".")
-    for name in outer:
-        section = section.setdefault(name, {})
-    section[last] = value
-
-
-# Keys of `run` that may differ between two runs that compute the same thing (the runner's rule for resume uses it too).
-_FOLDERS_AND_LOG = ("output_dir", "resume", "evaluate", "report", "log_freq", "checkpoint_every_iters")
+# Keys of `run` that change where and how something is done, not what comes out: a run may be continued with others.
+# The number of processes is compared when the checkpoint is read.
+_FOLDERS_AND_LOG = ("output_dir", "job_id", "resume", "evaluate", "report", "log_freq", "checkpoint_every_iters")
 _LOADING = ("num_workers", "cache_dir", "cache_features", "batch_size_eval", "score_chunk", "use_dist_eval_sampler")
-_PROCESSES = ("device", "distributed", "dist_url", "dist_backend", "rank", "gpu")
-NOT_IN_FINGERPRINT = frozenset((*_FOLDERS_AND_LOG, *_LOADING, *_PROCESSES))
-# Keys that change where and how something is done, not what comes out; a run may be continued with others. The number
-# of processes is compared when the checkpoint is read.
-HARMLESS = NOT_IN_FINGERPRINT | {"world_size", "job_id"}
+_PROCESSES = ("device", "distributed", "dist_url", "dist_backend", "rank", "gpu", "world_size")
+_HARMLESS = frozenset((*_FOLDERS_AND_LOG, *_LOADING, *_PROCESSES))
 
 
-def essential(config: Mapping[str, Any]) -> dict[str, Any]:
+def _essential(config: Mapping[str, Any]) -> dict[str, Any]:
     """The plain config without the keys of `run` that are harmless and without cache folders."""
     kept = {key: value for key, value in config.items() if key != "run"}
-    kept["run"] = {key: value for key, value in (config.get("run") or {}).items() if key not in HARMLESS}
+    kept["run"] = {key: value for key, value in (config.get("run") or {}).items() if key not in _HARMLESS}
     return _without_caches(json.loads(json.dumps(kept, default=str)))  # as it stands in run.json
 
 
@@ -90,12 +79,12 @@ def _without_caches(value: Any) -> Any:
 
 def config_fingerprint(config: Mapping[str, Any]) -> str:
     """sha256 of the essential part of a plain config, whatever the order of its keys."""
-    return sha256_text(json.dumps(essential(config), sort_keys=True, ensure_ascii=False))
+    return sha256_text(json.dumps(_essential(config), sort_keys=True, ensure_ascii=False))
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`run.init_lr: 0.1 -> 0.2` for every essential key that differs."""
-    before, after = _leaves(essential(old)), _leaves(essential(new))
+    before, after = _leaves(_essential(old)), _leaves(_essential(new))
     absent = "(absent)"
     return [
         f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
@@ -104,10 +93,9 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     ]
 
 
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
+def _leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of everything that is no mapping."""
     leaves: dict[str, Any] = {}
-    for key, item in value.items():
-        leaves |= _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+    for key, value in section.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves

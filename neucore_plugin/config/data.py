@@ -1,115 +1,149 @@
 """What the `datasets` section may say: a schema a data set, and those of the processors."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from annotated_types import Ge, Gt
+from pydantic import Field, PlainValidator, ValidationInfo, create_model
 
+from neucore_plugin.config.kinds import THREE, Allowed, NoneTwice, Real, Text
+from neucore_plugin.config.names import AUGMENTS, FITS, HALF
 from neucore_plugin.config.published import PRESETS
-from neucore_plugin.config.values import Section, Text, choice, triple, whole, words
+from neucore_plugin.config.section import Problems, Section
+
+# --- processors ------------------------------------------------------------------------------------------------------
 
 
 class ImageProcessorSchema(Section):
-    name: Text
-    image_size: whole(1) = 224
-    mean: triple(low=0) = [0.5, 0.5, 0.5]
-    std: triple(above=0) = [0.5, 0.5, 0.5]
-    fit: choice("pad", "crop", "stretch") = "pad"
-    augment: choice("none", "crop_flip") = "none"
+    """Pictures made square, as pixels. Size, mean and deviation follow from the image encoder where it is known."""
+
+    name: Literal["cir_image"] = Field("cir_image", description="cir_image")
+    image_size: int = Field(224, ge=1, description="side in pixels")
+    mean: Annotated[list[Annotated[Real, Ge(0)]], THREE] = Field([*HALF[0]], description="mean of the channels")
+    std: Annotated[list[Annotated[Real, Gt(0)]], THREE] = Field([*HALF[1]], description="deviation of the channels")
+    fit: Literal[FITS] = Field("pad", description="pad to a square on white, crop the middle, or stretch")
+    augment: Literal[AUGMENTS] = Field(
+        "none", description="crop_flip: random crop and horizontal flip, so that nothing is cached"
+    )
 
 
 class CaptionProcessorSchema(Section):
-    name: Text
+    """Relative captions in one line."""
+
+    name: Literal["cir_caption"] = Field("cir_caption", description="cir_caption")
+
+
+PROCESSOR_SCHEMAS: dict[str, type[Section]] = {"cir_image": ImageProcessorSchema, "cir_caption": CaptionProcessorSchema}
+
+
+def _processor(given: Any, info: ValidationInfo) -> Any:
+    """A processor checked by its schema; the host's own pass unchecked."""
+    problems: Problems | None = info.context
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise ValueError("no mapping")
+    name = given.get("name")
+    if problems is not None and not problems.name(problems.key("name"), name, problems.processors, "known processor"):
+        return given
+    schema = PROCESSOR_SCHEMAS.get(name)
+    return given if schema is None else schema.model_validate(given, context=problems).model_dump(warnings=False)
+
+
+Processor = Annotated[Any, PlainValidator(_processor), Allowed("a mapping with `name`")]
 
 
 class ProcessorPairSchema(Section):
-    train: Any = None
-    eval: Any = None
+    """Processors of the training and of everything else."""
+
+    train: Processor = Field(None, description="of the splits whose name begins with train")
+    eval: Processor = Field(None, description="of the other splits")
 
 
 class PreprocessSchema(Section):
-    vis_processor: ProcessorPairSchema | None = None
-    text_processor: ProcessorPairSchema | None = None
+    """Processors for the host's load_model_and_preprocess; runs take those of their data sets."""
+
+    vis_processor: ProcessorPairSchema | None = Field(None, description="of images")
+    text_processor: ProcessorPairSchema | None = Field(None, description="of captions")
+
+
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+DEFAULT_PROCESSORS = {
+    kind: {side: {"name": name} for side in ("train", "eval")}
+    for kind, name in (("vis_processor", "cir_image"), ("text_processor", "cir_caption"))
+}
+
+
+class InfoSchema(Section):
+    """Base of what the builders are told."""
+
+    max_train: int | None = Field(None, ge=1, description="the first training triplets only, for trials; null: all")
+    max_eval: int | None = Field(None, ge=1, description="the first triplets of the other splits only; null: all")
+
+
+class EmojiInfoSchema(InfoSchema):
+    cache_dir: Text | None = Field(None, description="where drawings are kept; null: $NEUCORE_CACHE, ~/.cache/neucore")
+    image_size: int = Field(224, ge=16, description="side of the drawings in pixels")
+    role_cap: int = Field(12, ge=1, description="role changes kept a reference; more of them, more training time")
+
+
+class FolderInfoSchema(InfoSchema):
+    root: Text = Field(description="your folder: images/** and a JSON file a split")
 
 
 class DatasetSchema(Section):
     """Base of the data sets' schemas; a subclass gives `build_info` a type of its own."""
 
-    type: Text = "default"
-    data_type: choice("images", "shards") = "images"
-    build_info: dict[str, Any] = Field(default_factory=dict)
-    vis_processor: ProcessorPairSchema | None = None
-    text_processor: ProcessorPairSchema | None = None
-
-
-class EmojiInfoSchema(Section):
-    cache_dir: Text | None = None
-    image_size: whole(16) = 224
-    role_cap: whole(1) = 12
-    max_train: whole(1) | None = None
-    max_eval: whole(1) | None = None
+    type: Text = Field("default", description="the host's set of defaults")
+    data_type: Literal["images", "shards"] = Field(
+        "images", description="shards: build_info.root is a folder that `neucore shards` wrote"
+    )
+    vis_processor: ProcessorPairSchema | None = Field(None, description="of images; cir_image where not given")
+    text_processor: ProcessorPairSchema | None = Field(None, description="of captions; cir_caption where not given")
 
 
 class EmojiSchema(DatasetSchema):
-    build_info: EmojiInfoSchema = Field(default_factory=EmojiInfoSchema)
+    """OpenMoji drawings, made by rules."""
 
-
-class PublishedInfoSchema(Section):
-    root: Text | None = None  # null: the data set's environment variable, such as NEUCORE_CIRR_ROOT
-    missing: choice("error", "skip") = "error"  # images that have no file
-    max_train: whole(1) | None = None
-    max_eval: whole(1) | None = None
-
-
-def _presets(dataset: str) -> Any:
-    return words(tuple(PRESETS[dataset]), at_least=1)
-
-
-class CirrInfoSchema(PublishedInfoSchema):
-    protocol: _presets("cirr") = [next(iter(PRESETS["cirr"]))]
-
-
-class CirrSchema(DatasetSchema):
-    build_info: CirrInfoSchema = Field(default_factory=CirrInfoSchema)
-
-
-class FashioniqInfoSchema(PublishedInfoSchema):
-    protocol: _presets("fashioniq") = [next(iter(PRESETS["fashioniq"]))]
-    joiner: choice("and", "<and>") = "and"  # between the two captions of a pair; glove_bigru has a vector for <and>
-
-
-class FashioniqSchema(DatasetSchema):
-    build_info: FashioniqInfoSchema = Field(default_factory=FashioniqInfoSchema)
-
-
-class ShoesInfoSchema(PublishedInfoSchema):
-    protocol: _presets("shoes") = [next(iter(PRESETS["shoes"]))]
-
-
-class ShoesSchema(DatasetSchema):
-    build_info: ShoesInfoSchema = Field(default_factory=ShoesInfoSchema)
-
-
-class Fashion200kInfoSchema(PublishedInfoSchema):
-    protocol: _presets("fashion200k") = [next(iter(PRESETS["fashion200k"]))]
-
-
-class Fashion200kSchema(DatasetSchema):
-    build_info: Fashion200kInfoSchema = Field(default_factory=Fashion200kInfoSchema)
-
-
-class CircoInfoSchema(PublishedInfoSchema):
-    protocol: _presets("circo") = [next(iter(PRESETS["circo"]))]
-
-
-class CircoSchema(DatasetSchema):
-    build_info: CircoInfoSchema = Field(default_factory=CircoInfoSchema)
-
-
-class FolderInfoSchema(Section):
-    root: Text
-    max_train: whole(1) | None = None
-    max_eval: whole(1) | None = None
+    build_info: EmojiInfoSchema = Field(default_factory=EmojiInfoSchema, description="how it is built")
 
 
 class FolderSchema(DatasetSchema):
-    build_info: FolderInfoSchema
+    """One's own images and annotations."""
+
+    build_info: FolderInfoSchema = Field(description="how it is built")
+
+
+class PublishedInfoSchema(InfoSchema):
+    """Of a data set that is laid out as published: its builder says what a root lacks, file by file."""
+
+    root: Text | None = Field(None, description="its folder; null: its environment variable, such as NEUCORE_CIRR_ROOT")
+    missing: Literal["error", "skip"] = Field(
+        "error", description="images without a file stop the run; skip: their queries are left out, and counted"
+    )
+
+
+def _published(name: str, **own: Any) -> type[DatasetSchema]:
+    """The schema of a published data set, with its presets and keys of its `own`."""
+    presets = tuple(PRESETS[name])
+    about = "evaluation presets, in one pass over the gallery; the first selects the best checkpoint"
+    protocol = Annotated[list[Literal[presets]], NoneTwice], Field([presets[0]], min_length=1, description=about)
+    title = name.capitalize()
+    info = create_model(
+        f"{title}InfoSchema", __base__=PublishedInfoSchema, __module__=__name__, protocol=protocol, **own
+    )
+    build_info = info, Field(default_factory=info, description="how it is built")
+    return create_model(f"{title}Schema", __base__=DatasetSchema, __module__=__name__, build_info=build_info)
+
+
+_JOINER = Field("and", description="between a pair's captions; <and>: the released form's mark, for glove_bigru alone")
+
+DATASET_SCHEMAS: dict[str, type[DatasetSchema]] = {
+    "cirr": _published("cirr"),
+    "fashioniq": _published("fashioniq", joiner=(Literal["and", "<and>"], _JOINER)),
+    "shoes": _published("shoes"),
+    "fashion200k": _published("fashion200k"),
+    "circo": _published("circo"),
+    "emoji": EmojiSchema,
+    "folder": FolderSchema,
+}

@@ -1,222 +1,343 @@
-"""What `model.backbone.image` and `model.backbone.text` may say, a schema an encoder. Knows neither torch nor lavis."""
+"""What `model.backbone.image` and `model.backbone.text` may say, a schema an encoder."""
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, PlainValidator
+from annotated_types import Gt
+from pydantic import Discriminator, Field, Tag
 
-from neucore_plugin.config.values import Flag, Probability, Section, Text, choice, real, refuse, triple, whole
+from neucore_plugin.config.kinds import THREE, Channels, Probability, Real, Settings, Text
+from neucore_plugin.config.names import CLIP, HALF, IMAGENET
+from neucore_plugin.config.section import Section
 
-
-def _settings(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise refuse("a mapping")
-    return value
-
-
-Settings = Annotated[dict[str, Any], PlainValidator(_settings)]  # of another program: it checks them itself
+_PRETRAINED = "path or URL of the weights, or none for random ones"
+_WORDS = "words of a caption that are read"
 
 
 class LoraSchema(Section):
     """Low-rank adapters (the extra `lora`): the encoder stays frozen, two thin matrices a linear layer are trained."""
 
-    rank: whole(1) = 8
-    alpha: real(above=0) = 16.0
-    dropout: Probability = 0.0
+    rank: int = Field(8, ge=1, description="rank of the adapters")
+    alpha: Real = Field(16.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    dropout: Probability = Field(0.0, description="dropout before the adapters")
 
 
 class EncoderSchema(Section):
-    """Base of the schemas of encoders that can be fine-tuned."""
+    """Base of all encoders' schemas.
 
-    name: Text
-    freeze: Flag = True
-    train_blocks: whole(1) | None = None  # with freeze: false, the last blocks alone; null: everything
-    layer_decay: real(above=0, high=1) = 1.0  # the learning rate of a block, over that of the block after it
-    checkpoint_activations: Flag = False  # computes the blocks' activations again in the backward pass: less memory
-    lora: LoraSchema | None = None  # with freeze: false
+    encoder: the class below `neucore_plugin.models.backbones` that takes the settings. pixel_statistics: mean and
+    deviation of its pictures, where it has its own.
+    """
 
+    encoder: ClassVar[str]
+    pixel_statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]] | None] = None
 
-class EfficientNetLite0Schema(Section):
-    name: Text
-    image_size: whole(32, multiple=32) = 224
-    grid: whole(1) = 4
-    freeze: Flag = True
-    train_blocks: whole(1) | None = None
-    layer_decay: real(above=0, high=1) = 1.0
+    name: Text = Field(description="which encoder; the keys below are this one's")
+    freeze: bool = Field(True, description="nothing of it is trained, so that its features can be cached")
 
 
-class FeaturesSchema(Section):
-    name: Text
-    width: whole(1) = 2048
-    grid: whole(1) = 7
-    image_size: whole(32, multiple=32) = 224
-    freeze: Flag = True
+class BlocksSchema(EncoderSchema):
+    """Of an encoder that can be trained in part."""
+
+    train_blocks: int | None = Field(
+        None, ge=1, description="with freeze: false, how many of the last blocks are trained; null: everything"
+    )
+    layer_decay: Real = Field(1.0, gt=0, le=1, description="learning rate of a block over that of the block after it")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.freeze and self.train_blocks is not None:
+            yield "train_blocks", f"got {self.train_blocks}; it needs freeze: false"
 
 
-class ResNetSchema(Section):
-    name: Text
-    network: choice("resnet18", "resnet34", "resnet50", "resnet101", "resnet152") = "resnet50"
-    weights: Text | None = None  # a state dict of torchvision's network; null: random weights
-    image_size: whole(32, multiple=32) = 224
-    freeze: Flag = True
+class TunedSchema(BlocksSchema):
+    """Of a transformer that can be fine-tuned."""
+
+    checkpoint_activations: bool = Field(
+        False, description="compute the blocks' activations again in the backward pass: less memory, more time"
+    )
+    lora: LoraSchema | None = Field(None, description="low-rank adapters, with freeze: false; null: none")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if self.lora is not None and self.train_blocks is not None:
+            yield "lora", "is given beside train_blocks; allowed: one of the two"
 
 
-class GloveBiGRUSchema(Section):
-    name: Text
-    word_dim: whole(1) = 300
-    width: whole(2, multiple=2) = 512
-    glove: Text | None = None  # a GloVe text file, or a .npy matrix; null: random vectors
-    glove_words: Text | None = None  # words of a .npy, one a line; null: the .txt beside it
-    max_words: whole(1) = 128
-    freeze_words: Flag = False  # the embedding alone
-    freeze: Flag = False
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
-class MiniLMSchema(EncoderSchema):
-    max_words: whole(1, 510) = 64  # BERT's 512 positions less [CLS] and [SEP]
+class EfficientNetLite0Schema(BlocksSchema):
+    """EfficientNet-Lite0, which installs with the package; ImageNet weights."""
+
+    encoder = "embedded.EfficientNetLite0"
+    pixel_statistics = HALF
+
+    name: Literal["efficientnet_lite0"] = Field(description="efficientnet_lite0")
+    image_size: int = Field(224, ge=32, multiple_of=32, description="side of the pictures in pixels")
+    grid: int = Field(4, ge=1, description="side of the map of tokens, at most image_size / 32; smaller: averaged")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if self.grid > self.image_size // 32:
+            yield "grid", f"got {self.grid}; allowed: at most image_size / 32, here {self.image_size // 32}"
 
 
-class ClipImageSchema(EncoderSchema):
-    arch: Text = "ViT-B-32"  # one of the host's architectures
-    config: Settings | None = None  # an architecture in place of `arch`, as in the host's files
-    image_size: whole(1) | None = None  # null: the architecture's
-    pretrained: Text = "openai"  # a tag, a URL, a path, or none
-    quick_gelu: Flag | None = None  # null: as the names of arch and pretrained say
+class FeaturesSchema(EncoderSchema):
+    """Feature maps extracted before, given in place of pixels."""
+
+    encoder = "resnet_gru.Features"
+
+    name: Literal["features"] = Field(description="features")
+    width: int = Field(2048, ge=1, description="channels of a map")
+    grid: int = Field(7, ge=1, description="side of a map")
+    image_size: int = Field(224, ge=32, multiple_of=32, description="side of the pictures that maps were made from")
 
 
-class ClipTextSchema(EncoderSchema):
-    arch: Text = "ViT-B-32"
-    config: Settings | None = None
-    pretrained: Text = "openai"
-    quick_gelu: Flag | None = None
-    max_words: whole(1) | None = None  # null: what the context holds
+class ResNetSchema(EncoderSchema):
+    """The last map of torchvision's ResNet, as the authors use it."""
+
+    encoder = "resnet_gru.ResNet"
+    pixel_statistics = IMAGENET
+
+    name: Literal["resnet"] = Field(description="resnet")
+    network: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = Field(
+        "resnet50", description="which of torchvision's networks"
+    )
+    weights: Text | None = Field(None, description="path of a state dict of torchvision's network; null: random")
+    image_size: int = Field(224, ge=32, multiple_of=32, description="side of the pictures in pixels")
 
 
-class RegisteredImageSchema(EncoderSchema):
-    arch: Text  # a name in the host's registry of models
-    model_type: Text | None = None  # null: the model's only one
-    config: Settings | None = None  # a model section in place of model_type
-    module: Text | None = None  # imported first: it registers the model
-    image_size: whole(1) = 224
-    mean: triple() | None = None  # null: CLIP's, which the host's own models take
-    std: triple(above=0) | None = None
-    method: Text | None = None  # of the model, pixels -> tokens; null: extract_features
-    spatial: Flag = True  # false: tokens have no place in the image
-    blocks: Text | None = None  # dotted name of the model's list of blocks
-    save_weights: Flag = True
+class ClipSchema(TunedSchema):
+    """What both towers of CLIP take."""
+
+    name: Literal["clip"] = Field(description="clip")
+    arch: Text = Field("ViT-B-32", description="one of the host's architectures")
+    config: Settings | None = Field(None, description="an architecture in place of `arch`, as in the host's files")
+    pretrained: Text = Field("openai", description="a tag of the host's table, a path, a URL, or none (random)")
+    quick_gelu: bool | None = Field(
+        None, description="OpenAI's activation; null: as the names of arch and pretrained say"
+    )
 
 
-class RegisteredTextSchema(EncoderSchema):
-    arch: Text
-    model_type: Text | None = None
-    config: Settings | None = None
-    module: Text | None = None
-    method: Text | None = None  # of the model, texts -> words, mask, sentence
-    max_words: whole(1) = 64
-    blocks: Text | None = None
-    save_weights: Flag = True
+class ClipImageSchema(ClipSchema):
+    """CLIP's image tower: class token and patches of a ViT, or the cells of a ResNet's last map."""
+
+    encoder = "clip.ClipImage"
+    pixel_statistics = CLIP
+
+    image_size: int | None = Field(None, ge=1, description="side of the pictures in pixels; null: the architecture's")
+
+
+class RegisteredSchema(TunedSchema):
+    """What both sides of a model of the host's registry take."""
+
+    name: Literal["registered"] = Field(description="registered")
+    arch: Text = Field(description="name of the model in the host's registry")
+    model_type: Text | None = Field(None, description="its type; null: its only one")
+    config: Settings | None = Field(None, description="a `model` section in place of model_type")
+    module: Text | None = Field(None, description="module to import first: it registers the model")
+    method: Text | None = Field(
+        None, description="dotted name of the model's method that encodes; null: extract_features"
+    )
+    blocks: Text | None = Field(None, description="dotted name of the model's list of blocks, to tune it in part")
+    save_weights: bool = Field(
+        True, description="frozen weights travel in checkpoints; false where arch always brings the same"
+    )
+
+
+class RegisteredImageSchema(RegisteredSchema):
+    """The image side of a model of the host's registry."""
+
+    encoder = "registered.RegisteredImage"
+    pixel_statistics = CLIP
+
+    image_size: int = Field(224, ge=1, description="side of the pictures in pixels")
+    mean: Channels | None = Field(None, description="mean of the pixels' channels; null: CLIP's")
+    std: Annotated[list[Annotated[Real, Gt(0)]], THREE] | None = Field(
+        None, description="their deviation; null: CLIP's"
+    )
+    spatial: bool = Field(True, description="the last tokens form a square map of the image, if their number allows")
 
 
 class VitSchema(Section):
     """Sizes of a ViT other than the published ones; what is null stays as published."""
 
-    width: whole(1) | None = None
-    depth: whole(1) | None = None
-    heads: whole(1) | None = None
+    width: int | None = Field(None, ge=1, description="width of the ViT")
+    depth: int | None = Field(None, ge=1, description="its blocks")
+    heads: int | None = Field(None, ge=1, description="its attention heads, which divide the width")
 
-
-class BertSchema(Section):
-    """Sizes of a BERT other than the published ones."""
-
-    width: whole(1) | None = None
-    layers: whole(1) | None = None
-    heads: whole(1) | None = None
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.width and self.heads and self.width % self.heads:
+            yield "heads", f"got {self.heads}; allowed: a divisor of its width {self.width}"
 
 
 class Blip2VitSchema(VitSchema):
     """Sizes of BLIP-2's ViT and of its Q-Former."""
 
-    query_width: whole(1) | None = None
-    query_layers: whole(1) | None = None
-    query_heads: whole(1) | None = None
+    query_width: int | None = Field(None, ge=1, description="width of the Q-Former")
+    query_layers: int | None = Field(None, ge=1, description="its layers")
+    query_heads: int | None = Field(None, ge=1, description="its attention heads")
 
 
-class AlbefImageSchema(EncoderSchema):
-    image_size: whole(1) = 224
-    patch_size: whole(1) = 16
-    architecture: VitSchema | None = None
-    projected: Flag = False  # tokens in the space of the contrastive loss
-    proj_dim: whole(1) = 256
-    pretrained: Text | None = None  # a URL, a path, or none (random weights); null: the host's URL
+class AlbefImageSchema(TunedSchema):
+    """Class token and patches of ALBEF's ViT."""
+
+    encoder = "albef.AlbefImage"
+    pixel_statistics = CLIP
+
+    name: Literal["albef"] = Field(description="albef")
+    image_size: int = Field(224, ge=1, description="side of the pictures in pixels, a multiple of patch_size")
+    patch_size: int = Field(16, ge=1, description="side of a patch in pixels")
+    architecture: VitSchema | None = Field(None, description="other sizes than the published ones, for trials")
+    projected: bool = Field(False, description="tokens in the space of the contrastive loss, of unit length")
+    proj_dim: int = Field(256, ge=1, description="width of that space")
+    pretrained: Text | None = Field(None, description=f"{_PRETRAINED}; null: the host's URL")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if self.image_size % self.patch_size:
+            yield "image_size", f"got {self.image_size}; allowed: a multiple of the patch size {self.patch_size}"
 
 
 class BlipImageSchema(AlbefImageSchema):
-    vit: choice("base", "large") = "base"
+    """Class token and patches of BLIP's ViT."""
+
+    encoder = "blip.BlipImage"
+
+    name: Literal["blip"] = Field(description="blip")
+    vit: Literal["base", "large"] = Field("base", description="which of the published ViTs")
 
 
-class BlipTextSchema(EncoderSchema):
-    max_words: whole(1, 510) = 60
-    architecture: BertSchema | None = None
-    projected: Flag = False
-    proj_dim: whole(1) = 256
-    pretrained: Text | None = None
+class Blip2ImageSchema(TunedSchema):
+    """BLIP-2's queries, or the patches that they read."""
+
+    encoder = "blip2.Blip2Image"
+    pixel_statistics = CLIP
+
+    name: Literal["blip2"] = Field(description="blip2")
+    vit: Literal["eva_clip_g", "clip_L"] = Field("eva_clip_g", description="which of the published ViTs")
+    tokens: Literal["queries", "patches"] = Field(
+        "queries", description="the Q-Former's queries, which have no place, or the ViT's class token and patches"
+    )
+    image_size: int = Field(224, ge=14, multiple_of=14, description="side of the pictures in pixels")
+    queries: int = Field(32, ge=1, description="how many queries")
+    architecture: Blip2VitSchema | None = Field(None, description="other sizes than the published ones, for trials")
+    pretrained: Text | None = Field(None, description=f"of the Q-Former: {_PRETRAINED}; null: the host's URL")
+    vit_pretrained: Text | None = Field(None, description=f"of the ViT: {_PRETRAINED}; null: the host's URL")
 
 
-class AlbefTextSchema(BlipTextSchema):
-    """As BLIP's."""
+# --- texts -----------------------------------------------------------------------------------------------------------
 
 
-class Blip2ImageSchema(EncoderSchema):
-    vit: choice("eva_clip_g", "clip_L") = "eva_clip_g"
-    tokens: choice("queries", "patches") = "queries"
-    image_size: whole(14, multiple=14) = 224
-    queries: whole(1) = 32
-    architecture: Blip2VitSchema | None = None
-    pretrained: Text | None = None  # of the Q-Former: a URL, a path, or none (random weights); null: the host's URL
-    vit_pretrained: Text | None = None  # the same of the ViT
+class MiniLMSchema(TunedSchema):
+    """MiniLM-L6, which installs with the package."""
+
+    encoder = "embedded.MiniLM"
+
+    name: Literal["minilm_l6"] = Field(description="minilm_l6")
+    max_words: int = Field(64, ge=1, le=510, description=f"{_WORDS}: BERT has 512 positions, with [CLS] and [SEP]")
 
 
-class Blip2TextSchema(EncoderSchema):
-    max_words: whole(1, 510) = 60
-    architecture: BertSchema | None = None
-    pretrained: Text | None = None
+class GloveBiGRUSchema(EncoderSchema):
+    """GloVe words read by a bidirectional GRU, as the authors use it."""
+
+    encoder = "resnet_gru.GloveBiGRU"
+
+    name: Literal["glove_bigru"] = Field(description="glove_bigru")
+    freeze: bool = Field(False, description="nothing of it is trained")
+    freeze_words: bool = Field(False, description="the embedding alone is not trained")
+    word_dim: int = Field(300, ge=1, description="width of a word's vector")
+    width: int = Field(512, ge=2, multiple_of=2, description="width of the GRU, both directions together")
+    glove: Text | None = Field(None, description="path of a GloVe text file, or of a .npy matrix; null: random vectors")
+    glove_words: Text | None = Field(None, description="words of a .npy, one a line; null: the .txt beside it")
+    max_words: int = Field(128, ge=1, description=_WORDS)
 
 
-BACKBONE_SCHEMAS: dict[str, dict[str, type[BaseModel]]] = {
-    "image": {
-        "efficientnet_lite0": EfficientNetLite0Schema,
-        "resnet": ResNetSchema,
-        "features": FeaturesSchema,
-        "blip": BlipImageSchema,
-        "albef": AlbefImageSchema,
-        "blip2": Blip2ImageSchema,
-        "clip": ClipImageSchema,
-        "registered": RegisteredImageSchema,
-    },
-    "text": {
-        "minilm_l6": MiniLMSchema,
-        "glove_bigru": GloveBiGRUSchema,
-        "blip": BlipTextSchema,
-        "albef": AlbefTextSchema,
-        "blip2": Blip2TextSchema,
-        "clip": ClipTextSchema,
-        "registered": RegisteredTextSchema,
-    },
+class ClipTextSchema(ClipSchema):
+    """CLIP's text tower."""
+
+    encoder = "clip.ClipText"
+
+    max_words: int | None = Field(None, ge=1, description=f"{_WORDS}; null: what the context holds")
+
+
+class RegisteredTextSchema(RegisteredSchema):
+    """The text side of a model of the host's registry."""
+
+    encoder = "registered.RegisteredText"
+
+    max_words: int = Field(64, ge=1, description=_WORDS)
+
+
+class BertSchema(Section):
+    """Sizes of a BERT other than the published ones; what is null stays as published."""
+
+    width: int | None = Field(None, ge=1, description="width of the BERT")
+    layers: int | None = Field(None, ge=1, description="its layers")
+    heads: int | None = Field(None, ge=1, description="its attention heads, which divide the width")
+
+    conflicts = VitSchema.conflicts
+
+
+class Blip2TextSchema(TunedSchema):
+    """BLIP-2's Q-Former as a text encoder."""
+
+    encoder = "blip2.Blip2Text"
+
+    name: Literal["blip2"] = Field(description="blip2")
+    max_words: int = Field(60, ge=1, le=510, description=_WORDS)
+    architecture: BertSchema | None = Field(None, description="other sizes than the published ones, for trials")
+    pretrained: Text | None = Field(None, description=f"{_PRETRAINED}; null: the host's URL")
+
+
+class AlbefTextSchema(Blip2TextSchema):
+    """The text half of ALBEF's BERT."""
+
+    encoder = "albef.AlbefText"
+
+    name: Literal["albef"] = Field(description="albef")
+    projected: bool = Field(False, description="vectors in the space of the contrastive loss, of unit length")
+    proj_dim: int = Field(256, ge=1, description="width of that space")
+
+
+class BlipTextSchema(AlbefTextSchema):
+    """BLIP's BERT."""
+
+    encoder = "blip.BlipText"
+
+    name: Literal["blip"] = Field(description="blip")
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+_IMAGE = (EfficientNetLite0Schema, ResNetSchema, FeaturesSchema, BlipImageSchema, AlbefImageSchema, Blip2ImageSchema)
+_TEXT = (MiniLMSchema, GloveBiGRUSchema, BlipTextSchema, AlbefTextSchema, Blip2TextSchema)
+BACKBONE_SCHEMAS: dict[str, dict[str, type[EncoderSchema]]] = {
+    side: {get_args(schema.model_fields["name"].annotation)[0]: schema for schema in schemas}
+    for side, schemas in {
+        "image": (*_IMAGE, ClipImageSchema, RegisteredImageSchema),
+        "text": (*_TEXT, ClipTextSchema, RegisteredTextSchema),
+    }.items()
 }
 
-_HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-_CLIP = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
-# How an encoder's pixels are normalised; `registered` says so itself, CLIP's where it does not.
-PIXELS: dict[str, dict[str, list[float]]] = {
-    "efficientnet_lite0": _HALF,
-    "resnet": _IMAGENET,
-    **dict.fromkeys(("blip", "albef", "blip2", "clip", "registered"), _CLIP),
-}
+
+def _name(given: Any) -> Any:
+    return given.get("name") if isinstance(given, Mapping) else getattr(given, "name", None)
 
 
-def clip_size(image: Mapping[str, Any]) -> Any:
+def _by_name(side: str) -> Any:
+    """Any encoder of a side. A callable discriminator, since pydantic's own takes no fields with validators."""
+    tagged = (Annotated[schema, Tag(name)] for name, schema in BACKBONE_SCHEMAS[side].items())
+    return Annotated[reduce(or_, tagged), Discriminator(_name)]
+
+
+ImageEncoder, TextEncoder = _by_name("image"), _by_name("text")
+
+
+def _clip_size(image: Mapping[str, Any]) -> Any:
     """Side of the pictures of a CLIP architecture, by its config or by its name."""
     if isinstance(image.get("config"), Mapping):
         return (image["config"].get("vision_cfg") or {}).get("image_size")
@@ -227,7 +348,11 @@ def clip_size(image: Mapping[str, Any]) -> Any:
 
 def pixels_of(image: Mapping[str, Any]) -> dict[str, Any]:
     """What a section `model.backbone.image` says of its pixels: image_size, mean, std, as far as it is known."""
-    own = {key: image.get(key) for key in ("image_size", "mean", "std")}
-    if image.get("name") == "clip" and own["image_size"] is None:
-        own["image_size"] = clip_size(image)
-    return {**PIXELS.get(image.get("name"), {}), **{key: value for key, value in own.items() if value is not None}}
+    pixels = {key: image.get(key) for key in ("image_size", "mean", "std")}
+    if image.get("name") == "clip" and pixels["image_size"] is None:
+        pixels["image_size"] = _clip_size(image)
+    schema = BACKBONE_SCHEMAS["image"].get(image.get("name"))
+    if schema and schema.pixel_statistics:
+        for key, usual in zip(("mean", "std"), schema.pixel_statistics, strict=True):
+            pixels[key] = pixels[key] or [*usual]
+    return {key: value for key, value in pixels.items() if value is not None}

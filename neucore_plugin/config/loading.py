@@ -3,46 +3,46 @@
 Knows neither torch nor lavis. `Config` behaves like `lavis.common.config.Config`.
 """
 
-import json
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
 
 from neucore_plugin.common.errors import ConfigError, nearest
 from neucore_plugin.config.compare import config_fingerprint
 from neucore_plugin.config.crosschecks import cross_checks
-from neucore_plugin.config.data import PreprocessSchema
-from neucore_plugin.config.encoders import BACKBONE_SCHEMAS, pixels_of
-from neucore_plugin.config.model import NeucoreSchema
-from neucore_plugin.config.run import OUR_RUNNERS, OUR_TASKS, RunSchema
-from neucore_plugin.config.sections import DATASET_SCHEMAS, MODEL_SCHEMAS, PROCESSOR_SCHEMAS, Tables
-from neucore_plugin.config.shipped import CONFIGS, find_config
+from neucore_plugin.config.data import DATASET_SCHEMAS, DEFAULT_PROCESSORS, PreprocessSchema
+from neucore_plugin.config.encoders import pixels_of
+from neucore_plugin.config.kinds import allowed_keys, shortened
+from neucore_plugin.config.model import BackboneSchema, NeucoreSchema
+from neucore_plugin.config.names import RUNNERS, TASKS
+from neucore_plugin.config.run import RunSchema
+from neucore_plugin.config.section import Problems, Section
+from neucore_plugin.config.sections import MODEL_SCHEMAS, Tables, package_tables
+from neucore_plugin.config.shipped import find_config
 
-DEFAULT_TYPES = {"neucore": "embedded", "cir_baseline": "embedded"}
+DEFAULT_TYPE = "embedded"
 SECTIONS = ("model", "datasets", "run", "preprocess")
-# Keys of the host that are called otherwise here, or that people take from elsewhere.
-KNOWN_BY_OTHER_NAMES = {
-    "resume_ckpt_path": "resume",
-    "epochs": "max_epoch",
-    "lr": "init_lr",
-    "batch_size": "batch_size_train",
-    "pretrained": "checkpoint",
-    "finetuned": "checkpoint",
-}
 
 
-def package_tables() -> Tables:
-    """What this package alone knows, without the host."""
-    models = {path.stem: str(path) for path in sorted((CONFIGS / "models").glob("*.yaml"))}
-    datasets = {path.stem: {"default": str(path)} for path in sorted((CONFIGS / "datasets").glob("*.yaml"))}
-    shared = {name: path for name, path in models.items() if not name.startswith("official_")}
-    return Tables(models={"neucore": models, "cir_baseline": shared}, datasets=datasets)
+def _preprocess(augment: str = "none", *, _root_: Any) -> DictConfig:
+    """`preprocess` of a model type: our processors, with the pixels of the image encoder that its file names."""
+    given = OmegaConf.select(_root_, "model.backbone", default=OmegaConf.create())
+    backbone = BackboneSchema.model_validate(OmegaConf.to_container(given, resolve=True)).model_dump()
+    image = {**DEFAULT_PROCESSORS["vis_processor"]["eval"], **pixels_of(backbone["image"])}
+    sides = {"train": {**image, "augment": augment}, "eval": image}
+    return OmegaConf.create({"vis_processor": sides, "text_processor": DEFAULT_PROCESSORS["text_processor"]})
+
+
+# The host's load_model_and_preprocess reads a model type's file by itself, with OmegaConf.
+_renamed = "replace" in inspect.signature(OmegaConf.register_resolver).parameters  # in 2.4
+_register = OmegaConf.register_resolver if _renamed else OmegaConf.register_new_resolver
+_register("neucore.preprocess", _preprocess, replace=True)
 
 
 class Config:
@@ -145,192 +145,7 @@ def merge(defaults: Any, given: Any) -> Any:
     }
 
 
-# --- checking ---------------------------------------------------------------------------------------------------------
-
-
-class Checker:
-    """Collects problems, a line each: key path, what was given, what is allowed, the nearest name."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-        self.bad: set[str] = set()
-
-    def add(self, path: str, text: str) -> None:
-        """Note a problem of the key `path`, once."""
-        if f"{path}: {text}" not in self.problems:
-            self.problems.append(f"{path}: {text}")
-        self.bad.add(path)
-
-    def name(self, path: str, given: Any, known: Iterable[str], what: str) -> bool:
-        """Whether `given` is a known name; a problem otherwise."""
-        known = tuple(known)
-        if isinstance(given, str) and given in known:
-            return True
-        self.add(path, f"{given!r} is no {what}.{nearest(str(given), known)}")
-        return False
-
-    def section(self, path: str, given: Any, schema: type[BaseModel]) -> dict[str, Any]:
-        """`given` with defaults filled in; what is wrong becomes a problem and is replaced by its default."""
-        given = {} if given is None else given
-        for _ in range(8):  # taking out what is wrong can only bring up what was hidden behind it
-            try:
-                return schema.model_validate(given).model_dump()
-            except ValidationError as error:
-                if not isinstance(given, Mapping):
-                    self.add(path, f"got {given!r}; allowed: a mapping")
-                    return {}
-                wrong = [(item["loc"], item) for item in error.errors(include_url=False)]
-                for loc, item in wrong:
-                    self._explain(path, loc, item, schema)
-                if all(item["type"] == "missing" for _, item in wrong):
-                    return dict(given)
-                for loc, item in wrong:
-                    if item["type"] != "missing":
-                        given = _without(given, loc)
-        return dict(given)
-
-    def _explain(self, path: str, loc: tuple, item: Mapping[str, Any], schema: type[BaseModel]) -> None:
-        key = ".".join([path, *map(str, loc)])
-        if item["type"] == "extra_forbidden":
-            known = _keys_at(schema, loc[:-1])
-            owner = _owner(schema, loc)
-            if owner is not None:
-                what = ", ".join(known)
-                self.add(key, f"is a setting of {owner[0]}, not of {owner[1]}; take it out. Allowed here: {what}")
-                return
-            alias = KNOWN_BY_OTHER_NAMES.get(str(loc[-1]))
-            hint = f" Did you mean {alias!r}?" if alias in known else nearest(str(loc[-1]), known)
-            if "?" in hint:  # the list of all keys would only bury the one that is meant
-                hint = hint[: hint.index("?") + 1]
-            self.add(key, f"unknown key (given {_short(item['input'])}).{hint}")
-        elif item["type"] == "missing":
-            if key not in self.bad:  # else it is missing because its wrong value was taken out
-                self.add(key, "is required but not given")
-        elif item["type"] == "not_allowed":
-            self.add(key, f"got {_short(item['input'])}; allowed: {item['msg']}")
-        else:  # a scalar where a mapping stands
-            keys = _keys_at(schema, loc)
-            allowed = f"a mapping with the keys {', '.join(keys)}" if keys else item["msg"]
-            self.add(key, f"got {_short(item['input'])}; allowed: {allowed}")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _without(given: Mapping[str, Any], loc: tuple) -> dict[str, Any]:
-    head, *rest = loc
-    inner = given.get(head)
-    if rest and isinstance(inner, Mapping):
-        return {**given, head: _without(inner, tuple(rest))}
-    return {key: value for key, value in given.items() if key != head}
-
-
-def _keys_at(schema: Any, loc: tuple) -> list[str]:
-    """Valid keys of the nested schema that `loc` leads to."""
-    for part in loc:
-        field_info = schema.model_fields.get(part)
-        options = () if field_info is None else (field_info.annotation, *get_args(field_info.annotation))
-        schema = next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
-        if schema is None:
-            return []
-    return list(schema.model_fields)
-
-
-def _owner(schema: Any, loc: tuple) -> tuple[str, str] | None:
-    """(another model that has the key, the model of `schema`), where `schema` is a model's and another has it."""
-    arch = next((name for name, one in MODEL_SCHEMAS.items() if one is schema), None)
-    others = [
-        name for name, one in MODEL_SCHEMAS.items() if arch and one is not schema and loc[-1] in _keys_at(one, loc[:-1])
-    ]
-    return (others[0], arch) if others else None
-
-
-def _model(checker: Checker, given: Any, tables: Tables) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Checked section `model` and the default `preprocess` of its type."""
-    given = given if isinstance(given, Mapping) else checker.section("model", given, NeucoreSchema)
-    arch = given.get("arch")
-    if not checker.name("model.arch", arch, tables.models, "known model"):
-        arch, given = "neucore", {**given, "arch": "neucore"}
-    types, model_type = tables.models.get(arch) or {}, given.get("model_type") or DEFAULT_TYPES.get(arch)
-    defaults: dict[str, Any] = {}
-    if checker.name("model.model_type", model_type, types, f"model type of {arch}"):
-        defaults = read_yaml(types[model_type])
-    elif DEFAULT_TYPES.get(arch) in types:
-        defaults, model_type = read_yaml(types[DEFAULT_TYPES[arch]]), DEFAULT_TYPES[arch]
-    schema = MODEL_SCHEMAS.get(arch)
-    section = defaults.get("model") or {}
-    if schema is not None and section.get("arch") not in (None, arch):  # the file of another model of ours is shared
-        section = _shared(section, schema)
-    merged = {**merge(section, given), "model_type": model_type}
-    if schema is not None:
-        merged = checker.section("model", merged, schema)
-        _backbone(checker, merged)
-    return merged, defaults.get("preprocess") or {}
-
-
-def _shared(section: Mapping[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
-    """What of a default section `schema` knows too, section by section; values without a schema of theirs whole."""
-    kept = {}
-    for key, value in section.items():
-        inner = schema.model_fields[key].annotation if key in schema.model_fields else None
-        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel):
-            kept[key] = _shared(value, inner)
-        elif inner is not None:
-            kept[key] = value
-    return kept
-
-
-def _backbone(checker: Checker, model: dict[str, Any]) -> None:
-    for side, known in BACKBONE_SCHEMAS.items():
-        given = (model.get("backbone") or {}).get(side)
-        path = f"model.backbone.{side}"
-        if not isinstance(given, Mapping):
-            checker.add(path, f"got {_short(given)}; allowed: a mapping with `name`")
-        elif checker.name(f"{path}.name", given.get("name"), known, f"{side} encoder"):
-            model["backbone"][side] = checker.section(path, given, known[given["name"]])
-
-
-def _processors(checker: Checker, path: str, section: dict[str, Any], tables: Tables) -> None:
-    for kind in ("vis_processor", "text_processor"):
-        for side, given in (section.get(kind) or {}).items():
-            where = f"{path}.{kind}.{side}"
-            if given is None:
-                continue
-            if not isinstance(given, Mapping):
-                checker.add(where, f"got {_short(given)}; allowed: a mapping with `name`")
-            elif checker.name(f"{where}.name", given.get("name"), tables.processors, "known processor"):
-                schema = PROCESSOR_SCHEMAS.get(given["name"])
-                if schema is not None:
-                    section[kind][side] = checker.section(where, given, schema)
-
-
-def _datasets(checker: Checker, given: Any, tables: Tables, pixels: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Checked section `datasets`; `pixels`: what the processors' sides get where the file does not say otherwise."""
-    if not isinstance(given, Mapping) or not given:
-        checker.add("datasets", f"got {_short(given)}; allowed: a mapping of at least one data set")
-        return {}
-    checked = {}
-    for name, section in given.items():
-        path = f"datasets.{name}"
-        if not checker.name(path, name, tables.datasets, "known data set"):
-            continue
-        if section is not None and not isinstance(section, Mapping):
-            checker.add(path, f"got {_short(section)}; allowed: a mapping")
-            continue
-        files, kind = tables.datasets[name], (section or {}).get("type", "default")
-        defaults = {}
-        if files and checker.name(f"{path}.type", kind, files, f"type of {name}"):
-            defaults = (read_yaml(files[kind]).get("datasets") or {}).get(name) or {}
-        if name in DATASET_SCHEMAS:
-            wanted = {side: {"name": "cir_image", **values} for side, values in pixels.items() if values}
-            defaults = merge(defaults, {"vis_processor": wanted})
-        checked[name] = merge(defaults, section or {})
-        if name in DATASET_SCHEMAS:
-            checked[name] = checker.section(path, checked[name], DATASET_SCHEMAS[name])
-            _processors(checker, path, checked[name], tables)
-    return checked
+# --- completing and checking ------------------------------------------------------------------------------------------
 
 
 def load_config(
@@ -348,66 +163,146 @@ def load_config(
     Raises one ConfigError with every problem of every section. Sections of the host's own models, data sets and
     runners are completed from their default files and passed through unchecked.
     """
-    tables = tables or package_tables()
     content = _with_options(read_yaml(path), options)
-    model, run, pixels = content.get("model"), content.get("run"), {}
+    model, run, eval_pixels = content.get("model"), content.get("run"), {}
     if section_of and isinstance(run, Mapping) and run.get("evaluate") is True and isinstance(model, Mapping):
-        held = section_of(model["checkpoint"], model) if isinstance(model.get("checkpoint"), str) else None
-        if held:
-            said = {key: value for key, value in model.items() if key not in ("arch", "model_type", "method")}
-            content["model"] = merge(held["config"], said)
-            pixels = held.get("image_processor") or {}
-    return Config(check(content, tables, str(path), pixels), str(path))
+        source = model.get("checkpoint")
+        header = section_of(source, model) if isinstance(source, str) else None
+        if header:
+            given = {key: value for key, value in model.items() if key not in ("arch", "model_type", "method")}
+            content["model"] = merge(header["config"], given)
+            eval_pixels = header.get("image_processor") or {}
+    return Config(check(content, tables or package_tables(), str(path), eval_pixels), str(path))
 
 
 def check(
     content: Mapping[str, Any], tables: Tables, source: str, eval_pixels: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The checked, completed content; `source` is named in the error. eval_pixels: the eval processor's defaults."""
-    checker = Checker()
+    problems = Problems(tables.processors, MODEL_SCHEMAS)
     for key in content:
         if key not in SECTIONS:
-            checker.add(str(key), f"unknown section.{nearest(str(key), SECTIONS)}")
+            problems.add(str(key), f"unknown section.{nearest(str(key), SECTIONS)}")
     for key in SECTIONS[:3]:
         if key not in content:
-            checker.add(key, "this section is required but not given")
+            problems.add(key, "this section is required but not given")
     result: dict[str, Any] = {"model": {}, "datasets": {}, "run": {}}
     preprocess = {}
     if "model" in content:
-        result["model"], preprocess = _model(checker, content["model"], tables)
+        result["model"], preprocess = _model(problems, content["model"], tables)
     if "datasets" in content:
         image = (result["model"].get("backbone") or {}).get("image")
         pixels = pixels_of(image) if isinstance(image, Mapping) else {}
-        sides = {"train": pixels, "eval": {**pixels, **(eval_pixels or {})}}
-        result["datasets"] = _datasets(checker, content["datasets"], tables, sides)
+        pixels = {"train": pixels, "eval": {**pixels, **(eval_pixels or {})}}
+        result["datasets"] = _datasets(problems, content["datasets"], tables, pixels)
     if "run" in content:
-        result["run"] = _run(checker, content["run"], tables)
-    preprocess = merge(preprocess, content.get("preprocess") or {})
-    if preprocess:
-        preprocess = checker.section("preprocess", preprocess, PreprocessSchema)
-        _processors(checker, "preprocess", preprocess, tables)
-        result["preprocess"] = preprocess
-    cross_checks(checker, result, tables)
-    if checker.problems:
-        count = f"{len(checker.problems)} problem{'s' if len(checker.problems) > 1 else ''}"
-        raise ConfigError("\n  ".join([f"config {source} has {count}:", *checker.problems]))
+        result["run"] = _run(problems, content["run"], tables)
+    if preprocess := merge(preprocess, content.get("preprocess") or {}):
+        result["preprocess"] = _completed(problems, "preprocess", preprocess, PreprocessSchema)
+    problems.add_conflicts(cross_checks(result, tables))
+    problems.raise_all(f"config {source}")
     return result
-
-
-def _run(checker: Checker, given: Any, tables: Tables) -> dict[str, Any]:
-    if isinstance(given, Mapping):
-        runner = given.get("runner", "runner_cir")
-        if checker.name("run.runner", runner, tables.runners, "known runner") and runner not in OUR_RUNNERS:
-            checker.name("run.task", given.get("task"), tables.tasks, "known task")
-            return dict(given)  # the host's own runner: its keys are its own affair
-        checker.name("run.task", given.get("task", OUR_TASKS[0]), tables.tasks, "known task")
-    return checker.section("run", given, RunSchema)
 
 
 def model_defaults(section: Mapping[str, Any]) -> dict[str, Any]:
     """A `model` section completed by the defaults of its type and checked, as plain containers. Raises ConfigError."""
-    checker = Checker()
-    model, _ = _model(checker, {"arch": "neucore", **section}, package_tables())
-    if checker.problems:
-        raise ConfigError("\n  ".join(["the model section has problems:", *checker.problems]))
+    tables = package_tables()
+    problems = Problems(tables.processors, MODEL_SCHEMAS)
+    model, _ = _model(problems, {"arch": "neucore", **section}, tables)
+    problems.raise_all("the model section")
     return model
+
+
+def dataset_defaults(name: str, section: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A data set's section completed and checked, as plain containers; another's as it is. Raises ConfigError."""
+    tables = package_tables()
+    problems = Problems(tables.processors)
+    completed = _dataset(problems, name, section or {}, {}) if name in DATASET_SCHEMAS else dict(section or {})
+    problems.raise_all(f"section datasets.{name}")
+    return completed
+
+
+def _completed(problems: Problems, key: str, given: Any, schema: type[Section]) -> dict[str, Any]:
+    """`given` with defaults filled in; what is wrong becomes a problem and is replaced by its default."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        problems.add(key, f"got {shortened(given)}; allowed: {allowed_keys(schema)}")
+        return {}
+    with problems.at(*key.split(".")):
+        return schema.model_validate(dict(given), context=problems).model_dump(warnings=False)
+
+
+def _model(problems: Problems, given: Any, tables: Tables) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Checked section `model` and the default `preprocess` of its type."""
+    if not isinstance(given, Mapping):
+        return _completed(problems, "model", given, NeucoreSchema), {}
+    arch = given.get("arch")
+    if not problems.name("model.arch", arch, tables.models, "known model"):
+        arch, given = "neucore", {**given, "arch": "neucore"}
+    schema, types = MODEL_SCHEMAS.get(arch), tables.models.get(arch) or {}
+    model_type = given.get("model_type") or (DEFAULT_TYPE if schema else None)
+    defaults: dict[str, Any] = {}
+    if problems.name("model.model_type", model_type, types, f"model type of {arch}"):
+        defaults = read_yaml(types[model_type])
+    section = defaults.get("model") or {}
+    if schema is None:
+        return {**merge(section, given), "model_type": model_type}, defaults.get("preprocess") or {}
+    if section.get("arch") not in (None, arch):  # the file of another model of ours is shared
+        section = _shared(section, schema)
+    encoders = BackboneSchema().model_dump(include={"image": {"name"}, "text": {"name"}})
+    merged = {**merge(merge({"backbone": encoders}, section), given), "model_type": model_type}
+    return _completed(problems, "model", merged, schema), defaults.get("preprocess") or {}
+
+
+def _shared(section: Mapping[str, Any], schema: type[Section]) -> dict[str, Any]:
+    """What of a default section `schema` has too; of its sections, which another model may have longer, the same."""
+    kept = {key: value for key, value in section.items() if key in schema.model_fields}
+    for key, value in kept.items():
+        inner = schema.model_fields[key].annotation
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Section):
+            kept[key] = _shared(value, inner)
+    return kept
+
+
+def _datasets(
+    problems: Problems, given: Any, tables: Tables, pixels: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Checked section `datasets`; `pixels`: what the processors' sides get where the file does not say otherwise."""
+    if not isinstance(given, Mapping) or not given:
+        problems.add("datasets", f"got {shortened(given)}; allowed: a mapping of at least one data set")
+        return {}
+    checked = {}
+    for name, section in given.items():
+        key = f"datasets.{name}"
+        if not problems.name(key, name, tables.datasets, "known data set"):
+            continue
+        if section is not None and not isinstance(section, Mapping):
+            problems.add(key, f"got {shortened(section)}; allowed: a mapping")
+            continue
+        files, kind = tables.datasets[name], (section or {}).get("type", "default")
+        defaults = {}
+        if files and problems.name(f"{key}.type", kind, files, f"type of {name}"):
+            defaults = (read_yaml(files[kind]).get("datasets") or {}).get(name) or {}
+        checked[name] = merge(defaults, section or {})
+        if name in DATASET_SCHEMAS:
+            checked[name] = _dataset(problems, name, checked[name], pixels)
+    return checked
+
+
+def _dataset(
+    problems: Problems, name: str, given: Mapping[str, Any], pixels: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    defaults = merge({"build_info": {}, **DEFAULT_PROCESSORS}, {"vis_processor": pixels} if pixels else {})
+    return _completed(problems, f"datasets.{name}", merge(defaults, given), DATASET_SCHEMAS[name])
+
+
+def _run(problems: Problems, given: Any, tables: Tables) -> dict[str, Any]:
+    if isinstance(given, Mapping):
+        runner = given.get("runner", RUNNERS[0])
+        known = problems.name("run.runner", runner, tables.runners, "known runner")
+        hosts = known and runner not in RUNNERS
+        problems.name("run.task", given.get("task", None if hosts else TASKS[0]), tables.tasks, "known task")
+        if hosts:
+            return dict(given)  # the host's own runner: its keys are its own affair
+        given = given if known else {**given, "runner": RUNNERS[0]}
+    return _completed(problems, "run", given, RunSchema)

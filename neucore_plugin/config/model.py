@@ -1,105 +1,182 @@
-"""What the `model` section may say; the encoders' own sections are in `schema_backbones.py`."""
+"""What the `model` section may say; the encoders' own sections are in `encoders.py`."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from neucore_plugin.config.values import Flag, Probability, Section, Text, choice, real, whole, words
-
-METHODS = ("image_only", "text_only", "sum", "tirg", "artemis", "combiner", "cross_attention")  # of cir_baseline
-WITH_DROPOUT = ("combiner", "cross_attention")  # of these
-PARTS_OF_SPEECH = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN")
-PARTS_OF_SPEECH += ("PUNCT", "SCONJ", "SYM", "VERB", "X")  # the universal tags, as spaCy gives them
+from neucore_plugin.config.encoders import EfficientNetLite0Schema, ImageEncoder, MiniLMSchema, TextEncoder
+from neucore_plugin.config.kinds import NoneTwice, Probability, Real, Text
+from neucore_plugin.config.names import METHODS, PARTS_OF_SPEECH, WITH_DROPOUT
+from neucore_plugin.config.section import Section
 
 
 class BackboneSchema(Section):
-    image: Any = Field(default_factory=lambda: {"name": "efficientnet_lite0"})
-    text: Any = Field(default_factory=lambda: {"name": "minilm_l6"})
+    image: ImageEncoder = Field(
+        default_factory=lambda: EfficientNetLite0Schema(name="efficientnet_lite0"),
+        title="image encoder",
+        description="the image encoder, by its `name`",
+    )
+    text: TextEncoder = Field(
+        default_factory=lambda: MiniLMSchema(name="minilm_l6"),
+        title="text encoder",
+        description="the text encoder, by its `name`",
+    )
 
 
 class ConceptAlignmentSchema(Section):
-    depth: whole(0) = 1
-    heads: whole(1) = 4
-    mlp_ratio: real(above=0) = 2.0
-    bag: choice("union", "joint") = "union"
-    dropout: Probability = 0.0
+    depth: int = Field(1, ge=0, description="transformer blocks over the bag of image tokens")
+    heads: int = Field(4, ge=1, description="attention heads of a block; they divide `embed_dim`")
+    mlp_ratio: Real = Field(2.0, gt=0, description="width of a block's MLP over its tokens'")
+    bag: Literal["union", "joint"] = Field(
+        "union",
+        description="what the blocks see: reference and target each by itself, or (joint, the released form) both at "
+        "once behind a class token",
+    )
+    dropout: Probability = Field(0.0, description="dropout in the blocks")
 
 
 class FusionSchema(Section):
-    mode: choice("progressive", "mixture") = "progressive"
-    gumbel: Flag = False  # noise on the mixture's instruction weights, in training only
-    steps: whole(1) = 3
-    layers: whole(1) = 1
-    module_depth: whole(1) = 1
-    heads: whole(1) = 4
-    head_dim: whole(1) = 64
-    mlp_ratio: real(above=0) = 2.0
-    dropout: Probability = 0.0
-    generator_linears: whole(1) = 2  # linear layers that generate a block's norms
-    instruction_linears: whole(1) = 2  # and of the mixture's instruction weights
+    mode: Literal["progressive", "mixture"] = Field(
+        "progressive",
+        description="the paper's chain of steps; mixture: the released code's form, which weighs all steps' outputs",
+    )
+    gumbel: bool = Field(False, description="noise on the mixture's instruction weights, in training only")
+    steps: int = Field(
+        3,
+        ge=1,
+        description="semantic concepts attended from the words, one a step; of a mixture its kinds of instruction",
+    )
+    layers: int = Field(1, ge=1, description="chains of all steps, one after the other")
+    module_depth: int = Field(1, ge=1, description="pairs of attention and MLP in a step")
+    heads: int = Field(4, ge=1, description="attention heads of a block")
+    head_dim: int = Field(64, ge=1, description="width of a head")
+    mlp_ratio: Real = Field(2.0, gt=0, description="width of a block's MLP over its tokens'")
+    dropout: Probability = Field(0.0, description="dropout in the blocks")
+    generator_linears: int = Field(2, ge=1, description="linear layers that generate a block's norms from the words")
+    instruction_linears: int = Field(2, ge=1, description="linear layers that give the mixture's instruction weights")
 
 
-class ContrastiveSchema(Section):
+class ContrastiveMatchingSchema(Section):
     """What the matching of every model takes."""
 
-    temperature: real() = 2.65926
-    learn_temperature: Flag = True
-    mask_duplicates: Flag = True
-    reference_negatives: Flag = True
+    temperature: Real = Field(
+        2.65926, description="natural logarithm of the factor on scores in the loss, at the start"
+    )
+    learn_temperature: bool = Field(True, description="whether `temperature` is trained")
+    mask_duplicates: bool = Field(True, description="batch-mates that answer a query as well are no negatives of it")
+    reference_negatives: bool = Field(
+        True, description="the batch's reference images are negatives, beside its targets"
+    )
 
 
-class MatchingSchema(ContrastiveSchema):
-    terms: words(("fused", "explicit", "background"), at_least=1) = ["fused", "explicit", "background"]
+class MatchingSchema(ContrastiveMatchingSchema):
+    terms: Annotated[list[Literal["fused", "explicit", "background"]], NoneTwice] = Field(
+        ["fused", "explicit", "background"], min_length=1, description="what the score is the sum of"
+    )
 
 
 class LossSchema(Section):
-    concept_weight: real(low=0) = 20.0
-    focal_alpha: real(low=0, high=1) = 0.5
-    focal_gamma: real(low=0) = 1.0
+    concept_weight: Real = Field(20.0, ge=0, description="weight of the concept loss beside the matching loss")
+    focal_alpha: Real = Field(0.5, ge=0, le=1, description="weight of a concept that is there, against one that is not")
+    focal_gamma: Real = Field(1.0, ge=0, description="how much concepts that are told with certainty count less")
 
 
 class QueryDropoutSchema(Section):
-    image: Probability = 0.05
-    text: Probability = 0.05
+    image: Probability = Field(0.05, description="share of training queries that lose their reference image")
+    text: Probability = Field(0.05, description="share of training queries that lose their relative caption")
 
 
 class ConceptsSchema(Section):
-    pos: words(PARTS_OF_SPEECH, at_least=1) = ["NOUN", "VERB", "ADJ", "ADV"]
-    min_count: whole(1) = 2
+    pos: Annotated[list[Literal[PARTS_OF_SPEECH]], NoneTwice] = Field(
+        ["NOUN", "VERB", "ADJ", "ADV"], min_length=1, description="parts of speech whose lemmas are concepts"
+    )
+    min_count: int = Field(2, ge=1, description="captions of the training that must hold a concept")
 
 
 class CrossAttentionSchema(Section):
-    depth: whole(1) = 2
-    heads: whole(1) = 4
-    mlp_ratio: real(above=0) = 2.0
+    depth: int = Field(2, ge=1, description="transformer blocks")
+    heads: int = Field(4, ge=1, description="attention heads of a block; they divide `embed_dim`")
+    mlp_ratio: Real = Field(2.0, gt=0, description="width of a block's MLP over its tokens'")
 
 
-class CirBaselineSchema(Section):
+class ModelSchema(Section):
+    """What every model here takes."""
+
+    arch: Text = Field(description="which model: neucore, or cir_baseline")
+    model_type: Text | None = Field(None, description="set of defaults: a file of configs/models; null: embedded")
+    checkpoint: Text | None = Field(None, description="a trained checkpoint to start from or to evaluate")
+    backbone: BackboneSchema = Field(default_factory=BackboneSchema, description="the two encoders")
+    embed_dim: int = Field(256, ge=1, description="width of everything behind the encoders' projections")
+    query_dropout: QueryDropoutSchema = Field(
+        default_factory=QueryDropoutSchema, description="learned stand-ins in place of a part of the query, in training"
+    )
+    concepts: ConceptsSchema = Field(
+        default_factory=ConceptsSchema, description="the concept vocabulary of the training captions"
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.query_dropout.image + self.query_dropout.text > 1:
+            given = self.query_dropout.model_dump()
+            yield "query_dropout", f"got {given}; allowed: image and text together at most 1"
+
+    def heads_conflict(self, key: str, heads: int) -> Iterator[tuple[str, str]]:
+        """The conflict of heads that do not divide the width."""
+        if self.embed_dim % heads:
+            yield key, f"got {heads}; allowed: a divisor of model.embed_dim ({self.embed_dim})"
+
+
+class CirBaselineSchema(ModelSchema):
     """The baselines, on the same backbones and with the same loss; the keys that NEUCORE has too mean the same."""
 
-    arch: Text
-    model_type: Text | None = None
-    checkpoint: Text | None = None
-    method: choice(*METHODS) = "combiner"
-    backbone: BackboneSchema = Field(default_factory=BackboneSchema)
-    embed_dim: whole(1) = 256
-    dropout: Probability | None = None  # of combiner (null: 0.5, as published) and cross_attention (null: 0)
-    cross_attention: CrossAttentionSchema = Field(default_factory=CrossAttentionSchema)
-    matching: ContrastiveSchema = Field(default_factory=ContrastiveSchema)
-    query_dropout: QueryDropoutSchema = Field(default_factory=QueryDropoutSchema)
-    concepts: ConceptsSchema = Field(default_factory=ConceptsSchema)
+    arch: Literal["cir_baseline"] = Field(description="cir_baseline")
+    method: Literal[METHODS] = Field("combiner", description="how reference image and relative caption are composed")
+    dropout: Probability | None = Field(
+        None, description="of combiner (null: 0.5, as published) and cross_attention (null: 0)"
+    )
+    cross_attention: CrossAttentionSchema = Field(
+        default_factory=CrossAttentionSchema, description="of the method of that name"
+    )
+    matching: ContrastiveMatchingSchema = Field(
+        default_factory=ContrastiveMatchingSchema, description="scores and their loss"
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if self.dropout is not None and self.method not in WITH_DROPOUT:
+            yield "dropout", f"got {self.dropout}; {self.method} has none, only {' and '.join(WITH_DROPOUT)}"
+        if self.method == "cross_attention":
+            yield from self.heads_conflict("cross_attention.heads", self.cross_attention.heads)
+        if self.method == "image_only" and self.backbone.text.freeze is False:
+            yield "backbone.text.freeze", "got false; image_only reads no text, so that nothing would train it"
 
 
-class NeucoreSchema(Section):
-    arch: Text
-    model_type: Text | None = None
-    checkpoint: Text | None = None
-    form: choice("default", "released") = "default"
-    backbone: BackboneSchema = Field(default_factory=BackboneSchema)
-    embed_dim: whole(1) = 256
-    concept_alignment: ConceptAlignmentSchema = Field(default_factory=ConceptAlignmentSchema)
-    fusion: FusionSchema = Field(default_factory=FusionSchema)
-    matching: MatchingSchema = Field(default_factory=MatchingSchema)
-    loss: LossSchema = Field(default_factory=LossSchema)
-    query_dropout: QueryDropoutSchema = Field(default_factory=QueryDropoutSchema)
-    concepts: ConceptsSchema = Field(default_factory=ConceptsSchema)
+class NeucoreSchema(ModelSchema):
+    """NEUCORE (Zhao & Xu, 2023)."""
+
+    arch: Literal["neucore"] = Field(description="neucore")
+    form: Literal["default", "released"] = Field(
+        "default", description="released: as in the authors' code, with their checkpoints' weights"
+    )
+    concept_alignment: ConceptAlignmentSchema = Field(
+        default_factory=ConceptAlignmentSchema, description="concepts found in reference and target image"
+    )
+    fusion: FusionSchema = Field(default_factory=FusionSchema, description="the reference image, changed step by step")
+    matching: MatchingSchema = Field(
+        default_factory=MatchingSchema, description="scores of query and gallery, and their loss"
+    )
+    loss: LossSchema = Field(default_factory=LossSchema, description="the concept loss, a focal loss")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        yield from self.heads_conflict("concept_alignment.heads", self.concept_alignment.heads)
+        if self.form == "released":
+            for key, given, needed in (
+                ("concept_alignment.bag", self.concept_alignment.bag, "joint"),
+                ("fusion.mode", self.fusion.mode, "mixture"),
+            ):
+                if given != needed:
+                    yield key, f"got {given!r}; model.form released needs {needed!r}"
+            width = getattr(self.backbone.text, "width", self.embed_dim)
+            if width != self.embed_dim:
+                yield "backbone.text.width", f"got {width}; model.form released needs model.embed_dim's"

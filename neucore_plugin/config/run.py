@@ -1,74 +1,90 @@
-"""What a config may say: one pydantic model a section, with defaults and ranges. Knows neither torch nor lavis.
+"""What the `run` section may say for our runners."""
 
-Other builders, models, backbones and processors add theirs with the `register_*_schema` functions; what has no schema
-is passed through unchecked (the host's own).
-"""
+from collections.abc import Iterator
+from typing import Literal
 
-from typing import Annotated
+from pydantic import Field
 
-from pydantic import PlainValidator
+from neucore_plugin.config.kinds import Device, Factors, Names, Real, Text
+from neucore_plugin.config.names import LR_SCHEDULERS, RUNNERS, TASKS
+from neucore_plugin.config.section import Section
 
-from neucore_plugin.config.values import Flag, Section, Text, choice, device_name, factors, real, whole, words
-
-LR_SCHEDULERS = ("linear_warmup_cosine_lr", "linear_warmup_step_lr", "constant_lr")
-OUR_RUNNERS = ("runner_cir", "runner_cir_iter")
-OUR_TASKS = ("composed_image_retrieval",)
-
-
-# --- run --------------------------------------------------------------------------------------------------------------
+# What gives a training its length, by runner.
+LENGTHS = {"runner_cir": ("max_epoch",), "runner_cir_iter": ("max_iters", "iters_per_inner_epoch")}
 
 
 class RunSchema(Section):
     """The `run` section for our runners."""
 
-    runner: Text = "runner_cir"
-    task: Text = "composed_image_retrieval"
-    # length: max_epoch for runner_cir, the other two for runner_cir_iter
-    max_epoch: whole(1) | None = None
-    max_iters: whole(1) | None = None
-    iters_per_inner_epoch: whole(1) | None = None
-    # learning rate, computed per step
-    lr_sched: choice(*LR_SCHEDULERS) = "linear_warmup_cosine_lr"
-    init_lr: real(above=0) = 5e-4
-    min_lr: real(low=0) = 0.0
-    warmup_lr: real(low=-1) = 0.0  # negative means init_lr, as in the host
-    warmup_steps: whole(0) = 0
-    lr_decay_rate: real(above=0, high=1) = 0.5
-    lr_decay_steps: whole(1) | None = None
-    lr_scales: Annotated[dict[str, float], PlainValidator(factors)] = {}
-    # optimiser
-    weight_decay: real(low=0) = 0.01
-    beta2: real(above=0, below=1) = 0.999
-    accum_grad_iters: whole(1) = 1
-    clip_grad_norm: real(above=0) | None = None
-    grad_cache_chunk: whole(1) | None = None  # pairs encoded at a time; the loss still sees the whole batch
-    ema_decay: real(above=0, below=1) | None = None  # moving average of the weights, which is validated and tested
-    amp: choice(False, True, "bf16", "fp16") = False
-    # data
-    batch_size_train: whole(1) = 32
-    batch_size_eval: whole(1) = 64
-    num_workers: whole(0) = 0
-    train_splits: words() = ["train"]
-    valid_splits: words() = []
-    test_splits: words() = []
-    cache_features: Flag = True
-    cache_dir: Text | None = None
-    score_chunk: whole(1) = 256
-    # the run itself
-    seed: whole(0, 2**31 - 1) = 42
-    output_dir: Text = "output"
-    resume: Text = "never"  # never, auto, or the path of a checkpoint
-    evaluate: Flag = False
-    report: Flag = True
-    log_freq: whole(1) = 50
-    checkpoint_every_iters: whole(1) | None = None
-    # processes
-    device: Annotated[str, PlainValidator(device_name)] = "auto"
-    distributed: Flag = True
-    world_size: whole(1) = 1
-    dist_url: Text = "env://"
-    dist_backend: choice("auto", "gloo", "nccl") = "auto"
-    use_dist_eval_sampler: Flag = True
+    runner: Text = Field(RUNNERS[0], description="runner_cir counts epochs, runner_cir_iter iterations")
+    task: Text = Field(TASKS[0], description="the host's task")
+    # --- length
+    max_epoch: int | None = Field(None, ge=1, description="epochs; required by runner_cir")
+    max_iters: int | None = Field(None, ge=1, description="batches; required by runner_cir_iter")
+    iters_per_inner_epoch: int | None = Field(
+        None, ge=1, description="batches between two validations; required by runner_cir_iter"
+    )
+    # --- learning rate, computed per step: a step is one update of the weights
+    lr_sched: Literal[LR_SCHEDULERS] = Field("linear_warmup_cosine_lr", description="course of the rate after warm-up")
+    init_lr: Real = Field(5e-4, gt=0, description="learning rate after warm-up")
+    min_lr: Real = Field(0.0, ge=0, description="the rate never falls below it; at most init_lr")
+    warmup_lr: Real = Field(0.0, ge=-1, description="rate of the first step; negative: init_lr, as in the host")
+    warmup_steps: int = Field(0, ge=0, description="steps from warmup_lr to init_lr")
+    lr_decay_rate: Real = Field(0.5, gt=0, le=1, description="factor of a decay of linear_warmup_step_lr")
+    lr_decay_steps: int | None = Field(None, ge=1, description="steps between two decays; null: those of an epoch")
+    lr_scales: Factors = Field(
+        {}, description="factors on the rate by parameter group: backbone_image, backbone_text, head"
+    )
+    # --- optimiser: AdamW
+    weight_decay: Real = Field(0.01, ge=0, description="of matrices; biases and norms have none")
+    beta2: Real = Field(0.999, gt=0, lt=1, description="AdamW's second moment")
+    accum_grad_iters: int = Field(1, ge=1, description="batches whose gradients make one step")
+    clip_grad_norm: Real | None = Field(None, gt=0, description="largest norm of the gradient; null: any")
+    grad_cache_chunk: int | None = Field(
+        None, ge=1, description="pairs encoded at a time; the loss still sees the whole batch. null: all at once"
+    )
+    ema_decay: Real | None = Field(
+        None, gt=0, lt=1, description="moving average of the weights, which is validated and tested; null: none"
+    )
+    amp: bool | Literal["bf16", "fp16"] = Field(
+        False, description="mixed precision in training; true: bf16 where the device has it, else fp16"
+    )
+    # --- data
+    batch_size_train: int = Field(32, ge=1, description="pairs a batch and process: each other's negatives")
+    batch_size_eval: int = Field(64, ge=1, description="images or queries encoded at a time")
+    num_workers: int = Field(0, ge=0, description="processes that load images")
+    train_splits: Names = Field(["train"], description="splits to train on")
+    valid_splits: Names = Field([], description="splits that choose the best checkpoint, by the mean of their metrics")
+    test_splits: Names = Field([], description="splits of the final results")
+    cache_features: bool = Field(True, description="a frozen encoder reads each image and caption once, ever")
+    cache_dir: Text | None = Field(None, description="folder of these features; null: $NEUCORE_CACHE, ~/.cache/neucore")
+    score_chunk: int = Field(256, ge=1, description="queries scored against the gallery at a time")
+    # --- the run itself
+    seed: int = Field(42, ge=0, le=2**31 - 1, description="of weights, order and noise")
+    output_dir: Text = Field("output", description="every run makes a folder of its own in it")
+    resume: Text = Field("never", description="never, auto (the latest run of the same config), or a checkpoint's path")
+    evaluate: bool = Field(False, description="evaluate model.checkpoint instead of training")
+    report: bool = Field(True, description="write results.json and report.html into output_dir")
+    log_freq: int = Field(50, ge=1, description="batches between two lines of the log")
+    checkpoint_every_iters: int | None = Field(
+        None, ge=1, description="batches between two checkpoints within an epoch; null: only at its end"
+    )
+    # --- processes
+    device: Device = Field("auto", description="auto (cuda where there is one), cpu, cuda or cuda:N")
+    distributed: bool = Field(True, description="join the processes that torchrun or srun announces")
+    world_size: int = Field(1, ge=1, description="set by the launcher")
+    dist_url: Text = Field("env://", description="where processes meet")
+    dist_backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on cuda, gloo on a cpu")
+    use_dist_eval_sampler: bool = Field(True, description="processes share the work of an evaluation")
 
-
-# --- registries -------------------------------------------------------------------------------------------------------
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if not self.evaluate:
+            for key in LENGTHS.get(self.runner, ()):
+                if getattr(self, key) is None:
+                    yield key, f"is required by {self.runner} but not given"
+            if not self.train_splits:
+                yield "train_splits", "got []; training needs a split; name one, or set run.evaluate=true"
+        elif not self.test_splits and not self.valid_splits:
+            yield "test_splits", "got []; run.evaluate=true needs a split to evaluate"
+        if self.min_lr > self.init_lr:
+            yield "min_lr", f"got {self.min_lr}; allowed: at most run.init_lr ({self.init_lr})"

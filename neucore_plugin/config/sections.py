@@ -1,64 +1,41 @@
-"""Which schema checks what: tables of models, data sets and processors. Knows neither torch nor lavis."""
+"""Which schema checks what, and which names are known."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pydantic import BaseModel
+from neucore_plugin.config.data import PROCESSOR_SCHEMAS
+from neucore_plugin.config.model import CirBaselineSchema, ModelSchema, NeucoreSchema
+from neucore_plugin.config.names import RUNNERS, TASKS
+from neucore_plugin.config.published import SPLITS
+from neucore_plugin.config.shipped import CONFIGS
 
-from neucore_plugin.config import data as schema_data
-from neucore_plugin.config import run
-from neucore_plugin.config.data import (
-    CaptionProcessorSchema,
-    EmojiSchema,
-    FolderSchema,
-    ImageProcessorSchema,
-)
-from neucore_plugin.config.encoders import BACKBONE_SCHEMAS
-from neucore_plugin.config.model import CirBaselineSchema, NeucoreSchema
-from neucore_plugin.config.published import PUBLISHED, SPLITS
+MODEL_SCHEMAS: dict[str, type[ModelSchema]] = {"neucore": NeucoreSchema, "cir_baseline": CirBaselineSchema}
 
-MODEL_SCHEMAS: dict[str, type[BaseModel]] = {"neucore": NeucoreSchema, "cir_baseline": CirBaselineSchema}
-DATASET_SCHEMAS: dict[str, type[BaseModel]] = {
-    **{name: getattr(schema_data, f"{name.capitalize()}Schema") for name in PUBLISHED},
-    "emoji": EmojiSchema,
-    "folder": FolderSchema,
-}
-DATASET_SPLITS: dict[str, tuple[str, ...]] = dict(SPLITS)
-PROCESSOR_SCHEMAS: dict[str, type[BaseModel]] = {
-    "cir_image": ImageProcessorSchema,
-    "cir_caption": CaptionProcessorSchema,
-}
+
+def default_files(kind: str) -> dict[str, str]:
+    """{name: path} of the package's yamls of a kind: models (by their type) or datasets."""
+    return {path.stem: str(path) for path in sorted((CONFIGS / kind).glob("*.yaml"))}
+
+
+def model_types(arch: str) -> dict[str, str]:
+    """{model type: path of its yaml} of a model of ours; the authors' form is NEUCORE's alone."""
+    files = default_files("models")
+    return {name: path for name, path in files.items() if arch == "neucore" or not name.startswith("official_")}
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Known names and default files. `splits`: the split names that a builder is known to have."""
+    """Known names and default files: {arch: {model type: path}}, {data set: {type: path}}, {data set: its splits}."""
 
     models: Mapping[str, Mapping[str, str]]
     datasets: Mapping[str, Mapping[str, str]]
-    tasks: tuple[str, ...] = run.OUR_TASKS
-    runners: tuple[str, ...] = run.OUR_RUNNERS
+    tasks: tuple[str, ...] = TASKS
+    runners: tuple[str, ...] = RUNNERS
     processors: tuple[str, ...] = tuple(PROCESSOR_SCHEMAS)
-    splits: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(DATASET_SPLITS))
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SPLITS)
 
 
-def register_dataset_schema(name: str, schema: type[BaseModel], splits: Iterable[str] | None = None) -> None:
-    """Check `datasets.<name>` by `schema` (usually a DatasetSchema); `splits`: the names that its builder knows."""
-    DATASET_SCHEMAS[name] = schema
-    if splits is not None:
-        DATASET_SPLITS[name] = tuple(splits)
-
-
-def register_model_schema(arch: str, schema: type[BaseModel]) -> None:
-    """Check the `model` section of `arch` by `schema`."""
-    MODEL_SCHEMAS[arch] = schema
-
-
-def register_backbone_schema(side: str, name: str, schema: type[BaseModel]) -> None:
-    """Check `model.backbone.<side>` (image or text) with that name by `schema`."""
-    BACKBONE_SCHEMAS[side][name] = schema
-
-
-def register_processor_schema(name: str, schema: type[BaseModel]) -> None:
-    """Check a processor with that name by `schema`."""
-    PROCESSOR_SCHEMAS[name] = schema
+def package_tables() -> Tables:
+    """What this package alone knows, without the host."""
+    datasets = {name: {"default": path} for name, path in default_files("datasets").items()}
+    return Tables(models={arch: model_types(arch) for arch in MODEL_SCHEMAS}, datasets=datasets)

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.files import atomic_write, cache_dir
+from neucore_plugin.config.loading import dataset_defaults
 from neucore_plugin.config.published import PUBLISHED, SPLITS
 from neucore_plugin.config.shipped import CONFIGS
 from neucore_plugin.datasets import folder, protocols
@@ -40,10 +41,14 @@ class TripletBuilder(BaseDatasetBuilder):
     credit: str | None = None
     wanted: Sequence[str] | None = None
 
+    def __init__(self, cfg: Any = None) -> None:
+        """cfg: a section of `datasets`, or a part of one: the schema has the rest. Raises ConfigError."""
+        given = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+        super().__init__(OmegaConf.create(dataset_defaults(self.name, given)))
+
     def build_datasets(self) -> dict[str, TripletDataset]:
         self.build_processors()
-        info = self.config.get("build_info") or {}
-        info = OmegaConf.to_container(info, resolve=True) if OmegaConf.is_config(info) else dict(info)
+        info = OmegaConf.to_container(self.config.build_info)
         self.left_out: dict[str, dict[str, Any]] = {}
         if self.config.get("data_type") == "shards":
             return self.build(info, *self._read_shards(info))

@@ -48,28 +48,23 @@ def test_the_released_form_has_its_mark_and_its_augmentation():
         loading.load_config(PROJECTS / "train_fashioniq.yaml", ["datasets.fashioniq.build_info.joiner=und"])
 
 
-def test_the_users_own_command_has_blip():
-    section = loading.load_config(PROJECTS / "train_cirr.yaml").to_dict()["model"]
-    assert section["backbone"]["image"]["name"] == section["backbone"]["text"]["name"] == "blip"
-
-
 def test_an_evaluation_takes_the_model_from_its_checkpoint(tmp_path):
-    held = {**loading.model_defaults({"model_type": "blip_cirr", "embed_dim": 64}), "checkpoint": None}
+    stored = {**loading.model_defaults({"model_type": "blip_cirr", "embed_dim": 64}), "checkpoint": None}
     options = [f"model.checkpoint={tmp_path / 'best.pth'}"]
     (tmp_path / "best.pth").touch()
     found = loading.load_config(
         PROJECTS / "eval_cirr.yaml",
         options,
-        section_of=lambda path, said: {"config": held, "image_processor": {"fit": "crop"}},
+        section_of=lambda path, given: {"config": stored, "image_processor": {"fit": "crop"}},
     ).to_dict()
-    assert found["model"] == {**held, "checkpoint": str(tmp_path / "best.pth")}
+    assert found["model"] == {**stored, "checkpoint": str(tmp_path / "best.pth")}
     processors = found["datasets"]["cirr"]["vis_processor"]
     assert (processors["eval"]["fit"], processors["train"]["fit"]) == ("crop", "pad")  # as it was trained
     mean = processors["eval"]["mean"]
     assert mean == pytest.approx([0.481, 0.458, 0.408], abs=1e-3)  # BLIP's
-    said = loading.load_config(
-        PROJECTS / "eval_cirr.yaml", [*options, "model.embed_dim=32"], section_of=lambda *_: {"config": held}
+    other = loading.load_config(
+        PROJECTS / "eval_cirr.yaml", [*options, "model.embed_dim=32"], section_of=lambda *_: {"config": stored}
     )
-    assert said.model_cfg.embed_dim == 32  # an error when the weights are loaded
+    assert other.model_cfg.embed_dim == 32  # an error when the weights are loaded
     trained = loading.load_config(PROJECTS / "train_cirr.yaml", options, section_of=lambda *_: {}).to_dict()
     assert trained["model"]["model_type"] == "blip_cirr"  # a training goes by its file

@@ -77,7 +77,7 @@ def test_test1_has_no_targets_and_is_no_split_of_the_builder(root):
     triplets, gallery = CIRR.read(root, "test1")
     assert triplets[0].targets == () and triplets[0].members == tuple(TEST) and len(gallery.ids) == 6
     builder = registry.get_builder_class("cirr")
-    assert builder.SPLITS == sections.DATASET_SPLITS["cirr"] == CIRR.answered == ("train", "val")
+    assert builder.SPLITS == sections.SPLITS["cirr"] == CIRR.answered == ("train", "val")
     with pytest.raises(ConfigError, match=r"no split 'test'\. Did you mean 'test1'"):
         CIRR.read(root, "test")
 

@@ -30,28 +30,12 @@ from typing import Any
 from torch import nn
 
 from neucore_plugin.common.errors import ConfigError, NeucoreError, nearest
+from neucore_plugin.config.encoders import BACKBONE_SCHEMAS
 from neucore_plugin.models.backbones.tuning import Tuning, settle_modes
 
+# {side: {name: class}}; the schemas name the class that takes their settings
 ENCODERS = {
-    "image": {
-        "efficientnet_lite0": "embedded.EfficientNetLite0",
-        "resnet": "resnet_gru.ResNet",
-        "features": "resnet_gru.Features",
-        "blip": "blip.BlipImage",
-        "albef": "albef.AlbefImage",
-        "blip2": "blip2.Blip2Image",
-        "clip": "clip.ClipImage",
-        "registered": "registered.RegisteredImage",
-    },
-    "text": {
-        "minilm_l6": "embedded.MiniLM",
-        "glove_bigru": "resnet_gru.GloveBiGRU",
-        "blip": "blip.BlipText",
-        "albef": "albef.AlbefText",
-        "blip2": "blip2.Blip2Text",
-        "clip": "clip.ClipText",
-        "registered": "registered.RegisteredText",
-    },
+    side: {name: schema.encoder for name, schema in schemas.items()} for side, schemas in BACKBONE_SCHEMAS.items()
 }
 SIDES = tuple(ENCODERS)
 

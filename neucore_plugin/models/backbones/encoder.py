@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from neucore_plugin.config.encoders import PIXELS
+from neucore_plugin.config.encoders import BACKBONE_SCHEMAS
 from neucore_plugin.weights.checkpoint import fingerprint
 
 
@@ -67,7 +67,7 @@ class TextEncoder(Encoder):
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of an image encoder's pixels, as the schemas have them."""
-    return tuple(PIXELS[name]["mean"]), tuple(PIXELS[name]["std"])
+    return BACKBONE_SCHEMAS["image"][name].pixel_statistics
 
 
 def check_pixels(pixels: Tensor, name: str, image_size: int) -> None:
