@@ -5,7 +5,6 @@ import shutil
 import blip_case as case
 import pytest
 import torch
-import yaml
 from encoder_case import encoder
 from lavis.models.albef_models.albef_feature_extractor import AlbefFeatureExtractor
 from lavis.models.blip_models.blip_feature_extractor import BlipFeatureExtractor
@@ -17,7 +16,6 @@ from transformers import BertConfig
 from neucore_plugin.common.errors import CheckpointError
 from neucore_plugin.config import loading
 from neucore_plugin.models.backbones import albef, blip, build_backbone, encoder_class
-from neucore_plugin.models.neucore import NeucoreModel
 
 SIZE, PATCH, DIM = 16, 8, 6
 SIDES = ("blip", "albef")
@@ -220,17 +218,10 @@ def test_a_large_vit_has_its_own_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_model_types(model_type):
-    """Each type is valid, its pixels are those its encoder wants, and it builds and runs with tiny encoders."""
-    path = NeucoreModel.PRETRAINED_MODEL_CONFIG_DICT[model_type]
-    with open(path, encoding="utf-8") as file:
-        content = yaml.safe_load(file)
+    """Each type is valid, and it builds and runs with tiny encoders."""
     section = loading.model_defaults({"arch": "neucore", "model_type": model_type})
     sides = section["backbone"]
-    kind = encoder_class("image", sides["image"]["name"])
-    assert sides["image"]["freeze"] and sides["text"]["freeze"] and content["model"]["model_type"] == model_type
-    for processor in content["preprocess"]["vis_processor"].values():
-        assert processor["image_size"] == sides["image"]["image_size"]
-        assert (tuple(processor["mean"]), tuple(processor["std"])) == (kind.mean, kind.std)
+    assert sides["image"]["freeze"] and sides["text"]["freeze"]
     tiny = {"image": dict(sides["image"]), "text": dict(sides["text"])}
     for side, sizes in (("image", case.IMAGE), ("text", case.TEXT)):
         tiny[side] |= {"pretrained": "none", "architecture": dict(sizes)}
