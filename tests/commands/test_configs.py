@@ -65,7 +65,7 @@ def test_a_bare_name_is_found_where_no_such_file_lies(tmp_path):
     ],
 )
 def test_every_command_with_a_config_knows_the_names(entry, arguments, capsys, monkeypatch):
-    monkeypatch.setattr(launch, "init_distributed", lambda _: pytest.fail("it went on"))
+    monkeypatch.setattr(launch.distributed, "init_distributed", lambda _: pytest.fail("it went on"))
     options = ["run.seed=x", "run.evaluate=false"]
     assert entry([*arguments, "--cfg-path", "train_cirr", "--options", *options]) == 2
     assert "run.seed: got" in capsys.readouterr().err
