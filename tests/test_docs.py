@@ -287,6 +287,8 @@ def test_generated_pages_hold_keys_commands_and_yamls():
     config, command, yamls = GENERATED.values()
     assert "| `run.seed` | whole number" in config
     assert "### image encoder clip" in config
+    rows = [line for line in config.splitlines() if line.startswith("| `")]
+    assert [row for row in rows if row.split(" | ")[-1].strip(" |") == ""] == []  # a key without a description
     assert "## neucore search" in command
     assert "`--cfg-path` `YAML`" in command
     assert all(f"| `{name}` |" in yamls for name in shipped_configs())
