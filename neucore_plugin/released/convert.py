@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neucore_plugin.common.errors import CheckpointError, ConfigError, DataError
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
-from neucore_plugin.config.loading import model_defaults, read_yaml
+from neucore_plugin.config.loading import model_defaults
 from neucore_plugin.models.backbones.resnet_gru import NETWORKS, SPECIALS, word_list
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.processors import CaptionProcessor
@@ -46,7 +46,7 @@ class Conversion:
 def released_types() -> dict[str, dict[str, Any]]:
     """{model type: its model section} of the released form."""
     paths = {k: v for k, v in NeucoreModel.PRETRAINED_MODEL_CONFIG_DICT.items() if k.startswith("official_")}
-    return {name: read_yaml(path)["model"] for name, path in paths.items()}
+    return {name: model_defaults({"arch": "neucore", "model_type": name}) for name in paths}
 
 
 def load_released(
