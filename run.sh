@@ -127,7 +127,8 @@ test)
     status=0
     "$VENV/bin/python" -m ruff check . || status=1
     "$VENV/bin/python" -m ruff format --check . || status=1
-    "$VENV/bin/python" -m pytest "$@" || status=1
+    # A process a core, at most four, and a thread each: they would only stand in each other's way.
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$VENV/bin/python" -m pytest -n auto --maxprocesses=4 --dist worksteal "$@" || status=1
     exit $status
     ;;
 docs)

@@ -85,7 +85,8 @@ EXTRAS = {
     # The documentation site (`sh run.sh docs`). docs/generate.py makes pages by File.generated, new in mkdocs 1.6, and
     # mkdocs 2 has no plugins. Of the other two the next major versions are not known to work.
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings-python>=2,<3"],
-    "test": ["pytest>=8", "ruff>=0.6", "peft>=0.7,<0.14"],
+    # pytest-xdist 3 runs the tests in several processes; --dist worksteal is new in 3.2.
+    "test": ["pytest>=8", "pytest-xdist>=3.2", "ruff>=0.6", "peft>=0.7,<0.14"],
 }
 
 setup(
