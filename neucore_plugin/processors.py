@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.text import clean_caption
-from neucore_plugin.config.names import AUGMENTS, FITS
+from neucore_plugin.config.data import AUGMENTS, FITS
 from neucore_plugin.host.registration import register_processor
 
 

@@ -25,9 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0, or 1 where `check` finds that something is missing."""
     if arguments.action == "emoji":
+        from neucore_plugin.config.loading import dataset_defaults
         from neucore_plugin.datasets.emoji.drawings import prepare
 
-        print(prepare(arguments.cache_dir, image_size=arguments.image_size))
+        size = dataset_defaults("emoji", {"build_info": {"image_size": arguments.image_size}})["build_info"][
+            "image_size"
+        ]
+        print(prepare(arguments.cache_dir, size))
         return 0
     from neucore_plugin.datasets.published.catalogue import check
 

@@ -7,8 +7,8 @@ from typing import Any
 from neucore_plugin.common.errors import nearest
 from neucore_plugin.config.data import DATASET_SCHEMAS
 from neucore_plugin.config.encoders import pixels_of
-from neucore_plugin.config.names import RUNNERS, TASKS
 from neucore_plugin.config.published import PUBLISHED
+from neucore_plugin.config.run import RUNNERS, TASKS
 from neucore_plugin.config.sections import MODEL_SCHEMAS, Tables
 
 Conflicts = Iterator[tuple[str, str]]

@@ -5,10 +5,13 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt
 from pydantic import Field, PlainValidator, ValidationInfo, create_model
 
+from neucore_plugin.config.encoders import HALF
 from neucore_plugin.config.kinds import THREE, Allowed, NoneTwice, Real, Text
-from neucore_plugin.config.names import AUGMENTS, FITS, HALF
 from neucore_plugin.config.published import PRESETS
 from neucore_plugin.config.section import Problems, Section
+
+FITS = ("pad", "crop", "stretch")
+AUGMENTS = ("none", "crop_flip")
 
 # --- processors ------------------------------------------------------------------------------------------------------
 
@@ -83,7 +86,7 @@ class InfoSchema(Section):
 
 class EmojiInfoSchema(InfoSchema):
     cache_dir: Text | None = Field(None, description="where drawings are kept; null: $NEUCORE_CACHE, ~/.cache/neucore")
-    image_size: int = Field(224, ge=16, description="side of the drawings in pixels")
+    image_size: int = Field(224, ge=32, le=1024, description="side of the drawings in pixels")
     role_cap: int = Field(12, ge=1, description="role changes kept a reference; more of them, more training time")
 
 

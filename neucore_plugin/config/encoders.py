@@ -10,11 +10,14 @@ from annotated_types import Gt
 from pydantic import Discriminator, Field, Tag
 
 from neucore_plugin.config.kinds import THREE, Channels, Probability, Real, Settings, Text
-from neucore_plugin.config.names import CLIP, HALF, IMAGENET
 from neucore_plugin.config.section import Section
 
 _PRETRAINED = "path or URL of the weights, or none for random ones"
 _WORDS = "words of a caption that are read"
+# Mean and deviation of an encoder's pixels, red, green, blue.
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 class LoraSchema(Section):

@@ -20,8 +20,7 @@ from neucore_plugin.config.data import DATASET_SCHEMAS, DEFAULT_PROCESSORS, Prep
 from neucore_plugin.config.encoders import pixels_of
 from neucore_plugin.config.kinds import allowed_keys, shortened
 from neucore_plugin.config.model import BackboneSchema, NeucoreSchema
-from neucore_plugin.config.names import RUNNERS, TASKS
-from neucore_plugin.config.run import RunSchema
+from neucore_plugin.config.run import RUNNERS, TASKS, RunSchema
 from neucore_plugin.config.section import Problems, Section
 from neucore_plugin.config.sections import MODEL_SCHEMAS, Tables, package_tables
 from neucore_plugin.config.shipped import find_config

@@ -7,8 +7,12 @@ from pydantic import Field
 
 from neucore_plugin.config.encoders import EfficientNetLite0Schema, ImageEncoder, MiniLMSchema, TextEncoder
 from neucore_plugin.config.kinds import NoneTwice, Probability, Real, Text
-from neucore_plugin.config.names import METHODS, PARTS_OF_SPEECH, WITH_DROPOUT
 from neucore_plugin.config.section import Section
+
+# Universal tags, as spaCy gives them, but for those that never hold a word: PUNCT, SYM, X, SPACE.
+PARTS_OF_SPEECH = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "SCONJ")
+PARTS_OF_SPEECH += ("VERB",)
+WITH_DROPOUT = ("combiner", "cross_attention")  # methods of cir_baseline
 
 
 class BackboneSchema(Section):
@@ -130,7 +134,9 @@ class CirBaselineSchema(ModelSchema):
     """The baselines, on the same backbones and with the same loss; the keys that NEUCORE has too mean the same."""
 
     arch: Literal["cir_baseline"] = Field(description="cir_baseline")
-    method: Literal[METHODS] = Field("combiner", description="how reference image and relative caption are composed")
+    method: Literal["image_only", "text_only", "sum", "tirg", "artemis", "combiner", "cross_attention"] = Field(
+        "combiner", description="how reference image and relative caption are composed"
+    )
     dropout: Probability | None = Field(
         None, description="of combiner (null: 0.5, as published) and cross_attention (null: 0)"
     )

@@ -6,11 +6,11 @@ from typing import Literal
 from pydantic import Field
 
 from neucore_plugin.config.kinds import Device, Factors, Names, Real, Text
-from neucore_plugin.config.names import LR_SCHEDULERS, RUNNERS, TASKS
 from neucore_plugin.config.section import Section
 
 # What gives a training its length, by runner.
 LENGTHS = {"runner_cir": ("max_epoch",), "runner_cir_iter": ("max_iters", "iters_per_inner_epoch")}
+RUNNERS, TASKS = tuple(LENGTHS), ("composed_image_retrieval",)
 
 
 class RunSchema(Section):
@@ -25,7 +25,9 @@ class RunSchema(Section):
         None, ge=1, description="batches between two validations; required by runner_cir_iter"
     )
     # --- learning rate, computed per step: a step is one update of the weights
-    lr_sched: Literal[LR_SCHEDULERS] = Field("linear_warmup_cosine_lr", description="course of the rate after warm-up")
+    lr_sched: Literal["linear_warmup_cosine_lr", "linear_warmup_step_lr", "constant_lr"] = Field(
+        "linear_warmup_cosine_lr", description="course of the rate after warm-up"
+    )
     init_lr: Real = Field(5e-4, gt=0, description="learning rate after warm-up")
     min_lr: Real = Field(0.0, ge=0, description="the rate never falls below it; at most init_lr")
     warmup_lr: Real = Field(0.0, ge=-1, description="rate of the first step; negative: init_lr, as in the host")

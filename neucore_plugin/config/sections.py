@@ -3,24 +3,24 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from neucore_plugin.config.data import PROCESSOR_SCHEMAS
+from neucore_plugin.config.data import DATASET_SCHEMAS, PROCESSOR_SCHEMAS
 from neucore_plugin.config.model import CirBaselineSchema, ModelSchema, NeucoreSchema
-from neucore_plugin.config.names import RUNNERS, TASKS
 from neucore_plugin.config.published import SPLITS
+from neucore_plugin.config.run import RUNNERS, TASKS
 from neucore_plugin.config.shipped import CONFIGS
 
 MODEL_SCHEMAS: dict[str, type[ModelSchema]] = {"neucore": NeucoreSchema, "cir_baseline": CirBaselineSchema}
 
 
-def default_files(kind: str) -> dict[str, str]:
-    """{name: path} of the package's yamls of a kind: models (by their type) or datasets."""
-    return {path.stem: str(path) for path in sorted((CONFIGS / kind).glob("*.yaml"))}
-
-
 def model_types(arch: str) -> dict[str, str]:
     """{model type: path of its yaml} of a model of ours; the authors' form is NEUCORE's alone."""
-    files = default_files("models")
+    files = {path.stem: str(path) for path in sorted((CONFIGS / "models").glob("*.yaml"))}
     return {name: path for name, path in files.items() if arch == "neucore" or not name.startswith("official_")}
+
+
+def dataset_types(name: str) -> dict[str, str]:
+    """{type: path of its yaml} of a data set of ours."""
+    return {"default": str(CONFIGS / "datasets" / f"{name}.yaml")}
 
 
 @dataclass(frozen=True)
@@ -37,5 +37,5 @@ class Tables:
 
 def package_tables() -> Tables:
     """What this package alone knows, without the host."""
-    datasets = {name: {"default": path} for name, path in default_files("datasets").items()}
+    datasets = {name: dataset_types(name) for name in DATASET_SCHEMAS}
     return Tables(models={arch: model_types(arch) for arch in MODEL_SCHEMAS}, datasets=datasets)

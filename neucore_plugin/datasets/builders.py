@@ -12,7 +12,7 @@ from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.files import atomic_write, cache_dir
 from neucore_plugin.config.loading import dataset_defaults
 from neucore_plugin.config.published import PUBLISHED, SPLITS
-from neucore_plugin.config.shipped import CONFIGS
+from neucore_plugin.config.sections import dataset_types
 from neucore_plugin.datasets import folder, protocols
 from neucore_plugin.datasets.emoji import drawings
 from neucore_plugin.datasets.emoji import splits as emoji
@@ -22,10 +22,6 @@ from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, Tripl
 from neucore_plugin.host.registration import register_builder
 
 Content = tuple[dict[str, Any], dict[str, tuple[list[Triplet], Gallery]]]
-
-
-def _default_file(name: str) -> dict[str, str]:
-    return {"default": str(CONFIGS / "datasets" / f"{name}.yaml")}
 
 
 class TripletBuilder(BaseDatasetBuilder):
@@ -83,7 +79,7 @@ class TripletBuilder(BaseDatasetBuilder):
             side = "train" if split.startswith("train") else "eval"
             limit = info.get(f"max_{side}")
             for protocol in chosen if side == "eval" else chosen[:1]:
-                name = protocols.split_name(split, protocol, protocol is chosen[0])
+                name = split if protocol is chosen[0] else f"{split}@{protocol.name}"
                 asked = protocols.queries(protocol, triplets[:limit], side == "train", info.get("joiner", "and"))
                 dataset = datasets[name] = TripletDataset(
                     self.name,
@@ -96,17 +92,14 @@ class TripletBuilder(BaseDatasetBuilder):
                     protocol=protocol,
                     answers=any(triplet.targets for triplet in asked),
                 )
-                dataset.credit, dataset.family = self.credit, self.family(split)
+                dataset.credit = self.credit
+                if self.name == "fashioniq" and side == "eval":
+                    dataset.family = f"{split.split('_')[0]}_mean"
                 dataset.left_out = self.left_out.get(split, {})
                 logging.info("%s: %s holds %d queries, gallery %d", self.name, name, len(dataset), len(gallery.ids))
                 if side == "eval" and self.name in PUBLISHED:
                     logging.info("%s: %s: protocol %s: %s", self.name, name, protocol.name, protocol.summary)
         return datasets
-
-    def family(self, split: str) -> str | None:
-        """The name of a mean over splits that this one enters; None = it stands alone."""
-        category = self.name == "fashioniq" and not split.startswith("train")
-        return f"{split.split('_')[0]}_mean" if category else None
 
 
 class PublishedBuilder(TripletBuilder):
@@ -151,7 +144,7 @@ for _reader in catalogue.READERS.values():
                 "name": _reader.name,
                 "SPLITS": _reader.answered,
                 "credit": _reader.credit,
-                "DATASET_CONFIG_DICT": _default_file(_reader.name),
+                "DATASET_CONFIG_DICT": dataset_types(_reader.name),
             },
         )
     )
@@ -164,7 +157,7 @@ class EmojiBuilder(TripletBuilder):
     name = "emoji"
     SPLITS = SPLITS["emoji"]
     credit = drawings.CREDIT
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = _default_file("emoji")
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = dataset_types("emoji")
 
     def prepare(self, info: dict[str, Any]) -> None:
         drawings.prepare(info.get("cache_dir"), image_size=info["image_size"])
@@ -181,7 +174,7 @@ class FolderBuilder(TripletBuilder):
 
     name = "folder"
     SPLITS = None  # whatever the root holds
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = _default_file("folder")
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = dataset_types("folder")
 
     def read(self, info: dict[str, Any]) -> Content:
         root = info["root"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from neucore_plugin.common.errors import ConfigError, nearest
 from neucore_plugin.config.published import PRESETS, STANDARD, Protocol
@@ -41,13 +40,3 @@ def presets(dataset: str, names: Sequence[str] | None) -> list[Protocol]:
         if name not in known:
             raise ConfigError(f"datasets.{dataset}.build_info.protocol: no preset {name!r}.{nearest(str(name), known)}")
     return [known[name] for name in names or list(known)[:1]]
-
-
-def split_name(split: str, protocol: Protocol, first: bool) -> str:
-    """Name of a split in results: as it is for the first preset, `split@preset` for the others."""
-    return split if first else f"{split}@{protocol.name}"
-
-
-def describe(protocol: Protocol) -> dict[str, Any]:
-    """What result files hold of a protocol."""
-    return {"name": protocol.name, "summary": protocol.summary}

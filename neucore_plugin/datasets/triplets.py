@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from neucore_plugin.common.errors import DataError
@@ -80,6 +81,27 @@ class ImageStore:
         return {"image": self.processor(load_image(self.paths[name]))}
 
 
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Batch dict: tensors stacked, words padded to [B,L,Dt] with word_mask [B,L], the rest as lists."""
+    batch: dict[str, Any] = {}
+    for key, first in samples[0].items() if samples else ():
+        values = [sample[key] for sample in samples]
+        if key == "words":
+            batch["words"] = pad_sequence(values, batch_first=True)
+            lengths = torch.tensor([len(value) for value in values])
+            batch["word_mask"] = torch.arange(batch["words"].shape[1]) < lengths[:, None]
+        elif isinstance(first, torch.Tensor):
+            shapes = {tuple(value.shape) for value in values}
+            if len(shapes) > 1:
+                raise DataError(f"samples of one batch differ in the shape of {key}: {sorted(shapes)}")
+            batch[key] = torch.stack(values)
+        elif key in ("index", "reference_key", "target_key"):
+            batch[key] = torch.tensor(values)
+        else:
+            batch[key] = values
+    return batch
+
+
 class GalleryDataset(Dataset):
     """The images of a gallery, in order: samples {"image_id", "image"} or {"image_id", "tokens", "pooled"}."""
 
@@ -93,10 +115,7 @@ class GalleryDataset(Dataset):
         name = self.gallery.ids[index]
         return {"image_id": name, **self.images.load(name)}
 
-    @staticmethod
-    def collater(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Stacks tensors; the names stay a list."""
-        return _stack(samples)
+    collater = staticmethod(collate)
 
 
 class TripletDataset(Dataset):
@@ -205,10 +224,7 @@ class TripletDataset(Dataset):
             sample["words"], sample["sentence"] = self.text_cache.tokens(text), self.text_cache.pooled(text)
         return sample
 
-    @staticmethod
-    def collater(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Batch dict: tensors stacked, words padded to [B,L,Dt] with word_mask [B,L], the rest as lists."""
-        return _stack(samples)
+    collater = staticmethod(collate)
 
     def target_positions(self, index: int) -> tuple[int, ...]:
         """Gallery positions of a query's right answers."""
@@ -246,28 +262,3 @@ class TripletDataset(Dataset):
             for t, x in zip(self.triplets, self.texts, strict=True)
         ]
         return sha256_text("\n".join([self.gallery.fingerprint, *lines]))
-
-
-def _stack(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    if not samples:
-        return {}
-    batch: dict[str, Any] = {}
-    for key, first in samples[0].items():
-        values = [sample[key] for sample in samples]
-        if key == "words":
-            length = max(len(value) for value in values)
-            batch["words"] = first.new_zeros(len(values), length, first.shape[-1])
-            batch["word_mask"] = torch.zeros(len(values), length, dtype=torch.bool)
-            for row, value in enumerate(values):
-                batch["words"][row, : len(value)] = value
-                batch["word_mask"][row, : len(value)] = True
-        elif isinstance(first, torch.Tensor):
-            shapes = {tuple(value.shape) for value in values}
-            if len(shapes) > 1:
-                raise DataError(f"samples of one batch differ in the shape of {key}: {sorted(shapes)}")
-            batch[key] = torch.stack(values)
-        elif key in ("index", "reference_key", "target_key"):
-            batch[key] = torch.tensor(values)
-        else:
-            batch[key] = values
-    return batch

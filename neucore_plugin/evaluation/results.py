@@ -12,7 +12,6 @@ import torch
 
 from neucore_plugin.common.files import atomic_write, write_json
 from neucore_plugin.common.images import load_image
-from neucore_plugin.datasets.protocols import describe
 from neucore_plugin.evaluation.ranking import Evaluated
 from neucore_plugin.report import table_lines, write_report
 from neucore_plugin.report.charts import row_label
@@ -72,7 +71,7 @@ def write_results(
     presets = {split: found.dataset.protocol for split, found in evaluated.items()}
     provenance = {
         **provenance,
-        "protocols": {split: describe(preset) for split, preset in presets.items() if preset is not None},
+        "protocols": {split: {"name": p.name, "summary": p.summary} for split, p in presets.items() if p is not None},
         "left_out": {split: found.dataset.left_out for split, found in evaluated.items()},
     }
     per_change = {split: found.per_change for split, found in evaluated.items()}

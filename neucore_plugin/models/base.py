@@ -30,14 +30,6 @@ from neucore_plugin.processors import CaptionProcessor, ImageProcessor
 from neucore_plugin.weights import checkpoint
 from neucore_plugin.weights.trust import refuse_strangers
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
-
-
-def model_types(released: bool = True) -> dict[str, str]:
-    """{model type: path of its yaml}; the authors' form only with `released`."""
-    paths = {path.stem: str(path) for path in sorted(CONFIGS.glob("*.yaml"))}
-    return paths if released else {name: path for name, path in paths.items() if not name.startswith("official_")}
-
 
 class CirModel(BaseModel):
     """Base of the registered models: a backbone and a head that composes a reference image with a relative caption.

@@ -13,9 +13,10 @@ from torch import Tensor
 from neucore_plugin.common.errors import ConfigError, nearest
 from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config.model import WITH_DROPOUT
+from neucore_plugin.config.sections import model_types
 from neucore_plugin.host.registration import register_model
 from neucore_plugin.models.backbones import Backbone
-from neucore_plugin.models.base import CirModel, by_side, model_types, shared_settings
+from neucore_plugin.models.base import CirModel, by_side, shared_settings
 from neucore_plugin.models.composers import COMPOSERS, Artemis
 from neucore_plugin.models.inputs import Query
 from neucore_plugin.models.matching import Matching
@@ -34,7 +35,7 @@ class CirBaseline(CirModel):
 
     arch = "cir_baseline"
     head_parts = "projections and composer"
-    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types(released=False)
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types("cir_baseline")
 
     def __init__(
         self, *, embed_dim: int, method: str, options: Mapping[str, Any], matching: Mapping[str, Any], **shared: Any

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.concepts import ConceptVocabulary
+from neucore_plugin.config.sections import model_types
 from neucore_plugin.host.registration import register_model
 from neucore_plugin.models.backbones import Backbone
-from neucore_plugin.models.base import CirModel, by_side, model_types, shared_settings
+from neucore_plugin.models.base import CirModel, by_side, shared_settings
 from neucore_plugin.models.concept_alignment import ConceptAlignment
 from neucore_plugin.models.concept_loss import ConceptLoss
 from neucore_plugin.models.concept_maps import concept_maps
@@ -39,7 +40,7 @@ class NeucoreModel(CirModel):
 
     arch = "neucore"
     head_parts = "alignment, fusion and matching"
-    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types()
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types("neucore")
 
     def __init__(
         self,

