@@ -141,6 +141,8 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
         ("datasets.emojis", {}, "datasets.emojis: 'emojis' is no known data set. Did you mean 'emoji'?"),
         ("datasets.emoji.build_infos", {}, "Did you mean 'build_info'?"),
         ("datasets.emoji.build_info.role_cap", 0, "datasets.emoji.build_info.role_cap: got 0; allowed: a whole number"),
+        ("datasets.emoji.build_info.image_size", 31, "got 31; allowed: a whole number of at least 32 and at most 1024"),
+        ("datasets.emoji.build_info.image_size", True, "got true; allowed: a whole number of at least 32 and at most"),
         (
             "datasets.emoji.vis_processor.eval.name",
             "cir_img",
@@ -160,6 +162,11 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
         ("run.batch_size_train", 0, "run.batch_size_train: got 0; allowed: a whole number of at least 1"),
         ("run.init_lr", "fast", 'run.init_lr: got "fast"; allowed: a number greater than 0'),
         ("run.init_lr", float("nan"), "run.init_lr: got NaN; allowed: a number greater than 0"),
+        ("run.ema_decay", 0, "run.ema_decay: got 0; allowed: a number greater than 0 and less than 1"),
+        ("run.ema_decay", 1.0, "run.ema_decay: got 1.0; allowed: a number greater than 0 and less than 1"),
+        ("run.grad_cache_chunk", 0, "run.grad_cache_chunk: got 0; allowed: a whole number of at least 1"),
+        ("run.clip_grad_norm", 0.0, "run.clip_grad_norm: got 0.0; allowed: a number greater than 0"),
+        ("run.accum_grad_iters", 0, "run.accum_grad_iters: got 0; allowed: a whole number of at least 1"),
         ("run.min_lr", 1.0, "run.min_lr: got 1.0; allowed: at most run.init_lr (0.0005)"),
         (
             "run.amp",
