@@ -31,6 +31,7 @@ import neucore_plugin
 neucore_plugin.register()
 
 from neucore_plugin.concepts import ConceptVocabulary  # noqa: E402
+from neucore_plugin.config.loading import model_defaults  # noqa: E402
 from neucore_plugin.models.backbones import Backbone  # noqa: E402
 from neucore_plugin.models.backbones.tuning import Tuning  # noqa: E402
 from neucore_plugin.models.neucore import NeucoreModel  # noqa: E402
@@ -85,15 +86,12 @@ class Text(nn.Module):
 def model(depth: int) -> NeucoreModel:
     torch.manual_seed(0)
     trained = Tuning(freeze=False)
-    return NeucoreModel(
-        backbone=Backbone(Vision(depth), Text(depth), trained, trained),
-        vocabulary=ConceptVocabulary([str(number) for number in range(100)]),
-        embed_dim=WIDTH,
-        alignment={"depth": 2, "heads": HEADS},
-        fusion={"steps": 2, "heads": HEADS, "head_dim": 64},
-        matching={},
-        loss={"weight": 200.0},
-        query_dropout={"image": 0.0, "text": 0.0},
+    section = {"arch": "neucore", "embed_dim": WIDTH, "query_dropout": {"image": 0.0, "text": 0.0}}
+    section |= {"concept_alignment": {"depth": 2, "heads": HEADS}, "fusion": {"steps": 2, "heads": HEADS}}
+    return NeucoreModel.from_section(
+        Backbone(Vision(depth), Text(depth), trained, trained),
+        ConceptVocabulary([str(number) for number in range(100)]),
+        model_defaults(section),
     ).train()
 
 
