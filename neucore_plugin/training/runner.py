@@ -259,8 +259,11 @@ class RunnerCir(RunnerBase):
         return better
 
     @torch.no_grad()
-    def eval_epoch(self, split_name: str, cur_epoch: Any) -> dict[str, Any]:
-        """Metrics of one split with the weights that the model has, in every process the same."""
+    def eval_epoch(self, split_name: str, cur_epoch: Any, skip_reload: bool = False) -> dict[str, Any]:
+        """Metrics of one split, in every process the same. As in the host, the epoch "best" asks for the best weights
+        unless `skip_reload` is set."""
+        if cur_epoch == "best" and not skip_reload:
+            load_weights(self._model, self.output_dir / BEST)
         self._model.eval()
         self.task.before_evaluation(model=self._model, dataset=self.datasets[split_name])
         options = {"cuda_enabled": self.cuda_enabled}
@@ -273,19 +276,24 @@ class RunnerCir(RunnerBase):
     def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> dict[str, Any]:
         """Evaluate the test splits, write metrics and results. Returns {split: metrics}.
 
-        Of the best weights, or with run.evaluate of those given: what the arguments of the host ask for, too.
+        Of the best weights, or with run.evaluate of those given. `skip_reload` in a training run: of those the model
+        has now, without writing results.
         """
         self._prepare()
-        started = time.time()
+        started, source, splits = time.time(), self.output_dir / BEST, self.run.test_splits
+        as_they_are = skip_reload and not self.run.evaluate
         if self.run.evaluate:
             source, cur_epoch, splits = self._load_given_weights(), "given", list(self.datasets)
+        elif as_they_are:
+            cur_epoch = self.epoch
         else:
-            source, cur_epoch, splits = self.output_dir / BEST, "best", self.run.test_splits
             load_weights(self._model, source)
         metrics = {}
         for split in splits:
-            metrics[split] = self.eval_epoch(split, cur_epoch)
+            metrics[split] = self.eval_epoch(split, cur_epoch, skip_reload=True)
             self.log_stats(metrics[split], split, cur_epoch)
+        if as_they_are:
+            return metrics
         state, frozen = checkpoint.model_state(self._model)
         provenance = {
             "config": self.plain_config(),

@@ -104,6 +104,20 @@ def test_without_validation_the_last_weights_are_tested(tmp_path):
     assert best["progress"]["iteration"] == 15
 
 
+def test_evaluation_of_the_weights_as_they_are(tmp_path):
+    """The host's `skip_reload`: nothing is loaded; here nothing is written either."""
+    runner = case.make_runner(tmp_path)
+    best = runner.train()
+    written = (runner.output_dir / "test_metrics.json").read_bytes()
+    runner.bare_model.out.weight.data.zero_()
+    worse = runner.evaluate(skip_reload=True)
+    assert worse["test"]["error"] != best["test"]["error"]
+    assert runner.eval_epoch("test", "best", skip_reload=True) == worse["test"]
+    assert runner.bare_model.out.weight.abs().sum() == 0
+    assert (runner.output_dir / "test_metrics.json").read_bytes() == written
+    assert runner.eval_epoch("test", "best") == best["test"]
+
+
 def test_workers_change_nothing_and_order_depends_on_the_seed(tmp_path):
     orders, states = [], []
     for number, run in enumerate(({"num_workers": 0}, {"num_workers": 2}, {"seed": 6})):
