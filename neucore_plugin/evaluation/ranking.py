@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from neucore_plugin.datasets.triplets import TripletDataset
-from neucore_plugin.evaluation.metrics import (
-    SUBSET_AT,
-    mean_average_precision,
-    recall_at,
-    soft_recall_at,
-)
-from neucore_plugin.retrieval.ranks import image_ranks, subset_ranks, target_ranks, topk
+from neucore_plugin.evaluation.metrics import SUBSET_AT, mean_average_precision, recall_at, soft_recall_at
+from neucore_plugin.retrieval.ranks import image_ranks, target_ranks, topk
 
 SHOWN = 10  # retrieved images kept a query, for the report
 
@@ -78,9 +73,8 @@ class Evaluated:
         """
         own, protocol = self.table[self.title], self.dataset.protocol
         chosen_by = ("R@5", "R_subset@1") if "R_subset@1" in own else ("R@1", "R@10")
-        select = protocol.select if protocol is not None else ()
-        present = [name for name in select if name in own]  # a small gallery has no mAP@50
-        if present and (len(present) == len(select) or protocol.precision_at):
+        present = [name for name in protocol.select if name in own]  # a small gallery has no mAP@50
+        if present and (len(present) == len(protocol.select) or protocol.precision_at):
             chosen_by = present
         others = {row: values for row, values in self.table.items() if row != self.title}
         metrics = {**own, "agg_metrics": sum(own[name] for name in chosen_by) / len(chosen_by), **others}
@@ -94,15 +88,14 @@ class Evaluated:
         found, protocol = [self.rows[row][place] for place in places], self.dataset.protocol
         grouped = found[0].subset_rank is not None
         ranks = [query.rank for query in found]
-        if protocol is not None and protocol.soft:
+        if protocol.soft:
             values = soft_recall_at([[(rank, weight) for rank, _, weight in query.soft] for query in found])
             in_group = [[(rank, weight) for _, rank, weight in query.soft] for query in found]
-            subset = soft_recall_at(in_group, SUBSET_AT, "R_subset") if grouped else {}
+            values |= soft_recall_at(in_group, SUBSET_AT, "R_subset") if grouped else {}
         else:
             values = recall_at(ranks)
-            subset = recall_at([query.subset_rank for query in found], SUBSET_AT, "R_subset") if grouped else {}
-        values |= subset
-        if protocol is not None and protocol.precision_at:
+            values |= recall_at([query.subset_rank for query in found], SUBSET_AT, "R_subset") if grouped else {}
+        if protocol.precision_at:
             targets = [self.dataset.target_positions(place) for place in places]
             ks = [k for k in protocol.precision_at if k <= len(found[0].best)]
             values |= mean_average_precision([query.best for query in found], targets, ks)
@@ -124,20 +117,20 @@ class Ranking:
         if self.candidates is not None:
             scores = scores[:, torch.tensor(self.candidates, device=scores.device)]
         excluded: list[int | None] = [None] * len(indices)
-        if protocol is None or protocol.remove_reference:
+        if protocol.remove_reference:
             places = [data.reference_position(index) for index in indices]
             excluded = [next(iter(self._columns(() if place is None else (place,))), None) for place in places]
         targets = [self._columns(data.target_positions(index)) for index in indices]
-        several = protocol is not None and protocol.precision_at
-        answers = [row[:1] for row in targets] if several else targets
+        answers = [row[:1] for row in targets] if protocol.precision_at else targets
         members = [self._columns(data.member_positions(index)) for index in indices] if self.grouped else None
         found: dict[str, Sequence[Any]] = {"rank": target_ranks(scores, answers, excluded).tolist()}  # {name: a query}
         if members is not None:
-            found["subset_rank"] = subset_ranks(scores, targets, members, excluded).tolist()
-        if protocol is not None and protocol.soft:
+            found["subset_rank"] = target_ranks(scores, targets, excluded, members).tolist()
+        if protocol.soft:
             found["soft"] = self._soft(scores, indices, excluded, members)
-        if several:
-            found["best"] = self._places(topk(scores, min(max(several), scores.shape[1] - 1), excluded))
+        if protocol.precision_at:
+            wanted = min(max(protocol.precision_at), scores.shape[1] - 1)
+            found["best"] = self._places(topk(scores, wanted, excluded))
         if shown:
             best = topk(scores, min(SHOWN, scores.shape[1] - 1), excluded)
             found["top"] = self._places(best)

@@ -12,6 +12,7 @@ import torch
 
 from neucore_plugin.common.files import atomic_write, write_json
 from neucore_plugin.common.images import load_image
+from neucore_plugin.config.published import STANDARD
 from neucore_plugin.evaluation.ranking import Evaluated
 from neucore_plugin.report import table_lines, write_report
 from neucore_plugin.report.charts import row_label
@@ -25,19 +26,17 @@ def with_means(evaluated: Mapping[str, Evaluated]) -> dict[str, dict[str, dict[s
     families: dict[str, list[str]] = {}
     for split, found in evaluated.items():
         dataset = found.dataset
-        name = getattr(dataset.protocol, "name", None)
-        extra = {} if name in (None, "standard") else {"protocol": name}
+        name = dataset.protocol.name
+        extra = {} if name == STANDARD.name else {"protocol": name}
         if dataset.left_out.get("skipped_queries") or dataset.left_out.get("missing_images"):
             extra |= {key: dataset.left_out[key] for key in ("missing_images", "skipped_queries")}
         results[split] = {row: {**values, **extra} for row, values in found.table.items()}
         if dataset.family:
             families.setdefault(f"{dataset.family}@{name}", []).append(split)
-    first: set[str] = set()
     for family, splits in families.items():
         if len(splits) > 1:
             base = family.split("@")[0]
-            title = base if base not in first else family
-            first.add(base)
+            title = family if base in results else base  # a family's first protocol has its bare name
             results[title] = {row: _mean([results[split][row] for split in splits]) for row in results[splits[0]]}
     return results
 
@@ -68,15 +67,15 @@ def write_results(
     Returns the paths. provenance: what evaluation.json and the page say of config, checkpoint, data, versions.
     """
     results = with_means(evaluated)
-    presets = {split: found.dataset.protocol for split, found in evaluated.items()}
+    protocols = {split: found.dataset.protocol for split, found in evaluated.items()}
     provenance = {
         **provenance,
-        "protocols": {split: {"name": p.name, "summary": p.summary} for split, p in presets.items() if p is not None},
+        "protocols": {split: {"name": p.name, "summary": p.summary} for split, p in protocols.items()},
         "left_out": {split: found.dataset.left_out for split, found in evaluated.items()},
     }
     per_change = {split: found.per_change for split, found in evaluated.items()}
     run_folder, shared_folder = Path(run_folder), Path(shared_folder)
-    lines = [f"protocol {preset.name}: {preset.summary}" for preset in dict.fromkeys(presets.values()) if preset]
+    lines = [f"protocol {protocol.name}: {protocol.summary}" for protocol in dict.fromkeys(protocols.values())]
     logging.info("\n".join(["results, percent", *lines, *table_lines(results)]))
     files = [run_folder / "evaluation.json", run_folder / "results.json"]
     write_json(files[0], {"results": results, "per_change": per_change, **provenance})

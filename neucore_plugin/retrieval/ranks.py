@@ -21,70 +21,51 @@ Positions = Sequence[Sequence[int]]
 Excluded = Sequence["int | None"] | None
 
 
-def target_ranks(scores: Tensor, targets: Positions, excluded: Excluded = None) -> Tensor:
+def target_ranks(
+    scores: Tensor, targets: Positions, excluded: Excluded = None, members: Positions | None = None
+) -> Tensor:
     """1-based rank [Q] (int64, on the CPU) of each query's best-placed right answer.
 
     scores [Q,G]; targets: gallery positions of the right answers of each query, one or more; excluded: gallery position
-    of each query's reference or None.
+    of each query's reference or None; members: rank these alone (CIRR's subset).
     DataError: NaN scores, positions outside the gallery, or a query with no right answer left. The gallery comes from
     the split file, so a target it lacks is a broken split; counting it as a miss would lower the numbers in silence.
     """
-    count, gallery = _check_scores(scores)
-    wanted = _padded(targets, count, gallery, "targets")
-    left_out = _excluded_tensor(excluded, count, gallery)
-    ranks = torch.empty(count, dtype=torch.long)
-    for rows in _chunks(count, gallery):
-        part = _finite_rows(scores, rows)
-        out, answers = left_out[rows].to(part.device), wanted[rows].to(part.device)  # [q], [q,R]
-        valid = (answers >= 0) & (answers != out[:, None])
-        _refuse_unanswered(~valid.any(1), "in the gallery", rows.start)
-        found = part.gather(1, answers.clamp(min=0)).masked_fill(~valid, -torch.inf)
-        best = found.amax(1, keepdim=True)  # [q,1]: the score, and the place, of the answer that stands first
-        place = answers.masked_fill(~valid | (found != best), gallery).amin(1, keepdim=True)
-        ahead = _ahead(part, torch.arange(gallery, device=part.device), best, place)
-        known = (out >= 0).nonzero().squeeze(1)
-        ahead[known, out[known]] = False
-        ranks[rows] = 1 + ahead.sum(1).cpu()
-    return ranks
-
-
-def subset_ranks(scores: Tensor, targets: Positions, members: Positions, excluded: Excluded = None) -> Tensor:
-    """1-based rank [Q] of the best-placed right answer among the given group members (CIRR's subset).
-
-    The reference, where it is a member, is left out. scores [Q,G]; targets and members: gallery positions.
-    DataError where no right answer is a member.
-    """
-    ranks = image_ranks(scores, targets, excluded, members)  # [Q,R], 0 for who is no member
-    _refuse_unanswered((ranks == 0).all(1), "among its group members")
+    ranks = image_ranks(scores, targets, excluded, members)  # [Q,R]
+    if len(unanswered := (ranks == 0).all(1).nonzero()):
+        where = "in the gallery" if members is None else "among its group members"
+        raise DataError(
+            f"query {int(unanswered[0])} has no right answer {where} (the reference does not count); "
+            "mend the split or leave the query out"
+        )
     return ranks.masked_fill(ranks == 0, scores.shape[1] + 1).amin(1)
 
 
 def image_ranks(
     scores: Tensor, images: Positions, excluded: Excluded = None, members: Positions | None = None
 ) -> Tensor:
-    """1-based rank [Q,S] of each of the given images of a query, 0 where a query has fewer than S.
+    """1-based rank [Q,R] of each of the given images of a query; 0 where a query has fewer than R.
 
-    scores [Q,G]; images: gallery positions, none of them excluded; with `members` only these are ranked, and an image
-    that is no member has rank 0. For graded answers (CIRR's soft protocol).
+    As `target_ranks`, but an image that is excluded, or no member, has rank 0. For graded answers (CIRR's soft protocol).
     """
     count, gallery = _check_scores(scores)
-    wanted = _padded(images, count, gallery, "images")
+    wanted = _padded(images, count, gallery, "targets")
     group = None if members is None else _padded(members, count, gallery, "members")
     left_out = _excluded_tensor(excluded, count, gallery)
     ranks = torch.zeros(wanted.shape, dtype=torch.long)
     for rows in _chunks(count, gallery):
         part, out = _finite_rows(scores, rows), left_out[rows].to(scores.device)
         if group is None:
-            columns = torch.arange(gallery, device=part.device).expand(len(part), -1)
-            values = part
+            values, columns = part, torch.arange(gallery, device=part.device).expand(len(part), -1)
         else:
             columns = group[rows].to(part.device)
             values = part.gather(1, columns.clamp(min=0))
         counted = (columns >= 0) & (columns != out[:, None])
-        for slot, place in enumerate(wanted[rows].to(part.device).split(1, dim=1)):
-            ahead = (_ahead(values, columns, part.gather(1, place.clamp(min=0)), place) & counted).sum(1)
-            present = ((columns == place) & counted).any(1) & (place[:, 0] >= 0)
-            ranks[rows, slot] = torch.where(present, 1 + ahead, 0).cpu()
+        for slot, place in enumerate(wanted[rows].to(part.device).split(1, dim=1)):  # [q,1]
+            score = part.gather(1, place.clamp(min=0))
+            ahead = (values > score) | ((values == score) & (columns < place))
+            present = ((columns == place) & counted).any(1)
+            ranks[rows, slot] = torch.where(present, 1 + (ahead & counted).sum(1), 0).cpu()
     return ranks
 
 
@@ -160,16 +141,3 @@ def _excluded_tensor(excluded: Excluded, count: int, gallery: int) -> Tensor:
         return torch.full((count,), -1, dtype=torch.long)
     rows = [() if place is None else (place,) for place in excluded]
     return _padded(rows, count, gallery, "excluded").squeeze(1)
-
-
-def _refuse_unanswered(without: Tensor, where: str, start: int = 0) -> None:
-    if len(queries := without.nonzero()):
-        raise DataError(
-            f"query {start + int(queries[0])} has no right answer {where} (the reference does not count); "
-            "mend the split or leave the query out"
-        )
-
-
-def _ahead(values: Tensor, positions: Tensor, best: Tensor, place: Tensor) -> Tensor:
-    """Bool [q,*]: which of the images at `positions` stand before the image at `place` with score `best`."""
-    return (values > best) | ((values == best) & (positions < place))

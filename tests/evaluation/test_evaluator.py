@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import DataError
+from neucore_plugin.config.published import STANDARD
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 from neucore_plugin.evaluation.evaluator import Evaluator
 from neucore_plugin.evaluation.ranking import Evaluated, QueryRanks
@@ -203,7 +204,7 @@ def test_result_files_and_page(dataset, tmp_path):
 def test_tables_show_subset_columns_only_where_they_are(tmp_path):
     def table(*subset_ranks):
         queries = [QueryRanks(rank, group) for rank, group in zip((1, 7), subset_ranks, strict=True)]
-        return Evaluated(SimpleNamespace(protocol=None), {"neucore": queries}).table
+        return Evaluated(SimpleNamespace(protocol=STANDARD), {"neucore": queries}).table
 
     plain, grouped = table(None, None), table(2, 1)
     assert "R_subset" not in "\n".join(table_lines({"val": plain}))

@@ -5,7 +5,7 @@ import torch
 
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.retrieval import ranks
-from neucore_plugin.retrieval.ranks import subset_ranks, target_ranks, topk
+from neucore_plugin.retrieval.ranks import target_ranks, topk
 
 
 def ranking(row, left_out=None, among=None):
@@ -103,12 +103,12 @@ def test_subset_ranks_equal_the_definition(seed, chunk):
         members.append(tuple(group))
         order = ranking(row, left_out, group)
         expected.append(1 + min(order.index(t) for t in right if t in group))
-    assert subset_ranks(scores, targets, members, excluded).tolist() == expected
+    assert target_ranks(scores, targets, excluded, members).tolist() == expected
 
 
 def test_subset_worked_example():
     scores = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
-    assert subset_ranks(scores, [(4,)], [(5, 4, 2, 1)], [1]).tolist() == [2]  # 2, 4, 5 remain
+    assert target_ranks(scores, [(4,)], [1], [(5, 4, 2, 1)]).tolist() == [2]  # 2, 4, 5 remain
 
 
 def nan_scores():
@@ -120,7 +120,7 @@ def nan_scores():
 BAD = [
     (lambda: target_ranks(nan_scores(), [(0,)] * 3), "scores of query 2 contain NaN"),
     (lambda: topk(nan_scores(), 2), "scores of query 2 contain NaN"),
-    (lambda: subset_ranks(nan_scores(), [(0,)] * 3, [(0,)] * 3), "scores of query 2 contain NaN"),
+    (lambda: target_ranks(nan_scores(), [(0,)] * 3, None, [(0,)] * 3), "scores of query 2 contain NaN"),
     (
         lambda: target_ranks(torch.zeros(1, 4), [(4,)]),
         "query 0: targets names gallery position 4, but the gall",
@@ -131,7 +131,7 @@ BAD = [
     (lambda: target_ranks(torch.zeros(1, 4), [(1,)], [1]), "query 0 has no right answer in the gallery"),
     (lambda: target_ranks(torch.zeros(2, 4), [(1,)]), "targets: 1 lists for 2 queries"),
     (lambda: target_ranks(torch.zeros(2, 4), [(1,)] * 2, [None]), "excluded: 1 lists for 2 queries"),
-    (lambda: subset_ranks(torch.zeros(1, 4), [(1,)], [(0, 2)]), "no right answer among its group members"),
+    (lambda: target_ranks(torch.zeros(1, 4), [(1,)], None, [(0, 2)]), "no right answer among its group members"),
     (lambda: topk(torch.zeros(1, 4), 5), r"k=5: the gallery has 4 images; give k from 1 to 4"),
     (lambda: topk(torch.zeros(2, 4), 4, [None, 0]), r"k=4: the gallery has 3 images without the reference"),
     (lambda: topk(torch.zeros(1, 4), 0), "k=0"),
