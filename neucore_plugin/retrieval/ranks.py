@@ -46,7 +46,7 @@ def image_ranks(
 ) -> Tensor:
     """1-based rank [Q,R] of each of the given images of a query; 0 where a query has fewer than R.
 
-    As `target_ranks`, but an image that is excluded, or no member, has rank 0. For graded answers (CIRR's soft protocol).
+    As `target_ranks`, but an image that is excluded, or no member, has rank 0. For graded answers (soft protocol).
     """
     count, gallery = _check_scores(scores)
     wanted = _padded(images, count, gallery, "targets")

@@ -5,7 +5,7 @@ Knows no host.
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -74,18 +74,17 @@ class Optimisation:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds of it, after `step` updates."""
-        scaler = self.precision.scaler
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"step": step, **asdict(self.schedule)},
-            "scaler": scaler.state_dict() if scaler else None,
+            "scaler": self.precision.scaler.state_dict() or None,
             "average": self.average.state_dict() if self.average else None,
         }
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Undo all steps since `state_dict` gave `stored`; the learning rate follows from the step alone."""
         self.optimizer.load_state_dict(stored["optimizer"])
-        if self.precision.scaler and stored["scaler"]:
+        if stored["scaler"]:
             self.precision.scaler.load_state_dict(stored["scaler"])
         if self.average:
             self.average.load_state_dict(stored.get("average"))
@@ -129,8 +128,8 @@ def _named_members(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> d
     members: dict[str, dict[float, list[str]]] = {}
     taken: dict[str, str] = {}
     for group in model.parameter_groups():
-        for parameter in _parameters(group["params"]):
-            name = names_of.get(id(parameter))
+        for entry in group["params"]:
+            name = names_of.get(id(entry[1] if isinstance(entry, tuple) else entry))
             if name is None:
                 continue  # frozen
             if name in taken:
@@ -141,11 +140,6 @@ def _named_members(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> d
     if rest:
         members.setdefault("other", {}).setdefault(1.0, []).extend(rest)
     return members
-
-
-def _parameters(params: Iterable[Any]) -> Iterable[nn.Parameter]:
-    for entry in params:
-        yield entry[1] if isinstance(entry, tuple) else entry
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

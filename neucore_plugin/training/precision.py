@@ -1,6 +1,5 @@
 """Number format of the training steps (run.amp). Knows no host."""
 
-import contextlib
 import logging
 
 import torch
@@ -14,7 +13,7 @@ class Precision:
     false: float32. true: bfloat16 where the GPU has it, else float16; float32 on a CPU, with a warning. bf16: bfloat16,
     on a CPU as well. fp16: float16 with a gradient scaler, on a GPU.
 
-    Attributes: dtype (None for float32), scaler (None but for float16).
+    Attributes: dtype (None for float32), scaler (of gradients; it acts in float16 alone).
     Raises: ConfigError for fp16 on a CPU.
     """
 
@@ -30,27 +29,21 @@ class Precision:
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         self.device_type = device.type
         self.dtype = {"false": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-        self.scaler = torch.amp.GradScaler(device.type) if self.dtype == torch.float16 else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         """Context of a forward pass."""
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=self.dtype)
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of `loss`, scaled up where the format needs it."""
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
+        self.scaler.scale(loss).backward()
 
     def step(self, optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], clip: float | None) -> None:
         """Clip the gradients' common norm to `clip`, update the weights, forget the gradients."""
         if clip is not None:
-            if self.scaler:
-                self.scaler.unscale_(optimizer)
+            self.scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, clip)
-        if self.scaler:
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        else:
-            optimizer.step()
+        self.scaler.step(optimizer)
+        self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
