@@ -266,9 +266,10 @@ class RunnerCir(RunnerBase):
             load_weights(self._model, self.output_dir / BEST)
         self._model.eval()
         self.task.before_evaluation(model=self._model, dataset=self.datasets[split_name])
-        options = {"cuda_enabled": self.cuda_enabled}
-        if "testing" in inspect.signature(self.task.evaluation).parameters:  # not in the host's own tasks
-            options["testing"] = cur_epoch in ("best", "given")
+        options = {"cuda_enabled": self.cuda_enabled, "testing": cur_epoch in ("best", "given")}
+        known = inspect.signature(self.task.evaluation).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):  # the host gives a task neither
+            options = {parameter.name: options[parameter.name] for parameter in known if parameter.name in options}
         result = self.task.evaluation(self._model, self.dataloaders[split_name], **options)
         metrics = self.task.after_evaluation(val_result=result, split_name=split_name, epoch=cur_epoch)
         return distributed.gather(checkpoint.plain(metrics or {}, "metrics"))[0]

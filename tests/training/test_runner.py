@@ -280,6 +280,14 @@ def test_bad_data_and_models(tmp_path):
         case.make_runner(tmp_path / "file" / "sub")
 
 
+def test_a_task_with_the_least_that_the_host_asks(tmp_path):
+    class Plain(case.TinyTask):
+        def evaluation(self, model, data_loader):
+            return super().evaluation(model, data_loader, cuda_enabled=False)
+
+    assert case.make_runner(tmp_path, task=Plain(), max_epoch=1).train()["test"]["error"] > 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "high"])
 def test_metrics_that_cannot_be_compared_are_refused(tmp_path, value):
     task = case.TinyTask()
