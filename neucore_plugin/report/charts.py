@@ -35,7 +35,7 @@ def results_chart_svg(results: Results, metrics: Sequence[str] = ("R@1", "R@10")
 
     DataError when there is nothing to draw.
     """
-    rows = _row_names(results)
+    rows = list(dict.fromkeys(row for rows in results.values() for row in rows))
     panels = [
         (f"{metric} (%)", [(split, [_value(results[split], row, metric) for row in rows]) for split in results])
         for metric in metrics
@@ -116,10 +116,6 @@ def _panel(name: str, groups: Sequence[Group], series: Sequence[str], top: int, 
 def _legend_width(name: str) -> float:
     """Points taken by a legend entry: a generous guess, as nothing here can measure text."""
     return 38 + sum(9.5 if letter.isupper() or ord(letter) > 0x2E80 else 7 for letter in name)
-
-
-def _row_names(results: Results) -> list[str]:
-    return list(dict.fromkeys(row for rows in results.values() for row in rows))
 
 
 def _value(rows: Mapping[str, Mapping[str, float]], row: str, metric: str) -> float | None:

@@ -56,15 +56,14 @@ def write_report(
     groups: dict[str, list[dict[str, Any]]] = {split: [] for split in order}
     for example in examples or ():
         groups.setdefault(str(example["split"]), []).append(_example(example, pictures))
-    drawn = {split: rows for split, rows in results.items() if rows and recalls}
-    charts = [(split, Markup(split_chart_svg(split, rows, recalls))) for split, rows in drawn.items()]
+    drawn = [(split, rows) for split, rows in results.items() if rows]
     page = {
         "kind": "report",
         "title": title,
         "columns": columns,
         "subset": any(name.startswith("R_subset@") for name in metrics),
-        "results": [(_title(split, rows), _table(rows, columns, best=True)) for split, rows in results.items() if rows],
-        "charts": charts,
+        "results": [(_title(split, rows), _table(rows, columns, best=True)) for split, rows in drawn],
+        "charts": [(split, Markup(split_chart_svg(split, rows, recalls))) for split, rows in drawn if recalls],
         "changes": [(split, _table(rows, columns)) for split, rows in (per_change or {}).items() if rows],
         "examples": [(split, cards) for split, cards in groups.items() if cards],
         "settings": list(_flat(settings or {})),
@@ -110,7 +109,9 @@ class _Pictures:
         key = (str(picture), size)
         if key not in self._made:
             image = self._open(picture)
-            self._made[key] = _data_address(_shrunk(image, size)) if image else None
+            if image:
+                image.thumbnail((size, size), Image.Resampling.LANCZOS)
+            self._made[key] = _data_address(image) if image else None
         return self._made[key]
 
     def heat(self, picture: Picture, values: torch.Tensor) -> str | None:
@@ -146,12 +147,6 @@ def heat_overlay(image: Image.Image, values: torch.Tensor, size: int = _THUMB, f
     alpha = 0.78 * heat**0.8
     mixed = (1 - alpha) * base + alpha * np.concatenate(stops, axis=-1)
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
-
-
-def _shrunk(image: Image.Image, size: int) -> Image.Image:
-    image = image.copy()
-    image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    return image
 
 
 def _data_address(image: Image.Image) -> str:

@@ -6,7 +6,6 @@ Knows no host.
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from neucore_plugin.common.errors import ConfigError, nearest
 from neucore_plugin.config.run import RunSchema
 from neucore_plugin.training.batch_norm import running_statistics
 from neucore_plugin.training.precision import Precision
-from neucore_plugin.training.schedule import Schedule
+from neucore_plugin.training.schedule import learning_rate
 from neucore_plugin.training.weight_average import WeightAverage
 
 
@@ -38,32 +37,23 @@ class Optimisation:
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         logging.info("trainable parameters: %s", f"{sum(parameter.numel() for parameter in self._parameters):,}")
         self.optimizer = torch.optim.AdamW(groups, lr=run.init_lr, betas=(0.9, run.beta2))
-        self._clip = run.clip_grad_norm
+        self._run = run
         rounds, rest = divmod(max_iters, round_iters)  # the windows of accumulated gradients end with a round
-        steps_a_round = -(-round_iters // run.accum_grad_iters)
-        self.schedule = Schedule(
-            kind=run.lr_sched,
-            total_steps=rounds * steps_a_round + -(-rest // run.accum_grad_iters),
-            init_lr=run.init_lr,
-            min_lr=run.min_lr,
-            warmup_lr=run.warmup_lr,
-            warmup_steps=run.warmup_steps,
-            decay_rate=run.lr_decay_rate,
-            decay_steps=run.lr_decay_steps or steps_a_round,
-        )
+        self._round_steps = -(-round_iters // run.accum_grad_iters)
+        self._total_steps = rounds * self._round_steps + -(-rest // run.accum_grad_iters)
         self.average = None if run.ema_decay is None else WeightAverage(model, run.ema_decay)
         self._statistics = list(running_statistics(model).values())  # what a forward pass changes of the model
 
     def set_rate(self, step: int) -> float:
         """Set the learning rates of update number `step`; returns the one before the groups' own factors."""
-        rate = self.schedule.rate(step)
+        rate = learning_rate(self._run, step, self._total_steps, self._round_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         return rate
 
     def step(self) -> None:
         """Update the weights from the gradients gathered so far."""
-        self.precision.step(self.optimizer, self._parameters, self._clip)
+        self.precision.step(self.optimizer, self._parameters, self._run.clip_grad_norm)
         distributed.from_main(self._statistics)
         if self.average:
             self.average.update()
@@ -76,7 +66,7 @@ class Optimisation:
         """What a checkpoint holds of it, after `step` updates."""
         return {
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {"step": step, **asdict(self.schedule)},
+            "scheduler": {"step": step, "total_steps": self._total_steps},
             "scaler": self.precision.scaler.state_dict() or None,
             "average": self.average.state_dict() if self.average else None,
         }

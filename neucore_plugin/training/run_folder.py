@@ -4,6 +4,8 @@
 checkpoint_best.pth, test_metrics.json and what the task writes.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import platform
@@ -187,31 +189,24 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def newest_run(output_dir: str | Path, fingerprint: str) -> RunFolder | None:
     """The training run under `output_dir` that was created last with this fingerprint."""
     root = Path(output_dir).expanduser().absolute()
-    records = [(path, read_record(path)) for path in (sorted(root.iterdir()) if root.is_dir() else [])]
-    same = [
-        (record["created"], path.name, path, record)
-        for path, record in records
-        if record is not None and record["kind"] == "train" and record["fingerprint"] == fingerprint
-    ]
-    if not same:
-        return None
-    _, _, path, record = max(same, key=lambda found: found[:2])
-    return RunFolder(path, record, continued=True)
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        record = read_record(path)
+        if record is not None and record["kind"] == "train" and record["fingerprint"] == fingerprint:
+            found.append(RunFolder(path, record, continued=True))
+    return max(found, key=lambda run: (run.record["created"], run.path.name), default=None)
 
 
 def _fresh(root: Path, name: str) -> Path:
     """Create a folder that did not exist: making it claims it, so two processes cannot get the same."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for number in range(1, 10_000):
+        for number in itertools.count(1):
             path = root / (name if number == 1 else f"{name}-{number}")
-            try:
+            with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 return path
-            except FileExistsError:
-                continue
     except OSError as error:
         raise ConfigError(
             f"run.output_dir: {root} cannot be written ({error.strerror}); choose another folder"
         ) from error
-    raise ConfigError(f"run.output_dir: {root} has 10,000 runs named {name}; clear it up")

@@ -4,42 +4,25 @@ A step is one update of the weights (one window of `accum_grad_iters` batches), 
 """
 
 import math
-from dataclasses import dataclass
+
+from neucore_plugin.config.run import RunSchema
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate of every step.
+def learning_rate(run: RunSchema, step: int, total_steps: int, round_steps: int) -> float:
+    """Rate of the update number `step` of `total_steps`, before a group's own factor; a round has `round_steps`.
 
-    For step < warmup_steps: warmup_lr + (init_lr - warmup_lr) * step / warmup_steps, whatever the kind. After it
+    For step < warmup_steps: warmup_lr + (init_lr - warmup_lr) * step / warmup_steps, whatever the kind; a negative
+    warmup_lr means init_lr, as in the host. After it, by lr_sched:
     linear_warmup_cosine_lr: min_lr + (init_lr - min_lr) * (1 + cos(pi * p)) / 2 with
     p = (step - warmup_steps) / (total_steps - warmup_steps);
-    linear_warmup_step_lr: max(min_lr, init_lr * decay_rate ** (step // decay_steps)); constant_lr: init_lr.
-
-    Args:
-        kind: one of `config.run.LR_SCHEDULERS`.
-        total_steps: steps of the whole training.
-        warmup_lr: rate of step 0; negative means init_lr, as in the host.
-        decay_steps: steps between two decays.
+    linear_warmup_step_lr: max(min_lr, init_lr * lr_decay_rate ** (step // lr_decay_steps)); constant_lr: init_lr.
     """
-
-    kind: str
-    total_steps: int
-    init_lr: float
-    min_lr: float
-    warmup_lr: float
-    warmup_steps: int
-    decay_rate: float
-    decay_steps: int
-
-    def rate(self, step: int) -> float:
-        """Learning rate of the update number `step`, before a group's own factor."""
-        if step < self.warmup_steps:
-            start = self.warmup_lr if self.warmup_lr >= 0 else self.init_lr
-            return start + (self.init_lr - start) * step / self.warmup_steps
-        if self.kind == "constant_lr":
-            return self.init_lr
-        if self.kind == "linear_warmup_step_lr":
-            return max(self.min_lr, self.init_lr * self.decay_rate ** (step // self.decay_steps))
-        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        return self.min_lr + (self.init_lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
+    if step < run.warmup_steps:
+        start = run.warmup_lr if run.warmup_lr >= 0 else run.init_lr
+        return start + (run.init_lr - start) * step / run.warmup_steps
+    if run.lr_sched == "constant_lr":
+        return run.init_lr
+    if run.lr_sched == "linear_warmup_step_lr":
+        return max(run.min_lr, run.init_lr * run.lr_decay_rate ** (step // (run.lr_decay_steps or round_steps)))
+    done = min(1.0, (step - run.warmup_steps) / max(1, total_steps - run.warmup_steps))
+    return run.min_lr + (run.init_lr - run.min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
