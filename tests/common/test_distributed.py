@@ -35,14 +35,6 @@ def test_cuda_that_is_not_there(alone, monkeypatch):
         distributed.pick_device("gpu")
 
 
-def test_alone_everything_is_a_no_op():
-    assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    assert distributed.gather(3) == [3]
-    assert distributed.on_main(lambda: 4) == 4
-    model = torch.nn.Linear(1, 1)
-    assert distributed.wrap_model(model, torch.device("cpu")) is model
-
-
 def what_is_agreed() -> tuple:
     """In a process of a group: what depends on the rank, what all have, a meter of the host summed on a CPU."""
     rank = distributed.rank()

@@ -128,16 +128,11 @@ def half_transparent(mode: str) -> bytes:
     """Left half opaque red (or black), right half fully transparent."""
     alpha = Image.new("L", (8, 4), 0)
     alpha.paste(255, (0, 0, 4, 4))
-    if mode == "P":
+    if mode in ("P", "GIF"):
         image = Image.new("P", (8, 4), 1)
         image.putpalette([255, 0, 0, 0, 255, 0])
         image.paste(0, (0, 0, 4, 4))
-        return encoded(image, "PNG", transparency=1)
-    if mode == "GIF":
-        image = Image.new("P", (8, 4), 1)
-        image.putpalette([255, 0, 0, 0, 255, 0])
-        image.paste(0, (0, 0, 4, 4))
-        return encoded(image, "GIF", transparency=1)
+        return encoded(image, "PNG" if mode == "P" else "GIF", transparency=1)
     if mode == "RGB":
         image = Image.new("RGB", (8, 4), (0, 255, 0))
         image.paste(RED, (0, 0, 4, 4))

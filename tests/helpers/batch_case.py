@@ -1,18 +1,16 @@
 """One step of a contrastive model, in one process and in a group: what the tests of large batches compare."""
 
 import copy
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from neucore_plugin.common import distributed
-from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.models.base import with_others
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.training.grad_cache import GradCache, chunks, rows
@@ -58,25 +56,14 @@ def toy_pairs(count: int, dtype: torch.dtype = torch.float64) -> dict:
     return {"x": x, "y": y, "flag": [number == 0 for number in range(count)], "epoch": 3}
 
 
-WORDS = ("red", "blue", "square", "dress", "long")
 TEXTS = ("make it blue", "the same but longer, in red", "square", "", "a zeppelin", "blue and red", "long", "it")
 
 
 @lru_cache
 def _neucore(train_text: bool, **matching: bool) -> NeucoreModel:
-    torch.manual_seed(0)
     text = {"name": "minilm_l6", **({"freeze": False, "train_blocks": 1} if train_text else {})}
-    config = {
-        "arch": "neucore",
-        "model_type": "embedded",
-        "backbone": {"image": {"name": "efficientnet_lite0", "image_size": 64, "grid": 2}, "text": text},
-        "embed_dim": 32,
-        "concept_alignment": {"depth": 1, "heads": 2},
-        "fusion": {"steps": 2, "heads": 2, "head_dim": 16},
-        "matching": matching,
-        "query_dropout": {"image": 0.0, "text": 0.0},
-    }
-    model = NeucoreModel.from_config(config, vocabulary=ConceptVocabulary(WORDS))
+    still = {"image": 0.0, "text": 0.0}
+    model = tiny.build(backbone={**tiny.BACKBONE, "text": text}, matching=matching, query_dropout=still)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -93,7 +80,7 @@ def neucore_pairs(count: int, dtype: torch.dtype = torch.float64) -> dict:
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randn(2, count, 4, 1280, generator=generator).to(dtype)
     keys = torch.arange(count)
-    known = [[word for word in WORDS if word in text] for text in TEXTS]
+    known = [[word for word in tiny.WORDS if word in text] for text in TEXTS]
     return {
         "reference_tokens": tokens[0],
         "target_tokens": tokens[1],
@@ -105,10 +92,7 @@ def neucore_pairs(count: int, dtype: torch.dtype = torch.float64) -> dict:
     }
 
 
-MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[..., dict]]] = {
-    "toy": (Toy, toy_pairs),
-    "neucore": (neucore, neucore_pairs),
-}
+MODELS = {"toy": (Toy, toy_pairs), "neucore": (neucore, neucore_pairs)}
 
 
 def part_of(samples: dict, rank: int, world: int) -> dict:
@@ -144,7 +128,7 @@ def assert_same_step(found: dict, expected: dict, tolerance: float) -> None:
     """Losses and every gradient, against its largest entry; a parameter without gradient has none in both."""
     # Some gradients are nothing but rounding, such as those of an attention's key bias.
     least = 0.01 * max(np.abs(wanted).max() for wanted in expected["grads"].values() if wanted is not None)
-    assert found["losses"] == {name: _near(value, tolerance) for name, value in expected["losses"].items()}
+    assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance, abs=tolerance)
     for name, wanted in expected["grads"].items():
         given = found["grads"][name]
         assert (given is None) == (wanted is None), name
@@ -153,18 +137,10 @@ def assert_same_step(found: dict, expected: dict, tolerance: float) -> None:
             np.testing.assert_allclose(given / scale, wanted / scale, rtol=0, atol=tolerance, err_msg=name)
 
 
-def _near(value: float, tolerance: float) -> Any:
-    return pytest.approx(value, rel=tolerance, abs=tolerance)
-
-
 def assert_group_equals_one(parts: list[dict], one: dict, tolerance: float = 1e-9) -> None:
     """`parts`: the same step in each process of a group, `one`: in one process that has the whole batch."""
+    losses = {name: sum(part["losses"][name] for part in parts) / len(parts) for name in one["losses"]}
     for part in parts:
-        assert_same_step({**part, "losses": mean_losses(parts)}, one, tolerance)
+        assert_same_step({**part, "losses": losses}, one, tolerance)
         for name, value in parts[0]["grads"].items():  # the same bits everywhere, or the weights would drift apart
             assert value is None or np.array_equal(part["grads"][name], value), name
-
-
-def mean_losses(parts: list[dict]) -> dict[str, float]:
-    """Losses averaged over the processes."""
-    return {name: sum(part["losses"][name] for part in parts) / len(parts) for name in parts[0]["losses"]}

@@ -33,15 +33,20 @@ def chunk(request, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_target_ranks_equal_the_definition(seed, chunk):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_target_ranks_equal_the_definition(seed, grouped, chunk):
     scores, targets, excluded = random_case(seed)
-    expected = []
-    for row, right, left_out in zip(scores.tolist(), targets, excluded, strict=True):
-        order = ranking(row, left_out)
-        expected.append(1 + min(order.index(t) for t in right))
-    assert target_ranks(scores, targets, excluded).tolist() == expected
-    assert any(e is None for e in excluded)
-    assert len(set(expected)) > 5
+    draw = torch.Generator().manual_seed(seed + 10)
+    members, expected = [], []
+    for query, (row, right, left_out) in enumerate(zip(scores.tolist(), targets, excluded, strict=True)):
+        group = set(torch.randperm(len(row), generator=draw).tolist()[: 4 + query % 2]) | {right[0]}
+        if left_out is not None:
+            group.add(left_out)  # CIRR's members include the reference
+        members.append(tuple(group))
+        order = ranking(row, left_out, group if grouped else None)
+        expected.append(1 + min(order.index(t) for t in right if t in order))
+    assert target_ranks(scores, targets, excluded, members if grouped else None).tolist() == expected
+    assert len(set(expected)) > (3 if grouped else 5)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -76,6 +81,7 @@ def test_worked_example():
     assert target_ranks(scores, [(4, 3)], [None]).tolist() == [4]  # the better placed of two right answers
     assert target_ranks(scores, [(3, 2)]).tolist() == [3]  # two right answers that tie: the first one
     assert target_ranks(scores, [(0, 4)], [0]).tolist() == [4]  # a right answer that is the reference does not count
+    assert target_ranks(scores, [(3,)], [1], [(4, 3, 2, 1)]).tolist() == [2]  # of a group: 2, 3, 4 remain
 
 
 def test_infinite_scores_keep_their_order():
@@ -91,26 +97,6 @@ def test_memory_chunk_follows_the_gallery(monkeypatch):
     assert [s.stop - s.start for s in ranks._chunks(2, 1000)] == [1, 1]  # a row is the least
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_subset_ranks_equal_the_definition(seed, chunk):
-    scores, targets, excluded = random_case(seed)
-    draw = torch.Generator().manual_seed(seed + 10)
-    members, expected = [], []
-    for query, (row, right, left_out) in enumerate(zip(scores.tolist(), targets, excluded, strict=True)):
-        group = set(torch.randperm(len(row), generator=draw).tolist()[: 4 + query % 2]) | {right[0]}
-        if left_out is not None:
-            group.add(left_out)  # CIRR's members include the reference
-        members.append(tuple(group))
-        order = ranking(row, left_out, group)
-        expected.append(1 + min(order.index(t) for t in right if t in group))
-    assert target_ranks(scores, targets, excluded, members).tolist() == expected
-
-
-def test_subset_worked_example():
-    scores = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
-    assert target_ranks(scores, [(4,)], [1], [(5, 4, 2, 1)]).tolist() == [2]  # 2, 4, 5 remain
-
-
 def nan_scores():
     scores = torch.zeros(3, 4)
     scores[2, 1] = torch.nan
@@ -120,7 +106,6 @@ def nan_scores():
 BAD = [
     (lambda: target_ranks(nan_scores(), [(0,)] * 3), "scores of query 2 contain NaN"),
     (lambda: topk(nan_scores(), 2), "scores of query 2 contain NaN"),
-    (lambda: target_ranks(nan_scores(), [(0,)] * 3, None, [(0,)] * 3), "scores of query 2 contain NaN"),
     (
         lambda: target_ranks(torch.zeros(1, 4), [(4,)]),
         "query 0: targets names gallery position 4, but the gall",

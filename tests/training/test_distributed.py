@@ -14,9 +14,9 @@ from neucore_plugin.weights import checkpoint
 PLAIN = {"max_epoch": 2, "dropout": 0.0}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_equal_one(tmp_path, accumulate):
-    run = {**PLAIN, "accum_grad_iters": accumulate}
+@pytest.mark.parametrize("more", [{"accum_grad_iters": 1}, {"accum_grad_iters": 2}, {"grad_cache_chunk": 1}])
+def test_two_processes_equal_one(tmp_path, more):
+    run = {**PLAIN, **more}
     seen = case.in_group(tmp_path, case.train_in_group, tmp_path / "two", {**run, "batch_size_train": 2})
     assert seen[0]["metrics"] == seen[1]["metrics"]
     assert seen[0]["folder"] == seen[1]["folder"]
@@ -41,8 +41,9 @@ def test_two_processes_equal_one(tmp_path, accumulate):
     assert logs[0] == logs[1]
 
 
-def test_a_killed_group_resumes_exactly(tmp_path):
-    run = {**case.ITERS, "batch_size_train": 2}
+@pytest.mark.parametrize("ema_decay", [None, 0.8])
+def test_a_killed_group_resumes_exactly(tmp_path, ema_decay):
+    run = {**case.ITERS, "batch_size_train": 2, "ema_decay": ema_decay}
     whole = case.in_group(tmp_path, case.train_in_group, tmp_path / "whole", run)
     case.in_group(tmp_path, case.train_in_group, tmp_path / "killed", run, 7, killed=True)
     resumed = case.in_group(tmp_path, case.train_in_group, tmp_path / "killed", run)

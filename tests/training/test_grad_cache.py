@@ -1,8 +1,7 @@
-"""Gradient caching: losses and gradients of the plain step, whatever the chunk; less memory; the runner with it."""
+"""Gradient caching: losses and gradients of the plain step, whatever the chunk; less memory; all at once."""
 
 import json
 import logging
-import signal
 
 import batch_case as case
 import numpy as np
@@ -114,16 +113,6 @@ def test_in_bfloat16_weights_still_get_their_gradients():
         assert value.abs().max() > 0 and found[1][name].abs().max() > 0
 
 
-def test_a_scaled_loss_gives_scaled_gradients():
-    """What a gradient scaler does in float16."""
-    grads = []
-    for factor in (1.0, 1024.0):
-        model = case.Toy().train()
-        (GradCache(model, 5)(case.toy_pairs(COUNT))["loss"] * factor).backward()
-        grads.append(model.query.weight.grad)
-    torch.testing.assert_close(grads[1], grads[0] * 1024, rtol=1e-12, atol=0)
-
-
 def kept_bytes(stepped: nn.Module, samples: dict) -> int:
     """Most bytes of tensors that autograd holds for the backward pass, weights left out, of a whole step."""
     weights = {p.untyped_storage().data_ptr() for p in stepped.parameters()}
@@ -159,50 +148,6 @@ def test_fewer_activations_are_kept():
     samples = case.toy_pairs(64)
     model = Deep().train()
     assert kept_bytes(GradCache(model, 8), samples) < kept_bytes(model, samples) / 2
-
-
-# ---- the runner -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", runner_case.KINDS)
-def test_the_runner_trains_as_without(tmp_path, kind):
-    found = []
-    for number, chunk in enumerate((None, 3)):
-        runner = runner_case.make_runner(
-            tmp_path / str(number),
-            model=runner_case.TinyModel(dropout=0.0),
-            grad_cache_chunk=chunk,
-            **runner_case.KINDS[kind],
-        )
-        metrics = runner.train()
-        found.append((metrics, checkpoint.load(runner.output_dir / "checkpoint_last.pth")["model"]))
-    (plain_metrics, plain), (metrics, cached) = found
-    assert metrics["test"]["error"] == pytest.approx(plain_metrics["test"]["error"], rel=1e-4)
-    assert plain.keys() == cached.keys()  # the names are the model's own
-    for name, value in plain.items():
-        torch.testing.assert_close(cached[name], value, rtol=1e-4, atol=1e-5, msg=name)
-
-
-def test_two_processes_of_the_runner_equal_one(tmp_path):
-    run = {"max_epoch": 2, "dropout": 0.0, "grad_cache_chunk": 2}
-    seen = runner_case.in_group(tmp_path, runner_case.train_in_group, tmp_path / "two", {**run, "batch_size_train": 3})
-    runner = runner_case.make_runner(
-        tmp_path / "one", model=runner_case.TinyModel(dropout=0.0), max_epoch=2, batch_size_train=6, grad_cache_chunk=4
-    )
-    runner.train()
-    for name, value in runner.bare_model.state_dict().items():
-        assert np.array_equal(seen[0]["state"][name], seen[1]["state"][name])
-        torch.testing.assert_close(torch.from_numpy(seen[0]["state"][name]), value, rtol=1e-4, atol=1e-6)
-
-
-def test_killed_and_resumed_equals_never_stopped(tmp_path):
-    run = {**runner_case.ITERS, "grad_cache_chunk": 3}
-    whole = runner_case.make_runner(tmp_path / "whole", **run)
-    whole.train()
-    assert runner_case.run_child(runner_case.train_and_die, tmp_path / "cut", run, 7) == -signal.SIGKILL
-    again = runner_case.make_runner(tmp_path / "cut", **run)
-    again.train()
-    assert runner_case.final_state(whole.output_dir) == runner_case.final_state(again.output_dir)
 
 
 def test_neucore_through_the_host_in_bfloat16(tiny_config):

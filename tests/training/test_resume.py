@@ -9,14 +9,20 @@ import runner_case as case
 from neucore_plugin.common.errors import CheckpointError, ConfigError
 from neucore_plugin.training.checkpointer import Checkpointer
 
+KINDS = {
+    **case.KINDS,
+    "averaged": {**case.ITERS, "ema_decay": 0.8},
+    "cached": {**case.ITERS, "grad_cache_chunk": 3},
+}
 _FINISHED: dict = {}
 
 
 def uninterrupted(tmp_path_factory, kind: str) -> dict:
     if kind not in _FINISHED:
-        runner = case.make_runner(tmp_path_factory.mktemp(f"whole-{kind}"), **case.KINDS[kind])
+        runner = case.make_runner(tmp_path_factory.mktemp(f"whole-{kind}"), **KINDS[kind])
         metrics = runner.train()
         _FINISHED[kind] = (case.final_state(runner.output_dir), metrics)
+        assert (_FINISHED[kind][0]["average"] is None) == (kind != "averaged")
     return _FINISHED[kind]
 
 
@@ -42,12 +48,16 @@ KILLS = [
     ("iters", {"rename": 2}),
     ("iters", {"rename": 3, "after": True}),
     ("iters", {"rename": 8, "after": True}),
+    ("averaged", {"batch": 7}),
+    ("averaged", {"rename": 3, "after": True}),
+    ("averaged", {"rename": 8, "after": True}),
+    ("cached", {"batch": 7}),
 ]
 
 
 def check_kill(tmp_path_factory, kind: str, where: dict, workers: int = 0) -> None:
     expected, root = uninterrupted(tmp_path_factory, kind), tmp_path_factory.mktemp("killed")
-    run = {**case.KINDS[kind], "num_workers": workers}
+    run = {**KINDS[kind], "num_workers": workers}
     assert case.run_child(case.train_and_die, root, run, *(where.get(k, d) for k, d in ARGUMENTS)) == -signal.SIGKILL
     runner = case.make_runner(root, **run)
     assert_same_end(runner.output_dir, runner.train(), expected)

@@ -11,10 +11,10 @@ import torch
 from lavis.common.registry import registry
 
 from neucore_plugin.common.errors import ConfigError, DataError, NeucoreError
+from neucore_plugin.config.run import RunSchema
 from neucore_plugin.training.loaders import BatchLoader
 from neucore_plugin.training.optimisation import parameter_groups
-from neucore_plugin.training.runner import RunnerCir, RunnerCirIter
-from neucore_plugin.training.schedule import Schedule
+from neucore_plugin.training.schedule import learning_rate
 from neucore_plugin.weights import checkpoint
 
 
@@ -44,11 +44,6 @@ def test_trains_validates_and_tests(tmp_path, kind):
     assert lines[-1]["test_error"] == metrics["test"]["error"] == -metrics["test"]["agg_metrics"]
     assert task.seen == {"dev": list(range(7)), "test": list(range(8))}
     assert task.prepared == 1
-
-
-def test_registered_in_the_host():
-    assert registry.get_runner_class("runner_cir").__qualname__ == RunnerCir.__qualname__
-    assert registry.get_runner_class("runner_cir_iter").__qualname__ == RunnerCirIter.__qualname__
 
 
 def test_provenance_and_files(tmp_path):
@@ -136,24 +131,23 @@ def test_workers_change_nothing_and_order_depends_on_the_seed(tmp_path):
 # ---- the arithmetic of a step ---------------------------------------------------------------
 
 
-def schedule(kind: str, total_steps: int, init_lr: float, **others) -> Schedule:
-    none = {"min_lr": 0.0, "warmup_lr": 0.0, "warmup_steps": 0, "decay_rate": 1.0, "decay_steps": 1}
-    return Schedule(kind, total_steps, init_lr, **{**none, **others})
+def rates(kind: str, total_steps: int, steps, **settings) -> list[float]:
+    run = RunSchema(lr_sched=kind, max_epoch=1, **settings)
+    return [learning_rate(run, step, total_steps, 10) for step in steps]
 
 
 def test_schedules_in_closed_form():
-    cosine = schedule("linear_warmup_cosine_lr", 14, 1.0, min_lr=0.2, warmup_lr=0.1, warmup_steps=4)
-    expected = [0.1, 0.325, 0.55, 0.775, 1.0]
-    assert [cosine.rate(step) for step in range(5)] == pytest.approx(expected)
-    assert cosine.rate(9) == pytest.approx(0.6)  # half way: the mean of init_lr and min_lr
-    assert cosine.rate(14) == pytest.approx(0.2)
-    assert cosine.rate(6) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi / 5)))
-    steps = schedule("linear_warmup_step_lr", 100, 8.0, min_lr=1.5, decay_rate=0.5, decay_steps=10)
-    assert [steps.rate(step) for step in (0, 9, 10, 19, 20, 29, 30, 99)] == [8, 8, 4, 4, 2, 2, 1.5, 1.5]
-    constant = schedule("constant_lr", 10, 0.3, warmup_steps=3)
-    assert [constant.rate(step) for step in range(5)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.3])
-    assert schedule("constant_lr", 10, 0.3, warmup_lr=-1, warmup_steps=3).rate(0) == 0.3  # none, as in the host
-    assert schedule("linear_warmup_cosine_lr", 3, 1.0, warmup_steps=3).rate(5) == 0.0  # warm-up fills it all
+    cosine = {"init_lr": 1.0, "min_lr": 0.2, "warmup_lr": 0.1, "warmup_steps": 4}
+    expected = [0.1, 0.325, 0.55, 0.775, 1.0, 0.2 + 0.4 * (1 + math.cos(math.pi / 5)), 0.6, 0.2]  # 9 is half way
+    assert rates("linear_warmup_cosine_lr", 14, (0, 1, 2, 3, 4, 6, 9, 14), **cosine) == pytest.approx(expected)
+    for steps_of_a_decay in (10, None):  # those of a round, where not given
+        decay = {"init_lr": 8.0, "min_lr": 1.5, "lr_decay_rate": 0.5, "lr_decay_steps": steps_of_a_decay}
+        expected = [8, 8, 4, 4, 2, 2, 1.5, 1.5]
+        assert rates("linear_warmup_step_lr", 100, (0, 9, 10, 19, 20, 29, 30, 99), **decay) == expected
+    constant = {"init_lr": 0.3, "warmup_steps": 3}
+    assert rates("constant_lr", 10, range(5), **constant) == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.3])
+    assert rates("constant_lr", 10, [0], **constant, warmup_lr=-1) == [0.3]  # no warm-up, as in the host
+    assert rates("linear_warmup_cosine_lr", 3, [5], init_lr=1.0, warmup_steps=3) == [0.0]  # warm-up fills it all
 
 
 def test_parameter_groups_are_named_scaled_and_split():
@@ -211,10 +205,11 @@ def by_hand(indices: list[list[int]], rounds: list[int], accumulate: int, clip: 
 
 
 @pytest.mark.parametrize("kind", case.KINDS)
-@pytest.mark.parametrize("accumulate", [1, 2, 3])
-def test_a_training_equals_the_formulas(tmp_path, kind, accumulate):
+@pytest.mark.parametrize(("accumulate", "chunk"), [(1, None), (2, None), (3, None), (2, 3)])
+def test_a_training_equals_the_formulas(tmp_path, kind, accumulate, chunk):
     task, datasets = case.TinyTask(), {"points": {"train": case.Points(22, noise=0.0), "dev": case.Points(7, 1, 0.0)}}
     run = {**case.KINDS[kind], "accum_grad_iters": accumulate, "clip_grad_norm": 2.0, "beta2": 0.99, "test_splits": []}
+    run["grad_cache_chunk"] = chunk
     runner = case.make_runner(tmp_path, task=task, model=case.TinyModel(dropout=0.0), datasets=datasets, **run)
     runner.train()
     rounds = [4, 4, 4, 1] if kind == "iters" else [5, 5, 5]

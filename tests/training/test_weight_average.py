@@ -1,7 +1,6 @@
-"""The moving average of the trained weights: its closed form, what is validated and saved, exact resume."""
+"""The moving average of the trained weights: its closed form, what is validated and saved."""
 
 import copy
-import signal
 
 import pytest
 import runner_case as case
@@ -11,8 +10,6 @@ from torch import nn
 from neucore_plugin.common.errors import CheckpointError
 from neucore_plugin.training.weight_average import WeightAverage
 from neucore_plugin.weights import checkpoint
-
-AVERAGED = {**case.ITERS, "ema_decay": 0.8}
 
 
 def test_closed_form():
@@ -110,22 +107,6 @@ def test_training_itself_is_the_same_with_and_without(tmp_path):
     assert ends[0]["best"] != ends[1]["best"] and ends[0]["average"] is None
 
 
-@pytest.mark.parametrize(
-    "where",
-    [(7, -1, False), (-1, 3, True), (-1, 8, True)],
-    ids=["within a round", "between best and last", "trained"],
-)
-def test_killed_and_resumed_equals_never_stopped(tmp_path, where):
-    whole = case.make_runner(tmp_path / "whole", **AVERAGED)
-    metrics = whole.train()
-    assert case.run_child(case.train_and_die, tmp_path / "cut", AVERAGED, *where) == -signal.SIGKILL
-    again = case.make_runner(tmp_path / "cut", **AVERAGED)
-    assert again.train() == metrics
-    one, other = (case.final_state(runner.output_dir) for runner in (whole, again))
-    assert one["average"] is not None
-    assert one == other
-
-
 def normed_group(output_dir, run: dict) -> dict:
     """In a process of a group: batch norm is trained, so each process sees other statistics."""
 
@@ -139,15 +120,9 @@ def normed_group(output_dir, run: dict) -> dict:
     return {name: value.numpy() for name, value in runner.optimisation.average.state_dict()["weights"].items()}
 
 
-def test_the_same_in_all_processes_also_after_a_kill(tmp_path):
-    run = {**AVERAGED, "batch_size_train": 3}
+def test_the_same_in_all_processes(tmp_path):
+    run = {**case.ITERS, "ema_decay": 0.8, "batch_size_train": 3}
     parts = case.in_group(tmp_path, normed_group, tmp_path / "normed", run)
     for name, value in parts[0].items():
         assert (parts[1][name] == value).all(), name
     assert "norm.running_var" in parts[0]
-    whole = case.in_group(tmp_path, case.train_in_group, tmp_path / "whole", run)
-    case.in_group(tmp_path, case.train_in_group, tmp_path / "cut", run, 7, killed=True)
-    again = case.in_group(tmp_path, case.train_in_group, tmp_path / "cut", run)
-    one, other = (case.final_state(seen[0]["folder"]) for seen in (whole, again))
-    assert one == other
-    assert whole[0]["metrics"] == whole[1]["metrics"] == again[1]["metrics"]
