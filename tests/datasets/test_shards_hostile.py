@@ -66,7 +66,10 @@ def test_a_triplet_of_another_form_is_refused_even_with_its_sum(written, change)
     with pytest.raises(DataError, match="was altered since it was written"):
         reader.read_shards(written)
     edit_index(written, lambda index: index["splits"]["val"].update(sha256=reader.split_sum(plain)))
-    with pytest.raises(DataError, match=r"triplets-val.json: (a triplet with fields|triplet .* of the wrong type)"):
+    with pytest.raises(
+        DataError,
+        match=r"triplets-val.json: triplet 0(: [a-z]+: | has fields)",
+    ):
         reader.read_shards(written)
 
 

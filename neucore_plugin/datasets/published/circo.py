@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.datasets.annotations import (
-    good_entries,
-    is_whole,
-    read_json,
-    safe_name,
-)
+from neucore_plugin.datasets.annotations import good_entries, is_whole, read_json, safe_name
 from neucore_plugin.datasets.published.reader import Reader
 from neucore_plugin.datasets.triplets import Triplet
 

@@ -13,12 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin.common.images import IMAGE_SUFFIXES
-from neucore_plugin.datasets.annotations import (
-    good_entries,
-    read_json,
-    read_lines,
-    safe_name,
-)
+from neucore_plugin.datasets.annotations import good_entries, read_json, read_lines, safe_name
 from neucore_plugin.datasets.published.reader import Reader
 from neucore_plugin.datasets.triplets import Triplet
 

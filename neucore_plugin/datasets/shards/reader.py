@@ -24,12 +24,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import sha256_file, sha256_text
 from neucore_plugin.common.images import IMAGE_SUFFIXES
-from neucore_plugin.datasets.annotations import read_json
+from neucore_plugin.datasets.annotations import is_whole, read_json
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
 FORMAT = "neucore-shards-1"
@@ -38,7 +39,7 @@ _SHARD = re.compile(r"shard-[0-9]{5,7}\.tar")
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _MEMBER = re.compile(rf"[0-9]{{6,12}}({'|'.join(map(re.escape, (*IMAGE_SUFFIXES, '.img')))})")
 _FIELDS = {field.name for field in dataclasses.fields(Triplet)}
-_NEEDED = {field.name for field in dataclasses.fields(Triplet) if field.default is dataclasses.MISSING}
+_TRIPLET = TypeAdapter(Triplet)
 _COUNTS = ("missing_images", "skipped_queries")
 REMEDY = "write the shards again with `neucore shards`"
 
@@ -108,10 +109,9 @@ def read_shards(
         end = 0
         for image in shard["images"]:
             label, offset, size = (image.get(key) for key in ("name", "offset", "size"))
-            whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (offset, size))
             if (
                 not isinstance(label, str)
-                or not whole
+                or not (is_whole(offset) and is_whole(size))
                 or size < 0
                 or offset < end + 512  # each member has a header before it
                 or offset + size > shard["bytes"]
@@ -200,30 +200,15 @@ def _read_split(
     if not isinstance(ids, list) or any(not isinstance(name, str) or name not in images for name in ids):
         raise DataError(f"{path}: its gallery names images that no shard holds; {REMEDY}")
     triplets = []
-    for entry in plain["triplets"]:
-        if not isinstance(entry, dict) or set(entry) - _FIELDS or not set(entry) >= _NEEDED:
-            raise DataError(f"{path}: a triplet with fields that this version does not know; {REMEDY}")
-        triplet = Triplet(**{key: _tuples(value) for key, value in entry.items()})
-        if not _well_formed(triplet):
-            raise DataError(f"{path}: triplet {str(triplet.query_id)[:80]!r} has a value of the wrong type; {REMEDY}")
-        triplets.append(triplet)
+    for number, entry in enumerate(plain["triplets"]):
+        if not isinstance(entry, dict) or set(entry) - _FIELDS:
+            raise DataError(f"{path}: triplet {number} has fields that this version does not know; {REMEDY}")
+        try:
+            triplets.append(_TRIPLET.validate_python(entry))
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise DataError(f"{path}: triplet {number}: {wrong['loc'][0]}: {wrong['msg']}; {REMEDY}") from None
     return triplets, Gallery(tuple(ids), tuple(images[name] for name in ids))
-
-
-def _well_formed(triplet: Triplet) -> bool:
-    texts = (triplet.query_id, triplet.reference, triplet.caption, triplet.change)
-    lists = (triplet.targets, triplet.members, triplet.captions)
-    return (
-        all(isinstance(text, str) for text in texts)
-        and all(isinstance(row, tuple) and all(isinstance(text, str) for text in row) for row in lists)
-        and isinstance(triplet.soft, tuple)
-        and all(isinstance(pair, tuple) and len(pair) == 2 for pair in triplet.soft)
-        and all(isinstance(name, str) and isinstance(weight, int | float) for name, weight in triplet.soft)
-    )
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def left_out(folder: str | Path) -> dict[str, dict[str, Any]]:
