@@ -115,15 +115,11 @@ class ConceptVocabulary:
 class ConceptExtractor:
     """Captions -> lemmas of the chosen parts of speech, in order of appearance, unique, in lower case.
 
-    `pos`: universal tags. Proper nouns count as nouns (taggers call "Santa" or "OK" one or the other). `stop_lemmas`
-    are left out. The result for a caption depends on nothing but the caption.
+    `pos`: universal tags. Proper nouns count as nouns (taggers call "Santa" or "OK" one or the other). STOP_LEMMAS are
+    left out. The result for a caption depends on nothing but the caption.
     """
 
-    def __init__(
-        self,
-        pos: Sequence[str] = ("NOUN", "VERB", "ADJ", "ADV"),
-        stop_lemmas: Iterable[str] = STOP_LEMMAS,
-    ) -> None:
+    def __init__(self, pos: Sequence[str] = ("NOUN", "VERB", "ADJ", "ADV")) -> None:
         for tag in pos or [""]:
             if tag not in PARTS_OF_SPEECH:
                 raise ConfigError(
@@ -131,7 +127,6 @@ class ConceptExtractor:
                 )
         self.pos = tuple(pos)
         self.tags = frozenset(pos) | ({"PROPN"} if "NOUN" in pos else frozenset())
-        self.stop_lemmas = frozenset(stop_lemmas)
         self._memo: dict[str, tuple[str, ...]] = {}
 
     @cached_property
@@ -161,31 +156,17 @@ class ConceptExtractor:
         for place, caption in enumerate(captions):
             if not isinstance(caption, str):
                 raise DataError(f"caption {place} is {caption!r}, not a text: correct the annotations")
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._memo]
-        found: dict[str, tuple[str, ...]] = {}
-        if new:
-            limit = self._nlp.max_length
-            for caption in new:
-                if len(caption) > limit:
-                    raise DataError(
-                        f"a caption has {len(caption):,} characters ({caption[:40]!r}...), at most {limit:,}"
-                    )
-            # <and>, which may stand between two captions, is read as the word that it is.
-            texts = (clean_caption(caption.replace("<and>", "and")) for caption in new)
-            documents = self._nlp.pipe(texts, batch_size=256)
-            bar = tqdm(
-                zip(new, documents, strict=True),
-                total=len(new),
-                desc="finding concepts",
-                unit="caption",
-                disable=not progress,
-            )
-            found = {caption: self._lemmas(document) for caption, document in bar}
-        result = [found[caption] if caption in found else self._memo[caption] for caption in captions]
-        if len(self._memo) + len(found) > _MEMO:
+        if len(self._memo) > _MEMO:
             self._memo.clear()
-        self._memo.update(found)
-        return result
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self._memo]:
+            limit = self._nlp.max_length
+            if long := next((caption for caption in new if len(caption) > limit), None):
+                raise DataError(f"a caption has {len(long):,} characters ({long[:40]!r}...), at most {limit:,}")
+            # <and>, which may stand between two captions, is read as the word that it is.
+            documents = self._nlp.pipe((clean_caption(text.replace("<and>", "and")) for text in new), batch_size=256)
+            bar = tqdm(documents, "finding concepts", len(new), unit="caption", disable=not progress)
+            self._memo.update(zip(new, map(self._lemmas, bar), strict=True))
+        return [self._memo[caption] for caption in captions]
 
     def _lemmas(self, document) -> tuple[str, ...]:
         lemmas = (
@@ -193,7 +174,7 @@ class ConceptExtractor:
             for token in document
             if token.pos_ in self.tags and any(character.isalpha() for character in token.text)
         )
-        return tuple(dict.fromkeys(lemma for lemma in lemmas if lemma and lemma not in self.stop_lemmas))
+        return tuple(dict.fromkeys(lemma for lemma in lemmas if lemma and lemma not in STOP_LEMMAS))
 
 
 def cached_concepts(
@@ -203,7 +184,7 @@ def cached_concepts(
 
     `once`: runs the extraction in one of several processes while the others wait.
     """
-    rules = [extractor.pipeline_version, sorted(extractor.tags), sorted(extractor.stop_lemmas)]
+    rules = [extractor.pipeline_version, sorted(extractor.tags), sorted(STOP_LEMMAS)]
     path = Path(folder) / f"concepts-{sha256_text(json.dumps([rules, list(texts)]))[:24]}.json"
 
     def extract() -> None:

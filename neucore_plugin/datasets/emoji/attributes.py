@@ -213,12 +213,10 @@ def change_text(change: str, target: Attributes, key: str) -> str:
         if target.kind == "person":
             noun = target.role.split()[0] in ("a", "an")
             options[2] = f"turn them into {target.role}" if noun else f"show them {target.role}"
-    elif change == "gender+tone":
+    else:  # gender+tone
         words = ("male", "female") if target.role == CHILD else ("a man", "a woman")
         who = {"": "gender-neutral", "man": words[0], "woman": words[1]}[target.gender]
         options = [f"now {who} with {tone} skin", f"{who} and with {tone} skin", f"the same but {who} with {tone} skin"]
-    else:
-        raise ValueError(f"unknown change {change!r}")
     return _choose(options, change, key)
 
 
