@@ -34,7 +34,7 @@ def test_no_two_projects_write_into_one_folder():
     assert len(set(folders)) == len(folders)
 
 
-def test_the_released_form_has_its_mark_and_its_augmentation():
+def test_the_yamls_say_what_the_paper_and_its_released_form_have():
     for dataset in ("fashioniq", "shoes"):
         found = loading.load_config(PROJECTS / f"train_official_{dataset}.yaml").to_dict()
         section = found["datasets"][dataset]
@@ -44,6 +44,8 @@ def test_the_released_form_has_its_mark_and_its_augmentation():
         assert section["build_info"].get("joiner") == ("<and>" if dataset == "fashioniq" else None)
     plain = loading.load_config(PROJECTS / "train_fashioniq.yaml").to_dict()
     assert plain["datasets"]["fashioniq"]["build_info"]["joiner"] == "and"
+    papers = loading.load_config(PROJECTS / "train_cirr.yaml").to_dict()
+    assert papers["model"]["concepts"]["pos"] == ["NOUN", "ADJ"]
     with pytest.raises(ConfigError, match=r"joiner: .*allowed: one of .*<and>, and"):
         loading.load_config(PROJECTS / "train_fashioniq.yaml", ["datasets.fashioniq.build_info.joiner=und"])
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from lavis.common.registry import registry
-from places import REAL, needs_real
 from published_case import build, write_cirr_to_train_on, write_fashioniq
 from shapes import write_tiny
 
@@ -256,12 +255,3 @@ def test_each_published_data_set_has_its_parts():
         for split in reader.splits:
             assert reader.files(split) and reader.image_folder("root", split).startswith("root/")
         assert "root" in reader.sources("root") and "{" not in reader.sources("root")
-
-
-@needs_real("fashioniq")
-def test_check_on_real_files_without_images():
-    report = catalogue.check("fashioniq", REAL / "fashioniq")["splits"]
-    counts = {split: (row["queries"], row["gallery"]) for split, row in report.items() if "queries" in row}
-    assert counts["val_dress"] == (2017, 3817) and counts["val_toptee"] == (1961, 5373)
-    assert counts["train_dress"] == (5985, 11452) and counts["train_toptee"] == (6027, 16121)
-    assert report["val_shirt"]["annotations_missing"] and report["val_dress"]["images_missing"] == 3817

@@ -1,5 +1,6 @@
 """Tiny real data: drawn shapes, relative captions about their colour and form, and a yaml that trains on them."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -30,21 +31,14 @@ def draw_shape(form: str, colour: str, side: int = 64) -> Image.Image:
 def write_shapes(root: Path) -> Path:
     """A `folder` data set of 24 images with 192 queries: 149 of training, 22 of val, 21 of test."""
     (root / "images").mkdir(parents=True)
-    for form in FORMS:
-        for colour in COLOURS:
-            draw_shape(form, colour).save(root / "images" / f"{form}-{colour}.png")
     entries = []
-    for form in FORMS:
-        for colour in COLOURS:
+    for form, colour in itertools.product(FORMS, COLOURS):
+        draw_shape(form, colour).save(root / "images" / f"{form}-{colour}.png")
+        changes = [("colour", f"make it {other}", f"{form}-{other}.png") for other in COLOURS if other != colour]
+        changes += [("form", f"now a {other}", f"{other}-{colour}.png") for other in FORMS if other != form]
+        for change, caption, target in changes:
             reference = f"{form}-{colour}.png"
-            for other in COLOURS:
-                if other != colour:
-                    entry = {"reference": reference, "caption": f"make it {other}", "target": f"{form}-{other}.png"}
-                    entries.append({**entry, "change": "colour"})
-            for other in FORMS:
-                if other != form:
-                    entry = {"reference": reference, "caption": f"now a {other}", "target": f"{other}-{colour}.png"}
-                    entries.append({**entry, "change": "form"})
+            entries.append({"reference": reference, "caption": caption, "target": target, "change": change})
     parts = {split: [e for i, e in enumerate(entries) if i % 9 in nines] for split, nines in SPLITS.items()}
     for split, chosen in parts.items():
         (root / f"{split}.json").write_text(json.dumps(chosen))
@@ -58,11 +52,10 @@ def write_tiny(shapes_root: Path, cache_root: Path, folder: Path, change=None, n
         "model": {
             "arch": "neucore",
             "model_type": "embedded",
-            "backbone": {"image": {"name": "efficientnet_lite0", "image_size": 64, "grid": 2, "freeze": True}},
+            "backbone": {"image": {"name": "efficientnet_lite0", "image_size": 64, "grid": 2}},
             "embed_dim": 32,
-            "concept_alignment": {"depth": 1, "heads": 2},
+            "concept_alignment": {"heads": 2},
             "fusion": {"steps": 2, "heads": 2, "head_dim": 16},
-            "loss": {"concept_weight": 20.0},
             "concepts": {"min_count": 1},
         },
         "datasets": {
@@ -72,22 +65,16 @@ def write_tiny(shapes_root: Path, cache_root: Path, folder: Path, change=None, n
             }
         },
         "run": {
-            "task": "composed_image_retrieval",
-            "runner": "runner_cir",
-            "lr_sched": "linear_warmup_cosine_lr",
             "init_lr": 3e-3,
             "min_lr": 1e-5,
             "warmup_lr": 1e-5,
             "warmup_steps": 4,
-            "weight_decay": 0.01,
             "max_epoch": 3,
             "batch_size_train": 16,
             "batch_size_eval": 16,
-            "num_workers": 0,
             "seed": 7,
             "output_dir": str(folder / "output"),
             "cache_dir": str(cache_root),
-            "train_splits": ["train"],
             "valid_splits": ["val"],
             "test_splits": ["val", "test"],
             "device": "cpu",
