@@ -53,7 +53,7 @@ def allowed(field: FieldInfo) -> str:
     if text := next((str(one) for one in metadata if isinstance(one, Allowed)), None):
         return text
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return allowed_keys(kind)
+        return f"a mapping with the keys {', '.join(kind.model_fields)}"
     if field.title:  # an encoder
         return "a mapping with `name`"
     if choices := choices_of(kind):
@@ -66,11 +66,6 @@ def allowed(field: FieldInfo) -> str:
     least = next((f"at least {one.min_length} " for one in metadata if isinstance(one, MinLen)), "")
     among = f", among {', '.join(choices_of(inner))}" if choices_of(inner) else ""
     return f"a list of {least}names, none twice{among}"
-
-
-def allowed_keys(schema: type[BaseModel]) -> str:
-    """The keys of a section, in words."""
-    return f"a mapping with the keys {', '.join(schema.model_fields)}"
 
 
 def choices_of(kind: Any) -> list[str]:

@@ -18,7 +18,7 @@ from neucore_plugin.config.compare import config_fingerprint
 from neucore_plugin.config.crosschecks import cross_checks
 from neucore_plugin.config.data import DATASET_SCHEMAS, DEFAULT_PROCESSORS, PreprocessSchema
 from neucore_plugin.config.encoders import pixels_of
-from neucore_plugin.config.kinds import allowed_keys, shortened
+from neucore_plugin.config.kinds import shortened
 from neucore_plugin.config.model import BackboneSchema, NeucoreSchema
 from neucore_plugin.config.run import RUNNERS, TASKS, RunSchema
 from neucore_plugin.config.section import Problems, Section
@@ -225,7 +225,7 @@ def _completed(problems: Problems, key: str, given: Any, schema: type[Section]) 
     """`given` with defaults filled in; what is wrong becomes a problem and is replaced by its default."""
     given = {} if given is None else given
     if not isinstance(given, Mapping):
-        problems.add(key, f"got {shortened(given)}; allowed: {allowed_keys(schema)}")
+        problems.add(key, f"got {shortened(given)}; allowed: a mapping")
         return {}
     with problems.at(*key.split(".")):
         return schema.model_validate(dict(given), context=problems).model_dump(warnings=False)

@@ -44,7 +44,10 @@ def test_a_bare_name_is_found_where_no_such_file_lies(tmp_path):
     assert read_yaml("train_cirr")["model"]["model_type"] == "blip_cirr"
     (tmp_path / "train_cirr.yaml").write_text("run: {seed: 7}")
     assert read_yaml("train_cirr.yaml") == {"run": {"seed": 7}}
+    (tmp_path / "mine.yaml").write_text("run: {}")
     for path, message in (
+        (tmp_path / "mines.yaml", "mines.yaml does not exist. Did you mean 'mine.yaml'?"),
+        (tmp_path, "is a folder"),
         ("train_emojis", "config file train_emojis does not exist. Did you mean 'train_emoji'? Give"),
         ("train_emojis.yaml", "Did you mean 'train_emoji.yaml'?"),
         ("configs/train_emoji.yaml", "does not exist. Give the path of a yaml file, or a name that `neucore configs`"),

@@ -167,6 +167,7 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
         ("run.grad_cache_chunk", 0, "run.grad_cache_chunk: got 0; allowed: a whole number of at least 1"),
         ("run.clip_grad_norm", 0.0, "run.clip_grad_norm: got 0.0; allowed: a number greater than 0"),
         ("run.accum_grad_iters", 0, "run.accum_grad_iters: got 0; allowed: a whole number of at least 1"),
+        ("run", 3, "run: got 3; allowed: a mapping"),
         ("run.min_lr", 1.0, "run.min_lr: got 1.0; allowed: at most run.init_lr (0.0005)"),
         (
             "run.amp",
@@ -234,14 +235,6 @@ def test_broken_files(tmp_path, content, message):
     with pytest.raises(ConfigError, match=r"run\.yaml") as caught:
         loading.load_config(write(tmp_path, content))
     assert message in str(caught.value)
-
-
-def test_missing_file_names_its_neighbour(tmp_path):
-    (tmp_path / "train_emoji.yaml").write_text("run: {}")
-    with pytest.raises(ConfigError, match=r"does not exist\. Did you mean 'train_emoji.yaml'\?"):
-        loading.load_config(tmp_path / "train_emojis.yaml")
-    with pytest.raises(ConfigError, match="is a folder"):
-        loading.load_config(tmp_path)
 
 
 def test_another_encoder_does_not_inherit_settings(tmp_path):

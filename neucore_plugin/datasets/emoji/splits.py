@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from neucore_plugin.common.errors import DataError
+from neucore_plugin.config.data import EmojiInfoSchema
 from neucore_plugin.config.published import SPLITS
 from neucore_plugin.datasets.emoji.attributes import (
     ADULT,
@@ -41,7 +42,7 @@ from neucore_plugin.datasets.emoji.attributes import (
 from neucore_plugin.datasets.emoji.drawings import INSTALL, prepare, read_manifest
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
-ROLE_CAP = 12  # role changes a reference starts in training: 118,000 pairs otherwise, nine tenths of the data
+ROLE_CAP = EmojiInfoSchema().role_cap  # 118,000 pairs otherwise, nine tenths of the data
 _OBJECT_CAP = 6  # substitutions of one word that a reference starts: 62 smileys are one word apart from each other
 _LIMITS = {"val": 1000, "test_combo": 1500, "test_role": 1500, "test_word": 1000, "test_two": 1000}
 _VAL_SHARE = 0.08

@@ -63,12 +63,28 @@ def write_shards(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out):
-            return _write(out, name, paths, facts, content, key, max_bytes, workers, progress)
+            _claim(out, key)
+            jobs = [(out / f"shard-{i:05d}.tar", names) for i, names in enumerate(_plan(paths, facts, max_bytes))]
+            with (
+                ThreadPoolExecutor(workers) as pool,
+                tqdm(total=len(paths), desc="writing shards", unit="image", disable=not progress) as bar,
+            ):
+                shards = list(pool.map(lambda job: _write_shard(*job, paths, facts, bar), jobs))
+            rows = {}
+            for split, plain in content.items():
+                write_json(out / f"triplets-{split}.json", plain, indent=None)
+                counts = {"queries": len(plain["triplets"]), "gallery": len(plain["gallery"])}
+                rows[split] = {**counts, "sha256": split_sum(plain)}
+            head = {"format": FORMAT, "name": name, "content": key, "images": len(paths)}
+            write_json(out / INDEX, {**head, "splits": rows, "shards": shards}, indent=None)
+            for part in (*out.glob("shard-*.json"), *out.glob("writing.json")):
+                part.unlink()
     except OSError as error:  # of the output: errors of images are told where they are read
         raise DataError(
             f"{out}: cannot be written ({error.strerror or error}); what is finished is kept: mend this, then give the "
             "same command again"
         ) from error
+    return out / INDEX
 
 
 def _facts(paths: Mapping[str, Path], content: Mapping[str, Any]) -> dict[str, os.stat_result]:
@@ -114,45 +130,6 @@ def _alone(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
-
-
-def _write(
-    out: Path,
-    name: str,
-    paths: Mapping[str, Path],
-    facts: Mapping[str, os.stat_result],
-    content: Mapping[str, Any],
-    key: str,
-    max_bytes: int,
-    workers: int,
-    progress: bool,
-) -> Path:
-    _claim(out, key)
-    plan = _plan(paths, facts, max_bytes)
-    jobs = [(out / f"shard-{number:05d}.tar", names) for number, names in enumerate(plan)]
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(paths), desc="writing shards", unit="image", disable=not progress) as bar,
-    ):
-        shards = list(pool.map(lambda job: _write_shard(*job, paths, facts, bar), jobs))
-    for split, plain in content.items():
-        write_json(out / f"triplets-{split}.json", plain, indent=None)
-    index = {
-        "format": FORMAT,
-        "name": name,
-        "content": key,
-        "images": len(paths),
-        "splits": {
-            split: {"queries": len(plain["triplets"]), "gallery": len(plain["gallery"]), "sha256": split_sum(plain)}
-            for split, plain in content.items()
-        },
-        "shards": shards,
-    }
-    write_json(out / INDEX, index, indent=None)
-    for part in out.glob("shard-*.json"):
-        part.unlink()
-    (out / "writing.json").unlink(missing_ok=True)
-    return out / INDEX
 
 
 def _plan(
