@@ -204,14 +204,6 @@ def test_presets_by_name():
     assert presets("mine", None) == [STANDARD]
     with pytest.raises(ConfigError, match=r"no preset 'covrr'\. Did you mean 'covr'"):
         presets("fashioniq", ["covrr"])
-    rules = {name: (p.gallery, p.remove_reference, p.text) for name, p in PRESETS["fashioniq"].items()}
-    assert rules == {
-        "clip4cir": ("full", False, "concat"),
-        "covr": ("full", True, "concat"),
-        "neucore": ("full", True, "both_orders"),
-        "val": ("union", True, "separate"),
-        "tgcir": ("union", True, "concat"),
-    }
     for known in PRESETS.values():
         assert all("gallery:" in p.summary and "reference " in p.summary for p in known.values())
 

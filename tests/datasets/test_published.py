@@ -203,18 +203,26 @@ def test_of_several_answers_the_absent_ones_are_left_out():
     assert kept.members == ("r", "a", "c") and kept.soft == (("a", 1.0),)
 
 
-def test_skipped_queries_are_told_from_shards_as_from_the_folder(cirr_root, tmp_path, monkeypatch):
+def test_skipped_queries_are_told_from_shards_as_from_the_folder(cirr_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "cache"))
     queries = json.loads((cirr_root / "captions/cap.rc2.val.json").read_text())
     root = copy_without(cirr_root, tmp_path / "partial", [queries[0]["reference"], queries[5]["target_hard"]])
     out = tmp_path / "tars"
-    arguments = ["shards", "cirr", "--root", str(root), "--out", str(out), "--splits", "val", "--missing", "skip"]
-    assert cli.main(arguments) == 0
+    arguments = ["shards", "cirr", "--root", str(root), "--out", str(out), "--splits"]
+    assert cli.main([*arguments, "val"]) == 2
+    assert "img_raw/dev: 2 of " in capsys.readouterr().err and not out.exists()
+    assert cli.main([*arguments, "vall"]) == 2
+    assert "CIRR has no split 'vall'. Did you mean 'val'?" in capsys.readouterr().err
+    assert cli.main([*arguments, "val", "--missing", "skip"]) == 0
     by_folder = build("cirr", root, ["val"], missing="skip")["val"]
     by_shards = build("cirr", out, ["val"], data_type="shards")["val"]
     assert by_folder.fingerprint == by_shards.fingerprint
     for key in ("missing_images", "skipped_queries"):
         assert by_shards.left_out[key] == by_folder.left_out[key] > 0
+    skipped = by_folder.left_out["skipped_queries"]
+    assert f"val: 2 images have no file, {skipped} queries left out" in capsys.readouterr().out
+    listed = json.loads((out / "triplets-val.json").read_text())["left_out"]["files"]
+    assert len(listed) == 2 and all(file.startswith("img_raw/dev/") for file in listed)
     with pytest.raises(DataError, match="holds shards of 'cirr', not of 'shoes'"):
         build("shoes", out, ["test"], data_type="shards")
 
