@@ -1,1 +1,1 @@
-"""The model and its parts; each file stands alone and imports only torch, `neucore.py` and the adapters excepted."""
+"""NEUCORE, the baselines and their parts; only `base`, `neucore`, `baseline` and adapters in `backbones/` know the host."""

@@ -343,19 +343,9 @@ class CirModel(BaseModel):
         words = None
         if config["backbone"]["text"]["name"] == "glove_bigru":
             words = word_list(map(CaptionProcessor(), captions), vocabulary.words)
-        model = cls._build(config, vocabulary, words)
+        model = cls.from_section(build_backbone(config["backbone"], words), vocabulary, config)
         model.trained = bool(len(vocabulary))  # with a vocabulary it is about to be
         return model
-
-    @classmethod
-    def _build(
-        cls,
-        config: dict[str, Any],
-        vocabulary: ConceptVocabulary,
-        words: Sequence[str] | None = None,
-        load: bool | Mapping[str, bool] = True,
-    ) -> "CirModel":
-        return cls.from_section(build_backbone(config["backbone"], words, load), vocabulary, config)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, wanted: Mapping[str, Any] | None = None) -> "CirModel":
@@ -379,7 +369,8 @@ class CirModel(BaseModel):
         vocabulary = ConceptVocabulary.from_plain(header["concepts"], f"{path}: its concept vocabulary")
         # What the file holds itself need not be read from elsewhere first.
         load = {side: f"backbone.{side}" in stored["frozen"] for side in SIDES}
-        model = cls._build(config, vocabulary, header.get("words"), load)
+        backbone = build_backbone(config["backbone"], header.get("words"), load)
+        model = cls.from_section(backbone, vocabulary, config)
         model.image_processor = ImageProcessor(**header.get("image_processor", model.image_processor.settings))
         checkpoint.restore_model(model, stored["model"], stored["frozen"], path)
         model.restored()
@@ -414,8 +405,7 @@ class CirModel(BaseModel):
 
     def fingerprint(self) -> str:
         """Changes with any weight that training may change and with the backbone."""
-        state, frozen = checkpoint.model_state(self)
-        return checkpoint.fingerprint({**state}) if not frozen else checkpoint.fingerprint(state, extra=frozen)
+        return checkpoint.fingerprint(*checkpoint.model_state(self))
 
 
 def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from neucore_plugin.common.errors import ConfigError, nearest
 from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config.model import WITH_DROPOUT
 from neucore_plugin.config.sections import model_types
@@ -40,8 +39,6 @@ class CirBaseline(CirModel):
     def __init__(
         self, *, embed_dim: int, method: str, options: Mapping[str, Any], matching: Mapping[str, Any], **shared: Any
     ) -> None:
-        if method not in COMPOSERS:
-            raise ConfigError(f"model.method: {method!r} is no baseline.{nearest(method, COMPOSERS)}")
         composer = COMPOSERS[method]
         reads = {"query_reads": composer.reads, "gallery_reads": "pooled"}
         super().__init__(embed_dim=embed_dim, projected=True, **reads, **shared)
@@ -64,8 +61,6 @@ class CirBaseline(CirModel):
         options = dict(config["cross_attention"]) if method == "cross_attention" else {}
         if method in WITH_DROPOUT:
             options["dropout"] = DROPOUT[method] if dropout is None else dropout
-        elif dropout is not None:
-            raise ConfigError(f"model.dropout: got {dropout}; {method} has none; leave it out")
         return cls(backbone=backbone, vocabulary=vocabulary, method=method, options=options, **shared_settings(config))
 
     def forward(self, samples: Mapping[str, Any], by_pair: bool = False) -> dict[str, Tensor]:

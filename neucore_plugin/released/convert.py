@@ -14,6 +14,7 @@ from torch import Tensor
 from neucore_plugin.common.errors import CheckpointError, ConfigError, DataError
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
 from neucore_plugin.config.loading import model_defaults
+from neucore_plugin.models.backbones import build_backbone
 from neucore_plugin.models.backbones.resnet_gru import NETWORKS, SPECIALS, word_list
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.processors import CaptionProcessor
@@ -107,7 +108,7 @@ def convert_state(
             f"{', '.join(words[:5])}; the embedding has {count:,} rows, of which the first are {', '.join(SPECIALS)}. "
             "Give the captions it was trained on, all of them and in their order, or the authors' vocabulary pickle"
         )
-    model = NeucoreModel._build(section, concepts, words, load=False)
+    model = NeucoreModel.from_section(build_backbone(section["backbone"], words, load=False), concepts, section)
     if any(value.dtype == torch.float64 for value in state.values()):
         model.double()
     new, unused = converted_state(state)

@@ -29,11 +29,6 @@ def is_url(source: str) -> bool:
     return urlparse(source).scheme in ("http", "https")
 
 
-def known_source(url: str) -> bool:
-    """Whether a URL is one of the places that the host's own tables name."""
-    return url.startswith(KNOWN_SOURCES)
-
-
 def cached_path(url: str) -> Path:
     """Where the file of a URL is kept, and looked for: in $TORCH_HOME/hub/checkpoints.
 
@@ -41,7 +36,9 @@ def cached_path(url: str) -> Path:
     other place can put its file where one of theirs is looked for.
     """
     name = os.path.basename(urlparse(url).path)
-    return Path(torch.hub.get_dir(), "checkpoints", name if known_source(url) else f"{sha256_text(url)[:12]}-{name}")
+    if not url.startswith(KNOWN_SOURCES):
+        name = f"{sha256_text(url)[:12]}-{name}"
+    return Path(torch.hub.get_dir(), "checkpoints", name)
 
 
 def locate(source: str, setting: str) -> Path:

@@ -175,11 +175,9 @@ def test_settings_that_do_not_fit_are_told(options, message):
         loading.load_config(EMOJI, ["model.arch=cir_baseline", *(f"model.{option}" for option in options)])
 
 
-def test_other_ways_to_a_bad_model_are_told_too(built):
+def test_other_ways_to_a_bad_model_are_told_too():
     with pytest.raises(ConfigError, match=r"model\.method: is a setting of cir_baseline, not of neucore"):
         loading.load_config(EMOJI, ["model.method=tirg"])
-    with pytest.raises(ConfigError, match="'combinner' is no baseline. Did you mean 'combiner'"):
-        CirBaseline(embed_dim=8, method="combinner", options={}, matching={})
     with pytest.raises(ConfigError, match="model.dropout: got 0.1; sum has none"):
         CirBaseline.from_config({**BASELINE, "method": "sum", "dropout": 0.1})
 

@@ -17,7 +17,7 @@ from transformers import BertConfig
 
 from neucore_plugin.models.backbones.bert_words import POSITION_IDS, BertText
 from neucore_plugin.models.backbones.encoder import Encoder, check_pixels, normalisation
-from neucore_plugin.models.backbones.vit import grid_of, resized_positions, sized
+from neucore_plugin.models.backbones.vit import resized_positions, sized
 from neucore_plugin.weights.pretrained import fit, is_url, read_pretrained
 
 _ROOT = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models"
@@ -55,7 +55,7 @@ class BlipImage(Encoder):
     ) -> None:
         super().__init__()
         sizes = sized(self.name, VITS[vit], architecture)
-        self.image_size, self.grid = image_size, grid_of(self.name, image_size, patch_size)
+        self.image_size, self.grid = image_size, (image_size // patch_size,) * 2
         self.num_tokens = 1 + self.grid[0] * self.grid[1]
         self.visual_encoder = VisionTransformerEncoder(
             img_size=image_size,

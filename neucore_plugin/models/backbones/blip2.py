@@ -17,7 +17,7 @@ from transformers import BertConfig
 
 from neucore_plugin.models.backbones.bert_words import POSITION_IDS, BertText
 from neucore_plugin.models.backbones.encoder import Encoder, check_pixels, normalisation
-from neucore_plugin.models.backbones.vit import grid_of, resized_positions, sized
+from neucore_plugin.models.backbones.vit import resized_positions, sized
 from neucore_plugin.weights.checkpoint import fingerprint
 from neucore_plugin.weights.pretrained import fit, is_url, read_pretrained
 
@@ -88,7 +88,7 @@ class Blip2Image(Encoder):
         defaults = {**VITS[vit], **{f"query_{name}": size for name, size in QFORMER.items()}}
         sizes = sized("blip2", defaults, architecture)
         self.vit, self.image_size = vit, image_size
-        patches = grid_of("blip2", image_size, PATCH)
+        patches = (image_size // PATCH,) * 2
         source, vit_source = pretrained or URLS[vit], vit_pretrained or VIT_URLS[vit]
         self.visual_encoder = _vit(vit, image_size, sizes["width"], sizes["depth"], sizes["heads"])
         self.ln_vision = nn.LayerNorm(sizes["width"])

@@ -37,10 +37,6 @@ class EfficientNetLite0(Encoder):
         super().__init__()
         import timm
 
-        if grid > image_size // 32:
-            raise ValueError(
-                f"efficientnet_lite0 takes a grid of 1 to image_size / 32; given image_size {image_size}, grid {grid}"
-            )
         self.image_size, self.grid, self.num_tokens = image_size, (grid, grid), grid * grid
         self.settings = f"efficientnet_lite0:{image_size}:{grid}"
         path = packaged_file(EFFICIENTNET_FILE, EFFICIENTNET_SHA256)

@@ -166,9 +166,8 @@ class GloveBiGRU(TextEncoder):
         self.embedding = nn.Embedding(len(self.words), word_dim)
         self.gru = nn.GRU(word_dim, width // 2, batch_first=True, bidirectional=True)
         nn.init.xavier_uniform_(self.embedding.weight)
-        self.words_found = 0
         if glove is not None and load:
-            self.words_found = read_word_vectors(glove, glove_words, self._rows, self.embedding.weight.data)
+            read_word_vectors(glove, glove_words, self._rows, self.embedding.weight.data)
         for part, fixed in ((self.embedding, frozen or freeze_words), (self.gru, frozen)):
             if fixed:
                 hold_as_buffers(part)

@@ -28,24 +28,19 @@ class Tuning:
     train_blocks: int | None = None
     layer_decay: float = 1.0
     checkpoint_activations: bool = False
-    lora: tuple[tuple[str, Any], ...] | None = None
+    lora: dict[str, Any] | None = None
 
     @classmethod
     def taken_from(cls, settings: dict[str, Any]) -> "Tuning":
         """Take our keys out of an encoder's section."""
-        found = {field.name: settings.pop(field.name) for field in fields(cls) if field.name in settings}
-        if found.get("lora") is not None:
-            found["lora"] = tuple(sorted(dict(found["lora"]).items()))
-        return cls(**found)
+        return cls(**{field.name: settings.pop(field.name) for field in fields(cls) if field.name in settings})
 
     def apply(self, encoder: nn.Module, setting: str) -> None:
         """Set what is trained; raises ConfigError for what this encoder cannot do (`setting` names it)."""
         blocks = list(getattr(encoder, "blocks", ()))
         if self.freeze:
-            if self.train_blocks is not None:
-                raise ConfigError(f"{setting}: train_blocks needs freeze: false")
             if self.lora is not None:  # trained in an earlier phase
-                add_adapters(encoder, blocks, dict(self.lora), setting)
+                add_adapters(encoder, blocks, self.lora, setting)
             encoder.requires_grad_(False)
             return
         special = [name for name in ("train_blocks", "lora") if getattr(self, name) is not None]
@@ -54,9 +49,7 @@ class Tuning:
         if special and not blocks:
             raise ConfigError(f"{setting}: {', '.join(special)} cannot be had: this encoder has no blocks to name")
         if self.lora is not None:
-            if self.train_blocks is not None:
-                raise ConfigError(f"{setting}: give train_blocks or lora, not both")
-            add_adapters(encoder, blocks, dict(self.lora), setting)
+            add_adapters(encoder, blocks, self.lora, setting)
         elif self.train_blocks is not None:
             if self.train_blocks > len(blocks):
                 raise ConfigError(f"{setting}.train_blocks is {self.train_blocks}; the encoder has {len(blocks)}")

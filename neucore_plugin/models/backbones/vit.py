@@ -20,13 +20,6 @@ def sized(name: str, defaults: Mapping[str, int], given: Mapping[str, int] | Non
     return sizes
 
 
-def grid_of(name: str, image_size: int, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches. Raises ValueError where they do not fill the image."""
-    if image_size % patch_size or image_size < patch_size:
-        raise ValueError(f"{name}: image_size is a multiple of its patches' {patch_size} px; got {image_size}")
-    return (image_size // patch_size,) * 2
-
-
 def resized_positions(
     table: Tensor,
     grid: tuple[int, int],

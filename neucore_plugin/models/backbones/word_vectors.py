@@ -11,8 +11,8 @@ from tqdm import tqdm
 from neucore_plugin.common.errors import DataError
 
 
-def read_word_vectors(path: str | Path, words: str | Path | None, rows: Mapping[str, int], into: Tensor) -> int:
-    """Fill the rows [V,Dw] of `into` whose words the file holds; how many it held. Raises DataError.
+def read_word_vectors(path: str | Path, words: str | Path | None, rows: Mapping[str, int], into: Tensor) -> None:
+    """Fill the rows [V,Dw] of `into` whose words the file holds. Raises DataError, also where it holds none.
 
     Args:
         path: a text file with `word number number ...` a line, or a `.npy` matrix. A word may hold blanks.
@@ -27,7 +27,6 @@ def read_word_vectors(path: str | Path, words: str | Path | None, rows: Mapping[
     found = _matrix(path, words, rows, into) if path.suffix == ".npy" else _text(path, rows, into)
     if not found:
         raise DataError(f"{path} holds a vector of none of the {len(rows)} words; is it a file of word vectors?")
-    return found
 
 
 def _text(path: Path, rows: Mapping[str, int], into: Tensor) -> int:

@@ -157,8 +157,6 @@ def test_what_cannot_be():
     encoder = image()
     with pytest.raises(ValueError, match=r"blip expects 16 px squares, given \[2, 3, 16, 24\]"):
         encoder(torch.zeros(2, 3, 16, 24))
-    with pytest.raises(ValueError, match="multiple of its patches' 8 px; got 20"):
-        image(size=20)
     with pytest.raises(ValueError, match="width 12 is no multiple of heads 5"):
         image(architecture={**case.IMAGE, "heads": 5})
 

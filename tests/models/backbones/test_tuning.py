@@ -4,21 +4,16 @@ import copy
 import sys
 
 import pytest
+import tiny
 import torch
+from tiny import TEXTS
 from torch import nn
 
 from neucore_plugin.common.errors import CheckpointError, ConfigError
-from neucore_plugin.concepts import ConceptVocabulary
-from neucore_plugin.config.loading import model_defaults
-from neucore_plugin.models.backbones import build_backbone
 from neucore_plugin.models.backbones.tuning import Tuning, rate_scales, settle_modes
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.training.optimisation import parameter_groups
 from neucore_plugin.weights import checkpoint
-
-FROZEN = {"name": "efficientnet_lite0", "image_size": 64, "grid": 2}
-WORDS = ("red", "blue", "square", "long")
-TEXTS = ["make it blue", "the same but much longer and in red", "square"]
 
 
 class Tower(nn.Module):
@@ -44,29 +39,17 @@ def trained(encoder):
 
 
 def section(**text):
-    config = {"arch": "neucore", "model_type": "embedded", "embed_dim": 32, "concept_alignment": {"heads": 2}}
-    config["fusion"] = {"steps": 2, "heads": 2, "head_dim": 16}
-    config["query_dropout"] = {"image": 0.0, "text": 0.0}
-    config["backbone"] = {"image": dict(FROZEN), "text": {"name": "minilm_l6", **text}}
-    return config
+    backbone = {**copy.deepcopy(tiny.BACKBONE), "text": {"name": "minilm_l6", **text}}
+    return {**tiny.NEUCORE, "query_dropout": {"image": 0.0, "text": 0.0}, "backbone": backbone}
 
 
 def build(**text):
     torch.manual_seed(0)
-    return NeucoreModel.from_config(section(**text), vocabulary=ConceptVocabulary(WORDS))
+    return tiny.build(**section(**text))
 
 
 def batch(model):
-    pixels = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return {
-        "reference_image": pixels,
-        "target_image": pixels.flip(0),
-        "text_input": TEXTS,
-        "concept_words": model.extract_concepts(TEXTS),
-        "reference_key": torch.tensor([0, 1, 2]),
-        "target_key": torch.tensor([2, 1, 0]),
-        "right_keys": [(2,), (1,), (0,)],
-    }
+    return tiny.samples(tiny.pixels(model))
 
 
 def step(model, rate=0.01):
@@ -75,12 +58,6 @@ def step(model, rate=0.01):
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, {}), lr=rate)
     model(batch(model))["loss"].backward()
     optimizer.step()
-
-
-def saved(model, path):
-    state, frozen = checkpoint.model_state(model)
-    checkpoint.save({"architecture": model.checkpoint_header(), "model": state, "frozen": frozen}, path)
-    return state
 
 
 def test_frozen_means_frozen():
@@ -92,6 +69,8 @@ def test_frozen_means_frozen():
     model = build()
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     step(model, rate=1.0)
+    assert not model.backbone.image.training and not model.backbone.text.training
+    assert [group["name"] for group in model.parameter_groups()] == ["head"]
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
     in_optimizer = {id(p) for group in parameter_groups(model, 0.0, {}) for p in group["params"]}
     assert not in_optimizer & {id(p) for p in model.backbone.parameters()}
@@ -144,7 +123,7 @@ def test_a_whole_encoder_can_be_trained_and_its_checkpoint_holds_it(tmp_path):
     before = model.concept_table().detach().clone()
     step(model)
     assert not torch.allclose(model.concept_table(), before)  # the vocabulary's embeddings follow the encoder
-    saved(model, tmp_path / "whole.pth")
+    tiny.save(model, tmp_path / "whole.pth")
     again = NeucoreModel.from_checkpoint(tmp_path / "whole.pth").eval()
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -159,8 +138,7 @@ def test_a_whole_encoder_can_be_trained_and_its_checkpoint_holds_it(tmp_path):
 def test_a_trained_image_encoder_gets_gradients():
     config = section()
     config["backbone"]["image"]["freeze"] = False
-    torch.manual_seed(0)
-    model = NeucoreModel.from_config(config, vocabulary=ConceptVocabulary(WORDS)).train()
+    model = tiny.build(**config).train()
     model(batch(model))["loss"].backward()
     idle = [name for name, p in model.backbone.image.named_parameters() if p.grad is None or not p.grad.any()]
     assert not idle
@@ -177,7 +155,7 @@ def test_adapters_alone_are_trained_and_begin_as_nothing(tmp_path):
     base = {n: v.clone() for n, v in model.backbone.state_dict().items() if "lora_" not in n}
     step(model)
     assert all(torch.equal(value, model.backbone.state_dict()[name]) for name, value in base.items())
-    state = saved(model, tmp_path / "lora.pth")
+    state = checkpoint.load(tiny.save(model, tmp_path / "lora.pth"))["model"]
     held = {name for name in state if name.removeprefix("backbone.") in dict(model.backbone.named_parameters())}
     assert held and all("lora_" in name for name in held)  # of the encoder the file holds the adapters alone
     again = NeucoreModel.from_checkpoint(tmp_path / "lora.pth").eval()
@@ -220,34 +198,14 @@ def test_recomputed_activations_change_neither_loss_nor_gradients():
     assert copied.backbone.text.blocks[0].forward.forward.__self__ is copied.backbone.text.blocks[0]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ({"lora": {"rank": 2}}, r"unknown key"),
-        ({"freeze": True, "train_blocks": 2}, "train_blocks needs freeze: false"),
-        ({"freeze": False, "train_blocks": 9}, r"train_blocks is 9; the encoder has 6"),
-    ],
-)
-def test_what_cannot_be_trained_so_is_refused(text, message):
-    config = model_defaults(section())["backbone"]
-    if "lora" in text:
-        with pytest.raises(ConfigError, match=message):
-            model_defaults({**section(), "backbone": {"image": {**FROZEN, **text}}})
-        return
-    with pytest.raises(ConfigError, match=message):
-        build_backbone({**config, "text": {**config["text"], **text}})
-
-
 def test_a_checkpoint_tells_the_frozen_encoder_it_needs(tmp_path):
     model = build()
-    saved(model, tmp_path / "a.pth")
-    stored = checkpoint.load(tmp_path / "a.pth")
+    stored = checkpoint.load(tiny.save(model, tmp_path / "a.pth"))
     stored["frozen"]["backbone.text"] = "0" * 64
     with pytest.raises(CheckpointError, match="frozen weights that are not those of the training: backbone.text"):
         checkpoint.restore_model(build(), stored["model"], stored["frozen"], "a.pth")
     model.backbone.text.in_checkpoint = True  # as an encoder of random weights has it
-    state = saved(model, tmp_path / "b.pth")
-    assert any(name.startswith("backbone.text.") for name in state)
+    assert any(name.startswith("backbone.text.") for name in checkpoint.trainable_state(model))
 
 
 def test_batch_norms_are_not_counted_twice_and_convolutions_have_no_adapters():
@@ -256,19 +214,19 @@ def test_batch_norms_are_not_counted_twice_and_convolutions_have_no_adapters():
     tower = Tower()
     tower.lora_targets = ()
     with pytest.raises(ConfigError, match="x.lora: this encoder has no linear layers"):
-        Tuning(freeze=False, lora=(("alpha", 1.0), ("dropout", 0.0), ("rank", 1))).apply(tower, "x")
+        Tuning(freeze=False, lora={"rank": 1, "alpha": 1.0, "dropout": 0.0}).apply(tower, "x")
 
 
 @pytest.mark.parametrize("later", [{"freeze": True}, {"freeze": False, "train_blocks": 1}], ids=["frozen", "fewer"])
 def test_what_an_earlier_phase_trained_stays_in_later_checkpoints(later, tmp_path):
     first = build(freeze=False, train_blocks=2)
     step(first)
-    saved(first, tmp_path / "first.pth")
+    tiny.save(first, tmp_path / "first.pth")
     config = section(**later)
     config["checkpoint"] = str(tmp_path / "first.pth")
     second = NeucoreModel.from_config(config)
     step(second)
-    saved(second, tmp_path / "second.pth")
+    tiny.save(second, tmp_path / "second.pth")
     again = NeucoreModel.from_checkpoint(tmp_path / "second.pth")
     for name, value in second.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -282,12 +240,12 @@ def test_adapters_may_be_frozen_in_a_later_phase(tmp_path):
     lora = {"rank": 2, "alpha": 4.0, "dropout": 0.0}
     first = build(freeze=False, lora=lora)
     step(first)
-    saved(first, tmp_path / "first.pth")
+    tiny.save(first, tmp_path / "first.pth")
     config = section(freeze=True, lora=lora)
     config["checkpoint"] = str(tmp_path / "first.pth")
     second = NeucoreModel.from_config(config)
     assert not trained(second.backbone)
-    saved(second, tmp_path / "second.pth")
+    tiny.save(second, tmp_path / "second.pth")
     again = NeucoreModel.from_checkpoint(tmp_path / "second.pth").eval()
     with torch.no_grad():
         assert torch.equal(again.backbone.text(TEXTS)["sentence"], first.eval().backbone.text(TEXTS)["sentence"])
