@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import torch
+
 from neucore_plugin.config.encoders import BACKBONE_SCHEMAS
 from neucore_plugin.config.loading import model_defaults
 from neucore_plugin.models.backbones import build_backbone, encoder_class
@@ -19,6 +21,16 @@ def encoder(side, name, **settings):
 def complete(sections, **tuning):
     filled = model_defaults({"arch": "neucore", "model_type": "embedded", "backbone": sections})["backbone"]
     return {side: {**settings, **tuning} for side, settings in filled.items()}
+
+
+@torch.no_grad()
+def check_alone(encoder, given):
+    """What an encoder gives of several pictures or texts is what it gives of each by itself, without padding."""
+    together = encoder(given)
+    for row in range(len(given)):
+        for key, value in encoder(given[row : row + 1]).items():
+            torch.testing.assert_close(together[key][row][: len(value[0])], value[0], atol=1e-5, rtol=0)
+    return together
 
 
 def backbone(sections, *arguments, **settings):

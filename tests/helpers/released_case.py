@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import tiny
 import torch
 from released_quantities import everything, image_tokens, inputs
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.models.backbones.resnet_gru import SPECIALS, ResNet
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.released import convert, names
-from neucore_plugin.weights import checkpoint
 
 TOLERANCE = 1e-5
 ZERO_GRADIENT = 1e-12  # relative to the largest: exactly 0 in theory (a bias under a softmax), rounding in the record
@@ -82,8 +82,7 @@ class Case:
             torch.save({"epoch": 1, "opt": self.opt, "state_dict": self.state}, theirs)
             done = convert.convert_state(*convert.load_released(theirs), self.words, concepts)
             self.unused = done.unused
-            weights, frozen = checkpoint.model_state(done.model)
-            checkpoint.save({"architecture": done.model.checkpoint_header(), "model": weights, "frozen": frozen}, ours)
+            tiny.save(done.model, ours)
             wanted = copy.deepcopy(done.model.config)
             wanted["backbone"]["text"]["freeze_words"] = not self.opt.get("txt_finetune", True)
             if wanted["backbone"]["image"]["name"] == "resnet":

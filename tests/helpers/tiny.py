@@ -65,6 +65,16 @@ COMPOSER = {
     "artemis": {"temperature": 2.65926, "learn_temperature": True},
 }
 
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def exact(cls: type, **settings: Any) -> torch.nn.Module:
+    """A part in float64, in eval mode."""
+    return cls(**settings).double().eval()
+
+
 # ---- a batch, a checkpoint -----------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import pytest
 import reference
 import tiny
 import torch
+from tiny import exact, rand
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.concept_alignment import ConceptAlignment, ConceptClassifier, ConceptEncoder, MILPooling
@@ -15,32 +16,19 @@ ENCODER = {"dim": D, "heads": 2, "mlp_ratio": 4.0, "dropout": 0.0, "class_token"
 FORMS = [{"bag": "union"}, {"bag": "joint"}, {"bag": "joint", "released": True}]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def rand(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def build(cls: type, **settings: object) -> torch.nn.Module:
-    return cls(**settings).double().eval()
-
-
 def encoder_of(depth: int, **changes: object) -> ConceptEncoder:
-    return build(ConceptEncoder, **{**ENCODER, "depth": depth, **changes})
+    return exact(ConceptEncoder, **{**ENCODER, "depth": depth, **changes})
 
 
 def alignment_of(**changes: object) -> ConceptAlignment:
-    return build(ConceptAlignment, dim=D, word_dim=DW, **{**tiny.ALIGNMENT, **changes})
+    return exact(ConceptAlignment, dim=D, word_dim=DW, **{**tiny.ALIGNMENT, **changes})
 
 
 # --- pooling
 
 
 def test_mil_pooling_equals_loops() -> None:
-    pool, x = build(MILPooling, dim=D, hidden=3), rand(B, N, D)
+    pool, x = exact(MILPooling, dim=D, hidden=3), rand(B, N, D)
     pooled, weights = pool(x)
     v, u = pool.attention[0], pool.attention[2]
     for b in range(B):
@@ -53,13 +41,13 @@ def test_mil_pooling_equals_loops() -> None:
 
 
 def test_mil_pooling_of_equal_scores_is_the_mean_of_the_tokens() -> None:
-    pool, x = build(MILPooling, dim=D, hidden=4), rand(B, N, D)
+    pool, x = exact(MILPooling, dim=D, hidden=4), rand(B, N, D)
     torch.nn.init.zeros_(pool.attention[2].weight)
     torch.testing.assert_close(pool(x)[0], x.mean(dim=1))
 
 
 def test_mil_pooling_finds_the_one_token_with_a_high_score() -> None:
-    pool = build(MILPooling, dim=2, hidden=1)
+    pool = exact(MILPooling, dim=2, hidden=1)
     with torch.no_grad():
         pool.attention[0].weight.copy_(torch.tensor([[100.0, 0.0]]))
         pool.attention[0].bias.zero_()
@@ -151,7 +139,7 @@ def test_every_parameter_gets_a_gradient(form: dict) -> None:
 
 
 def test_classifier_is_a_product_with_projected_embeddings() -> None:
-    classifier, pooled, vocabulary = build(ConceptClassifier, word_dim=DW, dim=D), rand(B, D), rand(C, DW)
+    classifier, pooled, vocabulary = exact(ConceptClassifier, word_dim=DW, dim=D), rand(B, D), rand(C, DW)
     logits = classifier(pooled, vocabulary)
     for b in range(B):
         for c in range(C):
@@ -173,7 +161,7 @@ def test_dropout_acts_in_training_only() -> None:
 BAD = {
     "two dimensions": (lambda: encoder_of(1)(rand(B, D)), r"image tokens \[B,N,D\] has shape \[3, 8\]"),
     "other width": (lambda: encoder_of(1)(rand(B, N, 9)), r"expected \[any, any, 8\]"),
-    "instances": (lambda: build(MILPooling, dim=D, hidden=4)(rand(B, N, 9)), r"instances .* \[3, 5, 9\]"),
+    "instances": (lambda: exact(MILPooling, dim=D, hidden=4)(rand(B, N, 9)), r"instances .* \[3, 5, 9\]"),
     "embedding width": (lambda: alignment_of().classifier.project(rand(2, 5)), "width 5, expected 6"),
     "vocabulary": (lambda: alignment_of().classifier(rand(B, D), rand(DW)), r"concept vocabulary"),
     "batches differ": (

@@ -5,19 +5,11 @@ import math
 import pytest
 import reference
 import torch
+from tiny import rand
 
 from neucore_plugin.models.concept_loss import ConceptLoss
 
 B, C = 3, 7
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def rand(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def focal(

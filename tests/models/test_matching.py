@@ -9,6 +9,7 @@ import reference
 import tiny
 import torch
 from places import ROOT
+from tiny import rand
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models import matching as module
@@ -16,15 +17,6 @@ from neucore_plugin.models.matching import TERMS, Matching
 
 Q, G, D = 5, 7, 6
 SUBSETS = [list(c) for size in (1, 2, 3) for c in itertools.combinations(TERMS, size)]
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def rand(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def build(**settings: object) -> Matching:

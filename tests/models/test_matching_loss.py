@@ -10,11 +10,6 @@ import torch
 from neucore_plugin.models.matching_loss import MatchingLoss
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def loss(
     scores: torch.Tensor, keys: Sequence[int] = (), right_keys: Sequence[Sequence[int]] | None = None, factor=1.0
 ) -> torch.Tensor:

@@ -96,19 +96,6 @@ def test_words_outside_the_vocabulary_have_their_own_embedding(model):
     assert model.concept_labels([("red", "zeppelin"), ("long", "blue")]).tolist() == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 1]]
 
 
-def test_frozen_encoders_stay_frozen(model, samples):
-    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
-    model.train()
-    assert not model.backbone.image.training and not model.backbone.text.training
-    groups = model.parameter_groups()
-    assert [group["name"] for group in groups] == ["head"]
-    assert not {id(p) for p in groups[0]["params"]} & {id(p) for p in model.backbone.parameters()}
-    optimizer = torch.optim.SGD(groups[0]["params"], lr=1.0)
-    model(samples)["loss"].backward()
-    optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
-
-
 @torch.no_grad()
 def test_concept_maps_lie_in_the_unit_interval_on_the_grid(model, pixels):
     maps = model.concept_maps(pixels, TEXTS, pixels.flip(0))
@@ -121,8 +108,7 @@ def test_concept_maps_lie_in_the_unit_interval_on_the_grid(model, pixels):
 
 
 def test_checkpoints_that_do_not_fit_are_refused(model, tmp_path):
-    path = tiny.save(model, tmp_path / "best.pth")
-    stored = checkpoint.load(path)
+    stored = checkpoint.load(tiny.save(model, tmp_path / "best.pth"))
     stored["architecture"]["config"]["embed_dim"] = 64
     checkpoint.save(stored, tmp_path / "wider.pth")
     with pytest.raises(CheckpointError, match=r"wider\.pth does not fit the model"):
@@ -131,11 +117,6 @@ def test_checkpoints_that_do_not_fit_are_refused(model, tmp_path):
     checkpoint.save(stored, tmp_path / "blip.pth")
     with pytest.raises(CheckpointError, match="holds a model of architecture 'blip', not 'neucore'"):
         NeucoreModel.from_checkpoint(tmp_path / "blip.pth")
-    other = copy.deepcopy(NEUCORE)
-    other["backbone"]["image"]["image_size"] = 96
-    message = r"other settings.*\n.*image_size: 64 in the checkpoint, 96 in the config"
-    with pytest.raises(CheckpointError, match=message):
-        NeucoreModel.from_config({**other, "checkpoint": str(path)})
 
 
 def test_a_checkpoint_keeps_how_images_are_made_square(model, tmp_path):
@@ -151,8 +132,9 @@ def test_settings_of_the_training_may_change_with_a_checkpoint_and_others_may_no
     changed = {**NEUCORE, "loss": {"concept_weight": 3.0}, "query_dropout": {"image": 0.5}, "checkpoint": str(path)}
     loaded = NeucoreModel.from_config(changed)
     assert loaded.concept_loss.weight == 3.0 and loaded.query_dropout["image"] == 0.5
-    for other in ({"matching": {"terms": ["fused"]}}, {"concepts": {"pos": ["NOUN"]}}, {"embed_dim": 64}):
-        with pytest.raises(CheckpointError, match=f"other settings.*\n.*model.{next(iter(other))}"):
+    larger = {"backbone": {"image": {**tiny.BACKBONE["image"], "image_size": 96}}}
+    for other in ({"matching": {"terms": ["fused"]}}, {"concepts": {"pos": ["NOUN"]}}, {"embed_dim": 64}, larger):
+        with pytest.raises(CheckpointError, match=f"other settings.*\n.*model.{next(iter(other))}.* in the checkpoint"):
             NeucoreModel.from_config({**NEUCORE, "checkpoint": str(path), **other})
 
 

@@ -4,6 +4,7 @@ import pytest
 import reference
 import tiny
 import torch
+from tiny import exact, rand
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.layers import masked_softmax
@@ -22,30 +23,17 @@ VALID = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.boo
 FORMS = {"progressive": {}, "two layers": {"layers": 2, "module_depth": 2}, "mixture": {"mode": "mixture", "layers": 2}}
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def rand(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def build(cls: type, **settings: object) -> torch.nn.Module:
-    return cls(**settings).double().eval()
-
-
 def fusion(**changes: object) -> ProgressiveFusion:
-    return build(ProgressiveFusion, dim=D, **{**tiny.FUSION, "steps": S, **changes})
+    return exact(ProgressiveFusion, dim=D, **{**tiny.FUSION, "steps": S, **changes})
 
 
 def executor(**changes: object) -> Executor:
     settings = {"dim": D, "entity_dim": 5, "depth": 1, "heads": 2, "head_dim": 4, "mlp_ratio": 2.0, "dropout": 0.0}
-    return build(Executor, **{**settings, "released": False, "linears": 2, **changes})
+    return exact(Executor, **{**settings, "released": False, "linears": 2, **changes})
 
 
 def instructions(**changes: object) -> InstructionWeights:
-    return build(InstructionWeights, **{"dim": D, "layers": 2, "steps": S, "gumbel": False, "linears": 2, **changes})
+    return exact(InstructionWeights, **{"dim": D, "layers": 2, "steps": S, "gumbel": False, "linears": 2, **changes})
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -58,6 +46,12 @@ def batch() -> dict[str, torch.Tensor]:
         "word_mask": WORDS,
         "sentence": rand(B, D),
     }
+
+
+def beginning(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first executor's tokens, and which of them are valid."""
+    x = torch.cat([inputs["reference_fg"][:, None], inputs["reference_tokens"], inputs["concepts"]], dim=1)
+    return x, torch.cat([torch.ones(B, 1 + N, dtype=torch.bool), CONCEPTS], dim=1)
 
 
 def pair(linear: torch.nn.Linear) -> tuple[list, list]:
@@ -74,7 +68,7 @@ def test_masked_softmax_takes_extreme_logits() -> None:
 
 
 def test_attended_entities_equal_loops() -> None:
-    module, m, words = build(AttendedEntities, dim=D, steps=S), rand(B, D), rand(B, L, D)
+    module, m, words = exact(AttendedEntities, dim=D, steps=S), rand(B, D), rand(B, L, D)
     entities, weights = module(m, words, WORDS)
     for b in range(B):
         expected = reference.attended_entities(
@@ -89,7 +83,7 @@ def test_attended_entities_equal_loops() -> None:
 
 
 def test_attended_entities_in_closed_form() -> None:
-    module, m, words = build(AttendedEntities, dim=D, steps=S), rand(B, D), rand(B, L, D)
+    module, m, words = exact(AttendedEntities, dim=D, steps=S), rand(B, D), rand(B, L, D)
     entities, weights = module(m, words[:, :1], WORDS[:1, :1].expand(B, 1))  # one word: it is the entity of every step
     torch.testing.assert_close(entities, words[:, :1].expand(-1, S, -1))
     assert (weights == 1).all()
@@ -100,7 +94,7 @@ def test_attended_entities_in_closed_form() -> None:
 
 
 def test_attended_entities_without_words_are_zero_and_train() -> None:
-    module, words = build(AttendedEntities, dim=D, steps=S), rand(B, L, D).requires_grad_()
+    module, words = exact(AttendedEntities, dim=D, steps=S), rand(B, L, D).requires_grad_()
     entities, weights = module(rand(B, D), words, WORDS)
     assert not entities[2].any()
     assert not weights[2].any()
@@ -184,7 +178,7 @@ def test_executor_starts_near_scale_one_and_shift_zero() -> None:
 
 
 def test_gradients_of_entities_and_executor() -> None:
-    attend, execute = build(AttendedEntities, dim=D, steps=2), executor(entity_dim=D, head_dim=3)
+    attend, execute = exact(AttendedEntities, dim=D, steps=2), executor(entity_dim=D, head_dim=3)
     assert torch.autograd.gradcheck(
         lambda m, w: attend(m, w, WORDS), (rand(B, D).requires_grad_(), rand(B, L, D).requires_grad_())
     )
@@ -199,8 +193,7 @@ def test_gradients_of_entities_and_executor() -> None:
 def test_chain_feeds_each_step_with_the_output_of_the_one_before() -> None:
     model, inputs = fusion(layers=2), batch()
     entities, _ = model.attend(inputs["sentence"], inputs["words"], WORDS)
-    x = torch.cat([inputs["reference_fg"][:, None], inputs["reference_tokens"], inputs["concepts"]], dim=1)
-    mask = torch.cat([torch.ones(B, 1 + N, dtype=torch.bool), CONCEPTS], dim=1)
+    x, mask = beginning(inputs)
     for layer in range(2):
         for step in range(S):
             x = model.executors[layer][step](x, entities[:, step], mask)
@@ -211,8 +204,7 @@ def test_chain_feeds_each_step_with_the_output_of_the_one_before() -> None:
 def test_mixture_sums_executors_by_instruction_weights() -> None:
     model, inputs = fusion(mode="mixture", layers=2), batch()
     out = model(**inputs)
-    x = torch.cat([inputs["reference_fg"][:, None], inputs["reference_tokens"], inputs["concepts"]], dim=1)
-    mask = torch.cat([torch.ones(B, 1 + N, dtype=torch.bool), CONCEPTS], dim=1)
+    x, mask = beginning(inputs)
     for layer in range(2):
         total = torch.zeros_like(x)
         for step in range(S):

@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import released_reference as slow
+import tiny
 import torch
 import yaml
 from encoder_case import backbone as build
@@ -20,7 +21,6 @@ from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config.loading import load_config, model_defaults
 from neucore_plugin.models.backbones.resnet_gru import SPECIALS, split_words, word_list
 from neucore_plugin.models.neucore import NeucoreModel
-from neucore_plugin.weights import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -342,11 +342,7 @@ def test_two_phases(tiny_config, resnet18, tmp_path):
 
 def test_the_architecture_may_not_change_between_phases(loops, tmp_path):
     model = loops[1]
-    weights_, frozen = checkpoint.model_state(model)
-    checkpoint.save(
-        {"architecture": model.checkpoint_header(), "model": weights_, "frozen": frozen}, tmp_path / "p.pth"
-    )
-    section = {**model.config, "checkpoint": str(tmp_path / "p.pth")}
+    section = {**model.config, "checkpoint": str(tiny.save(model, tmp_path / "p.pth"))}
     free = copy.deepcopy(section)
     free["backbone"]["text"]["freeze_words"] = False
     loaded = NeucoreModel.from_config(free)

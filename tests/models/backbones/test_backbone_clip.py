@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from blip_case import check_adapters, check_fingerprint
 from clip_case import (
     RESNET,
     TEXT,
@@ -18,6 +19,7 @@ from clip_case import (
     text,
     write_hosts,
 )
+from encoder_case import check_alone
 from lavis.models.clip_models import pretrained as published
 from lavis.models.clip_models.tokenizer import tokenize
 
@@ -111,14 +113,9 @@ def test_quick_gelu_follows_the_names(arch, pretrained, expected):
 @torch.no_grad()
 def test_a_text_does_not_depend_on_its_batch(hosts):
     encoder = text(hosts)
-    out = encoder([*TEXTS, LONG])
+    out = check_alone(encoder, [*TEXTS, LONG])
     assert out["mask"].sum(1).tolist() == [3, 0, 7, 1, 75]
     assert not out["words"][~out["mask"]].any()
-    for row, one in enumerate(TEXTS):
-        alone = encoder([one])
-        length = alone["mask"].shape[1]
-        torch.testing.assert_close(out["words"][row, :length], alone["words"][0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(out["sentence"][row], alone["sentence"][0], atol=1e-5, rtol=0)
     assert not out["sentence"][1].any()
     assert encoder(["", " \n"])["words"].shape == (2, 0, 24)
     assert [tuple(value.shape) for value in encoder([]).values()] == [(0, 0, 24), (0, 0), (0, 24)]
@@ -170,9 +167,7 @@ def test_words_are_embedded_by_their_mean_and_with_gradient(hosts):
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_batch_and_has_one_size(hosts, name, side):
     encoder, images = image(hosts, name), pixels(4, side)
-    whole, alone = encoder(images), encoder(images[2:3])
-    for key in whole:
-        torch.testing.assert_close(whole[key][2:3], alone[key], atol=1e-5, rtol=0)
+    check_alone(encoder, images)
     for wrong in (images[:, :, 1:], images[:, :1], images[0]):
         with pytest.raises(ValueError, match=f"clip expects {side} px squares, given"):
             encoder(wrong)
@@ -236,21 +231,11 @@ def test_gradients_reach_every_part_of_the_text_tower(hosts):
     assert rest == {"positional_embedding", "token_embedding.weight"}
 
 
-def test_lora_targets_are_linear_layers_of_the_blocks(hosts):
+def test_adapters_and_fingerprints(hosts):
     for encoder in (image(hosts, "vit"), text(hosts)):
-        for block in encoder.blocks:
-            named = {name.rpartition(".")[2]: part for name, part in block.named_modules()}
-            assert all(type(named[target]) is torch.nn.Linear for target in encoder.lora_targets)
+        check_adapters(encoder)
+        check_fingerprint(encoder)
     assert image(hosts, "resnet").lora_targets == ()
-
-
-def test_fingerprints_change_with_a_weight(hosts):
-    for encoder in (image(hosts, "vit"), image(hosts, "resnet"), text(hosts)):
-        before = encoder.fingerprint
-        assert before == encoder.fingerprint
-        with torch.no_grad():
-            next(iter(encoder.parameters())).view(-1)[0] += 1
-        assert encoder.fingerprint != before
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from encoder_case import check_alone
 from encoder_case import encoder as encoder_of
 from lavis.common.registry import registry
 from registered_case import Mine, Silent, TinyAlbef, TinyBlip, Typed
@@ -81,13 +82,7 @@ def test_methods_of_ones_own():
 @torch.no_grad()
 def test_a_text_does_not_depend_on_its_batch():
     encoder = text()
-    out = encoder(TEXTS)
-    for row, one in enumerate(TEXTS):
-        alone = encoder([one])
-        length = alone["words"].shape[1]
-        torch.testing.assert_close(out["words"][row, :length], alone["words"][0], atol=1e-6, rtol=0)
-        assert out["mask"][row].sum() == length
-        torch.testing.assert_close(out["sentence"][row], alone["sentence"][0], atol=1e-6, rtol=0)
+    check_alone(encoder, TEXTS)
     assert [tuple(value.shape) for value in encoder(["", " "]).values()] == [(2, 0, 12), (2, 0), (2, 12)]
     assert [tuple(value.shape) for value in encoder([]).values()] == [(0, 0, 12), (0, 0), (0, 12)]
     few = text(max_words=2)

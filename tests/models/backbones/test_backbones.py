@@ -7,6 +7,7 @@ import warnings
 
 import encoder_case
 import pytest
+import tiny
 import torch
 from lavis.common.registry import registry
 from shapes import COLOURS, FORMS, draw_shape
@@ -40,19 +41,15 @@ def sides(name, image, text):
     return {"image": {"name": name, **image}, "text": {"name": name, **text}}
 
 
+RANDOM = (
+    {"image_size": 32, "architecture": VIT, "pretrained": "none"},
+    {"architecture": BERT, "pretrained": "none"},
+)
 TINY = {
-    "blip": sides(
-        "blip",
-        {"image_size": 32, "architecture": VIT, "pretrained": "none"},
-        {"architecture": BERT, "pretrained": "none"},
-    ),
+    "blip": sides("blip", *RANDOM),
     "clip": sides("clip", clip(CLIP_VIT), clip(CLIP_VIT)),
     "clip_rn": sides("clip", clip(CLIP_RN), clip(CLIP_RN)),
-    "albef": sides(
-        "albef",
-        {"image_size": 32, "architecture": VIT, "pretrained": "none"},
-        {"architecture": BERT, "pretrained": "none"},
-    ),
+    "albef": sides("albef", *RANDOM),
     "blip2": sides(
         "blip2",
         {"vit": "clip_L", "image_size": 28, "queries": 4, "architecture": {**VIT, **QFORMER}}
@@ -60,11 +57,10 @@ TINY = {
         {"architecture": BERT, "pretrained": "none"},
     ),
     # the image side of one model, the text side of another
-    "mixed": {
-        "image": {"name": "clip", **clip(CLIP_VIT)},
-        "text": {"name": "minilm_l6"},
-    },
+    "mixed": {"image": {"name": "clip", **clip(CLIP_VIT)}, "text": {"name": "minilm_l6"}},
 }
+SECTION = {"arch": "neucore", "embed_dim": 16, "concept_alignment": {"heads": 2}}
+BLIP = {**SECTION, "backbone": TINY["blip"]}
 DEFAULT = ("blip", "clip", "mixed")
 ALL = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
 
@@ -137,19 +133,8 @@ def test_adapters_on_the_hosts_encoders(name):
     assert all(p.grad is not None for n, p in backbone.named_parameters() if p.requires_grad)
 
 
-def test_one_q_former_serves_both_sides_of_blip2():
-    backbone = quiet(build_backbone, encoder_case.complete(TINY["blip2"]))
-    for own, other in zip(backbone.text.blocks, backbone.image.qformer.bert.encoder.layer, strict=True):
-        assert own.attention is other.attention
-    config_ = encoder_case.complete(TINY["blip2"])
-    config_["text"]["freeze"] = False
-    with pytest.raises(ConfigError, match="image and text are one blip2 model"):
-        quiet(build_backbone, config_)
-
-
-def test_random_frozen_weights_travel_in_the_checkpoint_and_fetched_ones_do_not(tmp_path, monkeypatch):
-    section = {"arch": "neucore", "model_type": "blip", "embed_dim": 16, "concept_alignment": {"heads": 2}}
-    model = quiet(NeucoreModel.from_config, {**section, "backbone": TINY["blip"]})
+def test_random_frozen_weights_travel_in_the_checkpoint_and_fetched_ones_do_not():
+    model = quiet(NeucoreModel.from_config, BLIP)
     state, frozen = checkpoint.model_state(model)
     assert any(name.startswith("backbone.image.") for name in state) and "backbone.image" not in frozen
     model.backbone.image.in_checkpoint = False
@@ -224,57 +209,48 @@ def test_every_model_type_is_a_valid_section_named_by_its_file(model_type):
     ],
 )
 def test_a_backbone_that_cannot_be_is_refused(change, message):
-    section = {"arch": "neucore", "model_type": "blip", "backbone": {**TINY["blip"], **change}}
     with pytest.raises(ConfigError, match=message):
-        quiet(NeucoreModel.from_config, section)
+        quiet(NeucoreModel.from_config, {**BLIP, "backbone": {**TINY["blip"], **change}})
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(tmp_path):
-    section = {"arch": "neucore", "model_type": "blip", "embed_dim": 16, "concept_alignment": {"heads": 2}}
-    model = quiet(NeucoreModel.from_config, {**section, "backbone": TINY["blip"]})
-    state, frozen = checkpoint.model_state(model)
-    path = tmp_path / "blip.pth"
-    checkpoint.save({"architecture": model.checkpoint_header(), "model": state, "frozen": frozen}, path)
+    path = tiny.save(quiet(NeucoreModel.from_config, BLIP), tmp_path / "blip.pth")
     with pytest.raises(CheckpointError, match=r"backbone.image.name: 'blip' in the checkpoint, 'clip' in the config"):
-        NeucoreModel.from_config({**section, "backbone": TINY["clip"], "checkpoint": str(path)})
-    broken = {name: value for name, value in state.items() if "blocks.1." not in name}
-    checkpoint.save({"architecture": model.checkpoint_header(), "model": broken, "frozen": frozen}, path)
+        NeucoreModel.from_config({**SECTION, "backbone": TINY["clip"], "checkpoint": str(path)})
+    stored = checkpoint.load(path)
+    broken = {name: value for name, value in stored["model"].items() if "blocks.1." not in name}
+    checkpoint.save({**stored, "model": broken}, path)
     with pytest.raises(CheckpointError, match="missing in the file|frozen weights"):
         NeucoreModel.from_checkpoint(path)
 
 
 def test_frozen_weights_may_lie_elsewhere_when_a_checkpoint_is_used(tmp_path, monkeypatch):
     """A checkpoint of an encoder from a URL: the same file is taken from the hub's folder, or where the config says."""
-    section = {"arch": "neucore", "model_type": "blip", "embed_dim": 16, "concept_alignment": {"heads": 2}}
-    tiny = {side: {k: v for k, v in settings.items() if k != "pretrained"} for side, settings in TINY["blip"].items()}
     source = quiet(build_backbone, encoder_case.complete(TINY["blip"]))
-    published = {f"visual_encoder.{k.removeprefix('visual_encoder.')}": v for k, v in source.image.state_dict().items()}
-    published |= {f"text_encoder.{k.removeprefix('text_encoder.')}": v for k, v in source.text.state_dict().items()}
+    published = {**source.image.state_dict(), **source.text.state_dict()}
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     name = "https://storage.googleapis.com/sfr-vision-language-research/tiny.pth"
     file = weights.cached_path(name)
     file.parent.mkdir(parents=True)
     torch.save({"model": published}, file)
-    fetched = {side: {**settings, "pretrained": name} for side, settings in tiny.items()}
-    model = NeucoreModel.from_config({**section, "backbone": fetched}, vocabulary=ConceptVocabulary(["red"]))
-    state, frozen = checkpoint.model_state(model)
-    assert {"backbone.image", "backbone.text"} <= set(frozen)
-    path = tmp_path / "trained.pth"
-    checkpoint.save({"architecture": model.checkpoint_header(), "model": state, "frozen": frozen}, path)
+    fetched = {side: {**settings, "pretrained": name} for side, settings in TINY["blip"].items()}
+    model = NeucoreModel.from_config({**SECTION, "backbone": fetched}, vocabulary=ConceptVocabulary(["red"]))
+    path = tiny.save(model, tmp_path / "trained.pth")
+    assert {"backbone.image", "backbone.text"} <= set(checkpoint.load(path)["frozen"])
     assert torch.equal(NeucoreModel.from_checkpoint(path).backbone.image.visual_encoder.cls_token,
                        source.image.visual_encoder.cls_token)  # fmt: skip
     moved = file.rename(tmp_path / "moved.pth")
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
     with pytest.raises(CheckpointError, match="cannot fetch https://storage.*/tiny.pth"):
         NeucoreModel.from_checkpoint(path)
-    local = {side: {**settings, "pretrained": str(moved)} for side, settings in tiny.items()}
-    again = NeucoreModel.from_config({**section, "backbone": local, "checkpoint": str(path)})
+    local = {side: {**settings, "pretrained": str(moved)} for side, settings in TINY["blip"].items()}
+    again = NeucoreModel.from_config({**SECTION, "backbone": local, "checkpoint": str(path)})
     assert again.fingerprint() != "" and torch.equal(again.backbone.image.visual_encoder.cls_token,
                                                       source.image.visual_encoder.cls_token)  # fmt: skip
     published["visual_encoder.cls_token"] = published["visual_encoder.cls_token"] + 1
     torch.save({"model": published}, moved)
     with pytest.raises(CheckpointError, match="missing in the file: backbone.image|frozen weights that are not those"):
-        NeucoreModel.from_config({**section, "backbone": local, "checkpoint": str(path)})
+        NeucoreModel.from_config({**SECTION, "backbone": local, "checkpoint": str(path)})
 
 
 def test_a_model_of_the_registry_can_be_tuned_when_both_sides_are_it():
@@ -285,8 +261,7 @@ def test_a_model_of_the_registry_can_be_tuned_when_both_sides_are_it():
     if "mine" not in registry.mapping["model_name_mapping"]:
         registry.register_model("mine")(case.Mine)
     backbone = {side: {**mine, **settings} for side, settings in both.items()}
-    section = {"arch": "neucore", "model_type": "embedded", "embed_dim": 16, "concept_alignment": {"heads": 2}}
-    model = NeucoreModel.from_config({**section, "backbone": backbone}, vocabulary=ConceptVocabulary(["red"]))
+    model = NeucoreModel.from_config({**SECTION, "backbone": backbone}, vocabulary=ConceptVocabulary(["red"]))
     groups = parameter_groups(model, 0.01, {"backbone_image": 0.1})
     counted = [id(p) for group in groups for p in group["params"]]
     assert len(counted) == len(set(counted)) == sum(p.requires_grad for p in model.parameters())
@@ -313,12 +288,9 @@ def test_a_checkpoint_may_neither_import_nor_fetch_on_its_own(tmp_path, monkeypa
 
 
 def test_an_evaluation_does_not_import_what_its_checkpoint_names(tmp_path, tiny_config):
-    section = {"arch": "neucore", "model_type": "blip", "embed_dim": 16, "concept_alignment": {"heads": 2}}
-    model = quiet(NeucoreModel.from_config, {**section, "backbone": TINY["blip"]})
-    state, frozen = checkpoint.model_state(model)
-    header = model.checkpoint_header()
-    header["config"]["backbone"]["image"] = {"name": "registered", "arch": "mine", "module": "evil_module"}
-    checkpoint.save({"architecture": header, "model": state, "frozen": frozen}, tmp_path / "evil.pth")
+    model = quiet(NeucoreModel.from_config, BLIP)
+    model.config["backbone"]["image"] = {"name": "registered", "arch": "mine", "module": "evil_module"}
+    tiny.save(model, tmp_path / "evil.pth")
     (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
     sys.path.insert(0, str(tmp_path))
     try:
@@ -335,15 +307,12 @@ def test_an_activation_that_followed_from_a_name_is_kept_in_the_checkpoint(tmp_p
     torch.save(state, file)
     named = {side: {**settings, "pretrained": str(file)} for side, settings in TINY["clip"].items()}
     named["image"]["image_size"] = 32
-    section = {"arch": "neucore", "model_type": "clip_vitb32", "embed_dim": 16, "concept_alignment": {"heads": 2}}
-    model = NeucoreModel.from_config({**section, "backbone": named}, vocabulary=ConceptVocabulary(["red"])).eval()
+    model = NeucoreModel.from_config({**SECTION, "backbone": named}, vocabulary=ConceptVocabulary(["red"])).eval()
     assert model.backbone.image.quick_gelu
-    weights_, frozen = checkpoint.model_state(model)
-    path = tmp_path / "trained.pth"
-    checkpoint.save({"architecture": model.checkpoint_header(), "model": weights_, "frozen": frozen}, path)
+    path = tiny.save(model, tmp_path / "trained.pth")
     file.rename(tmp_path / "moved.pth")
     moved = {side: {**settings, "pretrained": str(tmp_path / "moved.pth")} for side, settings in named.items()}
-    again = NeucoreModel.from_config({**section, "backbone": moved, "checkpoint": str(path)}).eval()
+    again = NeucoreModel.from_config({**SECTION, "backbone": moved, "checkpoint": str(path)}).eval()
     pixels = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again.backbone.image(pixels)["tokens"], model.backbone.image(pixels)["tokens"])
@@ -357,6 +326,12 @@ def test_an_activation_that_followed_from_a_name_is_kept_in_the_checkpoint(tmp_p
         ("text", {"name": "blip", "pretrained": "no/where.pth"}, "'no/where.pth' does not exist"),
         ("text", {"name": "minilm_l6", "train_blocks": 2}, "train_blocks: got 2; it needs freeze: false"),
         ("text", {"name": "minilm_l6", "lora": {"rank": 2}}, "lora: is given, but freeze is true"),
+        (
+            "text",
+            {"name": "minilm_l6", "freeze": False, "train_blocks": 2, "lora": {"rank": 2}},
+            "lora: is given beside train_blocks",
+        ),
+        ("image", {"name": "efficientnet_lite0", "lora": {"rank": 2}}, "lora: unknown key"),
         ("image", {"name": "registered", "arch": "blip_feature_extractr"}, "Did you mean 'blip_feature_extractor'"),
     ],
 )
