@@ -1,1 +1,1 @@
-"""NEUCORE, the baselines and their parts; only `base`, `neucore`, `baseline` and adapters in `backbones/` know the host."""
+"""NEUCORE, the baselines and their parts; `base`, `neucore`, `baseline` and adapters in `backbones/` know the host."""
