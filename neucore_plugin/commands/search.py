@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
+from neucore_plugin.commands import positive
 from neucore_plugin.common.errors import ConfigError, DataError
 
 HELP = "search a folder of images with a picture and a sentence"
@@ -18,18 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", required=True, type=Path, help="images to search; sub-folders are included")
     parser.add_argument("--image", help="reference: an image file, or the name of an image of the folder")
     parser.add_argument("--text", help="relative caption: what should be different from the reference")
-    parser.add_argument("-k", type=_positive, default=10, help="number of results (default 10)")
+    parser.add_argument("-k", type=positive, default=10, help="number of results (default 10)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows the results")
-    parser.add_argument("--batch-size", type=_positive, default=32, help="images encoded at a time (default 32)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images encoded at a time (default 32)")
     parser.add_argument("--module", help="module of your own to import first: it registers the checkpoint's backbone")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from neucore_plugin.commands import positive
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.config.published import PUBLISHED
 
@@ -16,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, help="its root folder (default: its variable, such as NEUCORE_CIRR_ROOT)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards; an interrupted run is continued")
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="default: all that can be trained on or evaluated")
-    parser.add_argument("--max-mb", type=int, default=256, help="size of a shard in MiB (default 256)")
-    parser.add_argument("--workers", type=int, default=4, help="shards written at a time (default 4)")
+    parser.add_argument("--max-mb", type=positive, default=256, help="size of a shard in MiB (default 256)")
+    parser.add_argument("--workers", type=positive, default=4, help="shards written at a time (default 4)")
     parser.add_argument(
         "--missing",
         choices=("error", "skip"),
@@ -39,8 +40,6 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.name is None:
         raise ConfigError(f"which data set? Give one of {', '.join((*PUBLISHED, 'folder'))}, or --verify")
-    if arguments.max_mb < 1 or arguments.workers < 1:
-        raise ConfigError(f"--max-mb {arguments.max_mb}, --workers {arguments.workers}: give at least 1")
     left_out = {}
     if arguments.name == "folder":
         if arguments.root is None:

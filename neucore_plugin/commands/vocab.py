@@ -10,8 +10,7 @@ from neucore_plugin.common.files import features_dir
 from neucore_plugin.config.published import PUBLISHED, SPLITS
 
 HELP = "build the concept vocabulary of a data set and show what it holds"
-CIRR_POS = ("NOUN", "ADJ")  # as the paper has it
-POS = ("NOUN", "VERB", "ADJ", "ADV")
+CIRR_POS = ["NOUN", "ADJ"]  # as the paper has it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Read the captions (images are not needed), find concepts, count. Raises ConfigError and DataError."""
     from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, cached_concepts
+    from neucore_plugin.config.loading import model_defaults
 
+    chosen = arguments.pos or (CIRR_POS if arguments.name == "cirr" else None)
+    given = {"min_count": arguments.min_count, **({"pos": chosen} if chosen else {})}
+    rules = model_defaults({"concepts": given})["concepts"]
     captions = _captions(arguments)
-    extractor = ConceptExtractor(tuple(arguments.pos or (CIRR_POS if arguments.name == "cirr" else POS)))
+    extractor = ConceptExtractor(rules["pos"])
     texts = sorted(set(captions))
     found = cached_concepts(extractor, texts, features_dir())
     lemmas = [found[caption] for caption in captions]

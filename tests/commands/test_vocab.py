@@ -60,7 +60,7 @@ def test_the_second_time_nothing_is_parsed(root, capsys, monkeypatch):
         (["folder"], "--root is needed"),
         (["cirr", "--root", "x", "--split", "dev"], "CIRR has no split 'dev'. Allowed: test1, train, val."),
         (["folder", "--root", "ROOT", "--pos", "NUON"], "Did you mean 'NOUN'"),
-        (["folder", "--root", "ROOT", "--min-count", "0"], "a whole number from 1 is wanted"),
+        (["folder", "--root", "ROOT", "--min-count", "0"], "min_count: got 0; allowed: a whole number of at least 1"),
     ],
 )
 def test_bad_arguments(root, capsys, arguments, message):

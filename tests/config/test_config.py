@@ -131,6 +131,8 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
         ("model.matching.terms", ["fused", "explict"], "Did you mean 'explicit'?"),
         ("model.matching.terms", [], "model.matching.terms: got []; allowed: a list of at least 1 names"),
         ("model.concepts.pos", ["NOUNS"], "Did you mean 'NOUN'?"),
+        ("model.concepts.pos", ["SPACE"], 'model.concepts.pos: got ["SPACE"]; allowed: one of ADJ, ADP'),
+        ("model.concepts.pos", ["ADJ", 3], 'model.concepts.pos: got ["ADJ", 3]; allowed: a list of at least 1 names'),
         ("model.backbone.image.name", "efficientnet", "Did you mean 'efficientnet_lite0'?"),
         ("model.backbone.image.image_size", 100, "got 100; allowed: a whole number of at least 32, a multiple of 32"),
         ("model.backbone.image.gird", 7, "model.backbone.image.gird: unknown key (given 7). Did you mean 'grid'?"),
