@@ -13,10 +13,8 @@ SHOWN = 10  # problems of one message
 def read_json(path: Path, kind: type, title: str) -> Any:
     """The JSON list or object of a file. DataError where it cannot be read, is no JSON, or holds something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); it comes with {title}'s annotations") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        value = json.loads(_read(path, title))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: no valid JSON ({error}); fetch it again") from None
     if not isinstance(value, kind):
         what = {dict: "object", list: "list"}[kind]
@@ -25,14 +23,17 @@ def read_json(path: Path, kind: type, title: str) -> Any:
 
 
 def read_lines(path: Path, title: str) -> list[str]:
-    """The lines of a text file that are not blank, without their ends."""
+    """The lines of a text file that are not blank, without their ends. Raises DataError."""
+    return [line.rstrip("\r") for line in _read(path, title).split("\n") if line.strip()]
+
+
+def _read(path: Path, title: str) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); it comes with {title}'s annotations") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: no text in UTF-8 ({error}); fetch it again") from None
-    return [line.rstrip("\r\n") for line in text.split("\n") if line.strip()]
 
 
 def good_entries(

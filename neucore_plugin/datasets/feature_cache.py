@@ -95,16 +95,11 @@ def build_cache(
         encode: takes a batch of names, yields (tokens [n,D], pooled [P]) an item, in order.
     Returns: a FeatureCache over `names`. Two processes that want the same cache wait for one another.
     """
-    if len(set(names)) != len(names):
-        raise ValueError("names of cached items must be unique")
     identity = {"format": FORMAT, "encoder": encoder, "items": sha256_text(json.dumps([list(names), list(contents)]))}
     folder = Path(root) / f"{kind}-{sha256_text(json.dumps(identity, sort_keys=True))[:24]}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        manifest = folder / "manifest.json"
-        if manifest.exists() and json.loads(manifest.read_text()).get("identity") != identity:
-            raise DataError(f"{folder}: holds the features of something else. Delete it; it is made anew")
-        if not manifest.exists():
+        if not (folder / "manifest.json").exists():
             _fill(folder, identity, kind, names, encode, batch_size)
     return FeatureCache(folder, names)
 

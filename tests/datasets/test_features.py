@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.datasets.feature_cache import FeatureCache, build_cache, content_fingerprints
+from neucore_plugin.datasets.feature_cache import build_cache, content_fingerprints
 
 NAMES = [f"item-{number}" for number in range(50)]
 
@@ -120,19 +120,3 @@ def test_truncated_file_is_refused_with_the_remedy(tmp_path):
     os.truncate(path, path.stat().st_size - 2)
     with pytest.raises(DataError, match=r"tokens\.f16: damaged feature cache .* Delete"):
         build(tmp_path)
-
-
-def test_foreign_manifest_is_refused(tmp_path):
-    cache = build(tmp_path)
-    manifest = cache.folder / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["identity"]["encoder"] = "another"
-    manifest.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="something else"):
-        build(tmp_path)
-    assert isinstance(FeatureCache(cache.folder, NAMES), FeatureCache)
-
-
-def test_items_must_be_unique(tmp_path):
-    with pytest.raises(ValueError, match="unique"):
-        build(tmp_path, names=["item-1", "item-1"])

@@ -163,14 +163,12 @@ def read_manifest(folder: Path) -> dict:
 
 def damaged(folder: Path) -> list[str]:
     """Ids of listed drawings whose PNG is absent or not, byte for byte, what was rendered (some tenths of a second)."""
-    return [name for name, entry in read_manifest(folder)["files"].items() if not _is_intact(folder, name, entry)]
-
-
-def _is_intact(folder: Path, name: str, entry: list) -> bool:
-    try:
-        return _entry((folder / f"{name}.png").read_bytes()) == entry
-    except OSError:
-        return False
+    found = []
+    for name, entry in read_manifest(folder)["files"].items():
+        path = folder / f"{name}.png"
+        if not path.is_file() or _entry(path.read_bytes()) != entry:
+            found.append(name)
+    return found
 
 
 def near_duplicates(pixels: np.ndarray, threshold: float = NEAR, block: int = 512) -> dict[int, list[int]]:
