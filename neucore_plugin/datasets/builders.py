@@ -64,8 +64,7 @@ class TripletBuilder(BaseDatasetBuilder):
                 f"datasets.{self.name}.build_info.root is null; with data_type: shards it names the folder that "
                 "`neucore shards` wrote"
             )
-        paths, splits = shards.read_shards(info["root"], self.name)
-        self.left_out = shards.left_out(info["root"])
+        paths, splits, self.left_out = shards.read_shards(info["root"], self.name)
         return paths, {s: found for s, found in splits.items() if self.wanted is None or s in self.wanted}
 
     def build(

@@ -27,7 +27,7 @@ from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, Tripl
 
 def test_everything_comes_back(data, written):
     paths, splits = data
-    images, found = reader.read_shards(written)
+    images, found, _ = reader.read_shards(written)
     assert list(images) == list(paths)
     for name, image in images.items():
         assert image.read() == paths[name].read_bytes()
@@ -82,7 +82,7 @@ def test_no_more_descriptors_than_the_cache_holds(data, tmp_path):
     paths = {f"n{number}": path for number in range(300)}
     gallery = Gallery(tuple(paths), tuple(paths.values()))
     writer.write_shards(tmp_path / "out", "x", paths, {"val": ([], gallery)}, max_bytes=1, progress=False)
-    images, _ = reader.read_shards(tmp_path / "out")
+    images, *_ = reader.read_shards(tmp_path / "out")
     assert len({image.shard for image in images.values()}) == 300
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert check_images(list(images.values()), progress=False) == []
@@ -93,12 +93,12 @@ def test_no_more_descriptors_than_the_cache_holds(data, tmp_path):
 
 def test_a_folder_written_anew_is_read_anew(data, tmp_path):
     out = write(data, tmp_path / "out").parent
-    images, _ = reader.read_shards(out)
+    images, *_ = reader.read_shards(out)
     assert all(image.read() for image in images.values())
     shutil.rmtree(out)
     turned = (dict(reversed(data[0].items())), data[1])
     write(turned, out)
-    images, _ = reader.read_shards(out)
+    images, *_ = reader.read_shards(out)
     assert all(image.read() == data[0][name].read_bytes() for name, image in images.items())
 
 
@@ -221,7 +221,7 @@ def test_an_image_that_changed_since_is_noticed(data, tmp_path, monkeypatch):
     monkeypatch.undo()
     alter(first)
     write(mine, tmp_path / "second")  # an interrupted call takes over what is as it was, no more
-    images, _ = reader.read_shards(tmp_path / "second")
+    images, *_ = reader.read_shards(tmp_path / "second")
     assert all(image.read() == mine[0][name].read_bytes() for name, image in images.items())
 
 
@@ -266,11 +266,11 @@ def test_what_was_left_out_is_remembered(data, tmp_path, caplog):
     paths, splits = data
     left_out = {"val": {"missing_images": 3, "skipped_queries": 5, "files": ["a.png"]}}
     writer.write_shards(tmp_path / "out", "x", paths, splits, progress=False, left_out=left_out)
-    reader.read_shards(tmp_path / "out")
+    *_, found = reader.read_shards(tmp_path / "out")
     assert "val was written without 3 images that had no file, and without the 5 queries" in caplog.text
     listing = str(tmp_path / "out" / "triplets-val.json")
     expected = {"val": {"missing_images": 3, "skipped_queries": 5, "listed_in": listing}}
-    assert reader.left_out(tmp_path / "out") == expected
+    assert found == expected
     assert json.loads(Path(listing).read_text())["left_out"] == left_out["val"]
 
 
@@ -290,7 +290,7 @@ def test_two_processes_see_each_query_once_in_the_order_of_the_folder(written, d
             for query, image in zip(batch["query_id"], batch["target_image"].numpy(), strict=True)
         ]
 
-    parts = [seen(*reader.read_shards(written), rank) for rank in (0, 1)]
+    parts = [seen(*reader.read_shards(written)[:2], rank) for rank in (0, 1)]
     assert parts == [seen(*data, rank) for rank in (0, 1)]
     queries = [query for part in parts for query, _ in part]
     total = len(data[1]["train"][0])
@@ -309,7 +309,7 @@ def test_the_command_writes_references_outside_the_gallery(shapes_root, tmp_path
     assert {entry["reference"] for entry in entries} - set(right[:3])
     out = tmp_path / "out"
     assert cli.main(["shards", "folder", "--root", str(root), "--out", str(out), "--splits", "val"]) == 0
-    images, found = reader.read_shards(out)
+    images, found, _ = reader.read_shards(out)
     assert set(images) == set(right[:3]) | {entry["reference"] for entry in entries}
     assert found["val"][1].ids == tuple(right[:3])
 

@@ -77,7 +77,7 @@ def test_a_split_of_another_form_is_refused_even_with_its_sum(written, change, m
 def test_a_stream_is_never_silently_short(written, zeros):
     """A shard of the right size whose end is zeros is a whole tar file for tarfile: it only holds fewer members."""
     path = written / "shard-00001.tar"
-    images, _ = reader.read_shards(written)
+    images, *_ = reader.read_shards(written)
     last = [image for image in images.values() if image.shard == str(path)][-1]
     raw = bytearray(path.read_bytes())
     raw[last.offset - 512 : last.offset - 512 + zeros] = bytes(zeros)
@@ -91,7 +91,7 @@ def test_a_stream_is_never_silently_short(written, zeros):
 def test_a_truncated_shard_is_told_and_never_short(written):
     path = written / "shard-00001.tar"
     size = path.stat().st_size
-    images, _ = reader.read_shards(written)
+    images, *_ = reader.read_shards(written)
     os.truncate(path, 2000)
     with pytest.raises(DataError, match=rf"shard-00001.tar has 2,000 bytes, not {size:,}"):
         reader.read_shards(written)
@@ -196,6 +196,6 @@ def test_names_are_labels(tmp_path, data):
     gallery = Gallery(tuple(paths), tuple(paths.values()))
     split = [Triplet("1", "../../evil", "x", ("/etc/passwd",))]
     writer.write_shards(tmp_path / "deep" / "out", "x", paths, {"val": (split, gallery)}, progress=False)
-    images, found = reader.read_shards(tmp_path / "deep" / "out")
+    images, found, _ = reader.read_shards(tmp_path / "deep" / "out")
     assert list(images) == list(paths) and found["val"][0] == split
     assert sorted(os.listdir(tmp_path)) == ["deep"] and os.listdir(tmp_path / "deep") == ["out"]

@@ -87,11 +87,16 @@ def _opened(path: str) -> _Opened:
     return _Opened(path)
 
 
+Splits = dict[str, tuple[list[Triplet], Gallery]]
+
+
 def read_shards(
     folder: str | Path, name: str | None = None
-) -> tuple[dict[str, ShardImage], dict[str, tuple[list[Triplet], Gallery]]]:
-    """Images by name, and triplets and gallery by split. No image is read. `name`: the data set that is expected.
+) -> tuple[dict[str, ShardImage], Splits, dict[str, dict[str, Any]]]:
+    """Images by name; triplets and gallery by split; what missing images cost when the shards were written, by split.
 
+    The last, see `catalogue.load`, is {"missing_images", "skipped_queries", "listed_in"} of the splits that lack some.
+    No image is read. `name`: the data set that is expected.
     Raises DataError where the index is missing, altered or names places outside its shards, a shard is missing or of
     another size than it was written with, or a split's file does not fit its sum.
     """
@@ -125,7 +130,14 @@ def read_shards(
             end = offset + size
     if not images:
         raise DataError(f"{root / INDEX}: lists no images; {REMEDY}")
-    return images, {split: _read_split(root, split, row, images) for split, row in index["splits"].items()}
+    splits, left_out = {}, {}
+    for split, row in index["splits"].items():
+        splits[split], counts = _read_split(root, split, row, images)
+        if any(counts):
+            left_out[split] = dict(zip(_COUNTS, counts, strict=True), listed_in=str(root / f"triplets-{split}.json"))
+            text = "%s: %s was written without %s images that had no file, and without the %s queries that need them"
+            logging.warning(text, root, split, *counts)
+    return images, splits, left_out
 
 
 def open_index(folder: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -172,7 +184,10 @@ def split_sum(plain: Mapping[str, Any]) -> str:
     return sha256_text(json.dumps(plain, ensure_ascii=False, sort_keys=True))
 
 
-def _read_plain(root: Path, split: str, row: Mapping[str, Any]) -> dict[str, Any]:
+def _read_split(
+    root: Path, split: str, row: Mapping[str, Any], images: Mapping[str, Any]
+) -> tuple[tuple[list[Triplet], Gallery], list[int]]:
+    """Triplets and gallery, and the counts of what was left out."""
     if not SPLIT_NAME.fullmatch(split):
         raise DataError(f"{root / INDEX}: {split[:80]!r} is no name of a split; {REMEDY}")
     path = root / f"triplets-{split}.json"
@@ -183,19 +198,6 @@ def _read_plain(root: Path, split: str, row: Mapping[str, Any]) -> dict[str, Any
     counts = [missing.get(key, 0) for key in _COUNTS] if isinstance(missing, dict) else [None]
     if not isinstance(plain.get("triplets"), list) or not all(type(count) is int and count >= 0 for count in counts):
         raise DataError(f"{path}: needs a list 'triplets', and counts of what was left out; {REMEDY}")
-    return plain
-
-
-def _read_split(
-    root: Path, split: str, row: Mapping[str, Any], images: Mapping[str, Any]
-) -> tuple[list[Triplet], Gallery]:
-    path, plain = root / f"triplets-{split}.json", _read_plain(root, split, row)
-    missing = plain.get("left_out", {})
-    if missing.get("missing_images"):
-        logging.warning(
-            "%s: %s was written without %s images that had no file, and without the %s queries that need them",
-            *(root, split, missing["missing_images"], missing.get("skipped_queries", 0)),
-        )
     ids = plain.get("gallery")
     if not isinstance(ids, list) or any(not isinstance(name, str) or name not in images for name in ids):
         raise DataError(f"{path}: its gallery names images that no shard holds; {REMEDY}")
@@ -208,27 +210,12 @@ def _read_split(
         except ValidationError as error:
             wrong = error.errors()[0]
             raise DataError(f"{path}: triplet {number}: {wrong['loc'][0]}: {wrong['msg']}; {REMEDY}") from None
-    return triplets, Gallery(tuple(ids), tuple(images[name] for name in ids))
-
-
-def left_out(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """By split, what missing images cost when the shards were written, see `catalogue.load`.
-
-    {"missing_images", "skipped_queries", "listed_in"}; splits that lack nothing are not named.
-    """
-    root, index = open_index(folder)
-    found = {}
-    for split, row in index["splits"].items():
-        missing = _read_plain(root, split, row).get("left_out", {})
-        counts = {key: missing.get(key, 0) for key in _COUNTS}
-        if any(counts.values()):
-            found[split] = {**counts, "listed_in": str(root / f"triplets-{split}.json")}
-    return found
+    return (triplets, Gallery(tuple(ids), tuple(images[name] for name in ids))), counts
 
 
 def verify(folder: str | Path, progress: bool = True) -> int:
     """Read every byte of every shard and compare the sums; returns the number of images. Raises DataError."""
-    images, _ = read_shards(folder)
+    images, _, _ = read_shards(folder)
     root, index = open_index(folder)
     for shard in tqdm(index["shards"], "checking shards", unit="shard", disable=not progress):
         path = _shard_path(root, shard)
@@ -245,7 +232,7 @@ def stream(folder: str | Path) -> Any:
     """
     import webdataset
 
-    images, _ = read_shards(folder)
+    images, _, _ = read_shards(folder)
     listed: dict[str, list[ShardImage]] = {}
     for image in images.values():
         listed.setdefault(image.shard, []).append(image)
