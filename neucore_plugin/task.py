@@ -11,7 +11,7 @@ from lavis.tasks.base_task import BaseTask
 from torch.utils.data import DataLoader
 
 from neucore_plugin.common import distributed
-from neucore_plugin.common.errors import ConfigError, DataError, nearest
+from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.common.files import features_dir
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, cached_concepts
 from neucore_plugin.config.crosschecks import unknown_splits
@@ -136,19 +136,14 @@ class ComposedImageRetrievalTask(BaseTask):
         evaluated = {split: self._evaluated[split] for split in test_metrics}
         if not evaluated:
             return []
-        model = getattr(model, "module", model).eval()
         return write_results(evaluated, model, output_dir, cfg.run_cfg.output_dir, provenance, bool(self.run.report))
 
 
 def _builder(cfg: Any, name: str, splits: Sequence[str]) -> Any:
     """The builder of a data set, for the splits that are wanted."""
-    builder = registry.get_builder_class(name)
-    if builder is None:
-        known = registry.mapping["builder_name_mapping"]
-        raise ConfigError(f"datasets.{name}: no such data set.{nearest(name, known)}")
-    made = builder(cfg.datasets_cfg[name])
-    made.wanted = list(splits)
-    return made
+    builder = registry.get_builder_class(name)(cfg.datasets_cfg[name])
+    builder.wanted = list(splits)
+    return builder
 
 
 def _all(datasets: Datasets) -> list[TripletDataset]:

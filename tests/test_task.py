@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,12 +176,7 @@ def test_two_processes_train(tiny_config):
 
 
 def test_bad_images_are_all_listed_before_training(shapes_root, tiny_config, tmp_path):
-    root = tmp_path / "damaged"
-    (root / "images").mkdir(parents=True)
-    for path in (shapes_root / "images").iterdir():
-        (root / "images" / path.name).write_bytes(path.read_bytes())
-    for split in ("train", "val", "test"):
-        (root / f"{split}.json").write_bytes((shapes_root / f"{split}.json").read_bytes())
+    root = shutil.copytree(shapes_root, tmp_path / "damaged")
     cut = root / "images" / "circle-red.png"
     cut.write_bytes(cut.read_bytes()[:60])
     (root / "images" / "cross-blue.png").write_text("no image at all")

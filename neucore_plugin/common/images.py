@@ -149,7 +149,7 @@ def _deep_grey_to_rgb(image: Image.Image, deep: float | None) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def check_images(paths: Iterable[str | os.PathLike], progress: bool = True) -> list[tuple[Path, str]]:
+def check_images(paths: Iterable[str | os.PathLike]) -> list[tuple[Path, str]]:
     """Read every picture once and return [(path, reason)] of those that fail, in the given order.
 
     Run before training: a bad file is then known at the start, not hours later. Threads share the work: decoding leaves
@@ -166,5 +166,5 @@ def check_images(paths: Iterable[str | os.PathLike], progress: bool = True) -> l
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         reasons = pool.map(reason, files)
-        bar = tqdm(reasons, total=len(files), desc="checking images", unit="image", disable=not progress)
+        bar = tqdm(reasons, total=len(files), desc="checking images", unit="image")
         return [(path, text) for path, text in zip(files, bar, strict=True) if text]

@@ -43,11 +43,8 @@ class Evaluator:
         partial: also with the text alone, and with the image alone. DataError where the loaders of all processes do not
         give each query once.
         """
-        model = getattr(model, "module", model)
         model.eval()
         dataset = loader.dataset
-        while isinstance(dataset, Subset):
-            dataset = dataset.dataset
         gallery = self._encode_gallery(model, dataset, loader)
         rows = list(dict.fromkeys([model.title, *(PARTIAL_QUERIES if partial else ())]))  # a baseline may be text_only
         ranking = Ranking(dataset)

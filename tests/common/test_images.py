@@ -212,12 +212,12 @@ def test_check_images_lists_failures_in_order(tmp_path, capsys):
         noise(16).save(path)
     bad = [make_bad(tmp_path, kind) for kind in BAD]
     mixed = [good[0], bad[0], good[1], *bad[1:4], str(good[2]), *bad[4:], good[3]]
-    failures = check_images(mixed, progress=False)
+    failures = check_images(mixed)
     assert [path for path, _ in failures] == bad
     assert all(path.name in reason for path, reason in failures)
     assert check_images(good) == []
     assert "checking images" in capsys.readouterr().err
-    assert check_images([], progress=False) == []
+    assert check_images([]) == []
 
 
 def test_cut_files_are_refused_also_where_the_host_allowed_them_for_the_whole_process(tmp_path, monkeypatch):
@@ -225,7 +225,7 @@ def test_cut_files_are_refused_also_where_the_host_allowed_them_for_the_whole_pr
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:-400])
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    assert [name for name, _ in check_images([path] * 4, progress=False)] == [path] * 4
+    assert [name for name, _ in check_images([path] * 4)] == [path] * 4
     with Image.open(path) as opened, pytest.raises(ImageError, match="the PNG picture is truncated or damaged"):
         load_image(opened)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True

@@ -1,15 +1,14 @@
 """The evaluator on a model whose scores are a table full of ties, against sorting names; result files and page."""
 
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from runner_case import in_group
+from torch.utils.data import DataLoader
 
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import DataError
@@ -89,8 +88,7 @@ def dataset(tmp_path):
 
 
 def evaluate(dataset, model=None, evaluator=None, chosen=None, **options) -> Evaluated:
-    part = dataset if chosen is None else Subset(dataset, chosen)
-    loader = DataLoader(part, batch_size=2, collate_fn=dataset.collater)
+    loader = DataLoader(dataset, batch_size=2, sampler=chosen, collate_fn=dataset.collater)
     return (evaluator or Evaluator(256, 64)).evaluate(model or TableModel(), loader, **options)
 
 
@@ -151,28 +149,17 @@ def test_every_query_is_wanted_once(dataset):
         evaluate(dataset, chosen=[0, 1, 3, 4])
 
 
-def test_processes_share_the_work_and_all_have_the_whole(dataset, monkeypatch):
-    """Three threads play three processes, one of them without queries."""
-    whole, here = evaluate(dataset, partial=True), threading.local()
-    values, meeting = [None] * 3, threading.Barrier(3, timeout=60)
+def evaluate_part(dataset, parts) -> tuple:
+    """In each process of a group: what it found, and how many images it encoded."""
+    model = TableModel()
+    found = evaluate(dataset, model, chosen=parts[distributed.rank()], partial=True)
+    return found.rows, model.encoded
 
-    def gather(value):
-        values[here.rank] = value
-        meeting.wait()
-        found = list(values)
-        meeting.wait()
-        return found
 
-    def process(rank):
-        here.rank, model = rank, TableModel()
-        found = evaluate(dataset, model, chosen=([0, 3], [1, 4, 2], [])[rank], partial=True)
-        return found.rows, model.encoded
-
-    for name, stand_in in (("world_size", lambda: 3), ("rank", lambda: here.rank), ("gather", gather)):
-        monkeypatch.setattr(distributed, name, stand_in)
-    with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(process, range(3)))
-    assert [rows for rows, _ in results] == [whole.rows] * 3
+def test_processes_share_the_work_and_all_have_the_whole(dataset, tmp_path):
+    """Three processes, one of them without queries."""
+    results = in_group(tmp_path, evaluate_part, dataset, ([0, 3], [1, 4, 2], []), world=3)
+    assert [rows for rows, _ in results] == [evaluate(dataset, partial=True).rows] * 3
     assert [encoded for _, encoded in results] == [2, 3, 3]  # a third of the gallery each
 
 

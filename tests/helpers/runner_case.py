@@ -143,10 +143,9 @@ class TinyTask(BaseTask):
 
 
 RUN = {
-    "task": "tiny", "lr_sched": "linear_warmup_cosine_lr", "init_lr": 0.02, "min_lr": 0.001, "warmup_lr": 0.0,
-    "warmup_steps": 3, "weight_decay": 0.05, "lr_scales": {"last": 0.5}, "batch_size_train": 4, "batch_size_eval": 3,
-    "num_workers": 0, "accum_grad_iters": 2, "clip_grad_norm": 1.0, "amp": False, "seed": 5, "log_freq": 2,
-    "evaluate": False, "train_splits": ["train"], "valid_splits": ["dev"], "test_splits": ["test"], "device": "cpu",
+    "task": "tiny", "init_lr": 0.02, "min_lr": 0.001, "warmup_lr": 0.0, "warmup_steps": 3, "weight_decay": 0.05,
+    "lr_scales": {"last": 0.5}, "batch_size_train": 4, "batch_size_eval": 3, "accum_grad_iters": 2, "seed": 5,
+    "clip_grad_norm": 1.0, "log_freq": 2, "valid_splits": ["dev"], "test_splits": ["test"], "device": "cpu",
     "resume": "auto",
 }  # fmt: skip
 EPOCHS = {"runner": "runner_cir", "max_epoch": 3}
@@ -202,9 +201,9 @@ def clean_processes():
     return context
 
 
-def run_child(target, *arguments) -> int:
+def run_child(target, *arguments, **named) -> int:
     """Exit code of a clean process."""
-    child = clean_processes().Process(target=target, args=arguments)
+    child = clean_processes().Process(target=target, args=arguments, kwargs=named)
     child.start()
     child.join(120)
     assert child.exitcode is not None, "the child hangs"

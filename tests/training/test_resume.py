@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from functools import cache
 
 import pytest
 import runner_case as case
@@ -14,16 +15,16 @@ KINDS = {
     "averaged": {**case.ITERS, "ema_decay": 0.8},
     "cached": {**case.ITERS, "grad_cache_chunk": 3},
 }
-_FINISHED: dict = {}
 
 
-def uninterrupted(tmp_path_factory, kind: str) -> dict:
-    if kind not in _FINISHED:
-        runner = case.make_runner(tmp_path_factory.mktemp(f"whole-{kind}"), **KINDS[kind])
-        metrics = runner.train()
-        _FINISHED[kind] = (case.final_state(runner.output_dir), metrics)
-        assert (_FINISHED[kind][0]["average"] is None) == (kind != "averaged")
-    return _FINISHED[kind]
+@cache
+def uninterrupted(tmp_path_factory, kind: str) -> tuple[dict, dict]:
+    """Final state and metrics."""
+    runner = case.make_runner(tmp_path_factory.mktemp(f"whole-{kind}"), **KINDS[kind])
+    metrics = runner.train()
+    state = case.final_state(runner.output_dir)
+    assert (state["average"] is None) == (kind != "averaged")
+    return state, metrics
 
 
 def assert_same_end(folder, metrics, expected) -> None:
@@ -58,14 +59,11 @@ KILLS = [
 def check_kill(tmp_path_factory, kind: str, where: dict, workers: int = 0) -> None:
     expected, root = uninterrupted(tmp_path_factory, kind), tmp_path_factory.mktemp("killed")
     run = {**KINDS[kind], "num_workers": workers}
-    assert case.run_child(case.train_and_die, root, run, *(where.get(k, d) for k, d in ARGUMENTS)) == -signal.SIGKILL
+    assert case.run_child(case.train_and_die, root, run, **where) == -signal.SIGKILL
     runner = case.make_runner(root, **run)
     assert_same_end(runner.output_dir, runner.train(), expected)
     assert not list(runner.output_dir.glob(".*.tmp"))
     assert len(list(root.iterdir())) == (2 if where == {"rename": 1} else 1)
-
-
-ARGUMENTS = (("batch", -1), ("rename", -1), ("after", False))
 
 
 @pytest.mark.parametrize(
@@ -82,8 +80,8 @@ def test_killed_and_resumed_with_workers(tmp_path_factory, kind):
 
 def test_killed_twice(tmp_path_factory):
     expected, root = uninterrupted(tmp_path_factory, "iters"), tmp_path_factory.mktemp("killed")
-    for where in ((5, -1, False), (2, -1, False), (-1, 3, True)):
-        assert case.run_child(case.train_and_die, root, case.ITERS, *where) == -signal.SIGKILL
+    for where in ({"batch": 5}, {"batch": 2}, {"rename": 3, "after": True}):
+        assert case.run_child(case.train_and_die, root, case.ITERS, **where) == -signal.SIGKILL
     runner = case.make_runner(root, **case.ITERS)
     assert_same_end(runner.output_dir, runner.train(), expected)
 
@@ -95,7 +93,7 @@ def test_killed_at_every_single_write(tmp_path_factory, kind, after):
     expected, number = uninterrupted(tmp_path_factory, kind), 2
     while True:
         root = tmp_path_factory.mktemp("killed")
-        code = case.run_child(case.train_and_die, root, case.KINDS[kind], -1, number, after)
+        code = case.run_child(case.train_and_die, root, case.KINDS[kind], rename=number, after=after)
         if code == 0:
             break
         runner = case.make_runner(root, **case.KINDS[kind])
@@ -127,7 +125,7 @@ def test_every_checkpoint_in_a_round_continues_exactly(tmp_path_factory, tmp_pat
 
 
 def test_resume_by_path_and_its_errors(tmp_path):
-    case.run_child(case.train_and_die, tmp_path, case.EPOCHS, 8, -1, False)
+    case.run_child(case.train_and_die, tmp_path, case.EPOCHS, batch=8)
     folder = tmp_path / "job"
     last = folder / "checkpoint_last.pth"
     with pytest.raises(ConfigError, match=r"another config(.|\n)*run\.init_lr: 0\.02 -> 0\.5") as error:
