@@ -17,14 +17,19 @@ KINDS = {
 }
 
 
-@cache
-def uninterrupted(tmp_path_factory, kind: str) -> tuple[dict, dict]:
-    """Final state and metrics."""
-    runner = case.make_runner(tmp_path_factory.mktemp(f"whole-{kind}"), **KINDS[kind])
-    metrics = runner.train()
-    state = case.final_state(runner.output_dir)
-    assert (state["average"] is None) == (kind != "averaged")
-    return state, metrics
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """kind -> final state and metrics of a training that was never stopped."""
+
+    @cache
+    def train(kind: str) -> tuple[dict, dict]:
+        runner = case.make_runner(tmp_path_factory.mktemp(f"whole-{kind}"), **KINDS[kind])
+        metrics = runner.train()
+        state = case.final_state(runner.output_dir)
+        assert (state["average"] is None) == (kind != "averaged")
+        return state, metrics
+
+    return train
 
 
 def assert_same_end(folder, metrics, expected) -> None:
@@ -56,8 +61,7 @@ KILLS = [
 ]
 
 
-def check_kill(tmp_path_factory, kind: str, where: dict, workers: int = 0) -> None:
-    expected, root = uninterrupted(tmp_path_factory, kind), tmp_path_factory.mktemp("killed")
+def check_kill(expected: tuple[dict, dict], root, kind: str, where: dict, workers: int = 0) -> None:
     run = {**KINDS[kind], "num_workers": workers}
     assert case.run_child(case.train_and_die, root, run, **where) == -signal.SIGKILL
     runner = case.make_runner(root, **run)
@@ -69,28 +73,27 @@ def check_kill(tmp_path_factory, kind: str, where: dict, workers: int = 0) -> No
 @pytest.mark.parametrize(
     ("kind", "where"), KILLS, ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value
 )
-def test_killed_and_resumed_equals_never_stopped(tmp_path_factory, kind, where):
-    check_kill(tmp_path_factory, kind, where)
+def test_killed_and_resumed_equals_never_stopped(uninterrupted, tmp_path, kind, where):
+    check_kill(uninterrupted(kind), tmp_path, kind, where)
 
 
 @pytest.mark.parametrize("kind", case.KINDS)
-def test_killed_and_resumed_with_workers(tmp_path_factory, kind):
-    check_kill(tmp_path_factory, kind, {"batch": 7}, workers=2)
+def test_killed_and_resumed_with_workers(uninterrupted, tmp_path, kind):
+    check_kill(uninterrupted(kind), tmp_path, kind, {"batch": 7}, workers=2)
 
 
-def test_killed_twice(tmp_path_factory):
-    expected, root = uninterrupted(tmp_path_factory, "iters"), tmp_path_factory.mktemp("killed")
+def test_killed_twice(uninterrupted, tmp_path):
     for where in ({"batch": 5}, {"batch": 2}, {"rename": 3, "after": True}):
-        assert case.run_child(case.train_and_die, root, case.ITERS, **where) == -signal.SIGKILL
-    runner = case.make_runner(root, **case.ITERS)
-    assert_same_end(runner.output_dir, runner.train(), expected)
+        assert case.run_child(case.train_and_die, tmp_path, case.ITERS, **where) == -signal.SIGKILL
+    runner = case.make_runner(tmp_path, **case.ITERS)
+    assert_same_end(runner.output_dir, runner.train(), uninterrupted("iters"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("kind", case.KINDS)
-def test_killed_at_every_single_write(tmp_path_factory, kind, after):
-    expected, number = uninterrupted(tmp_path_factory, kind), 2
+def test_killed_at_every_single_write(uninterrupted, tmp_path_factory, kind, after):
+    expected, number = uninterrupted(kind), 2
     while True:
         root = tmp_path_factory.mktemp("killed")
         code = case.run_child(case.train_and_die, root, case.KINDS[kind], rename=number, after=after)
