@@ -63,7 +63,7 @@ def _run_alone(command: ModuleType, argv: Sequence[str] | None) -> int:
 def guarded(command: Callable[[], Any]) -> int:
     """Run a command: its exit code (0 where it gives none), 2 after one `error: ...`, 130 after Ctrl-C.
 
-    Of several processes only the first prints; the others would say the same.
+    Of several processes only the first prints a ConfigError; the others would say the same.
     """
     try:
         code = command()

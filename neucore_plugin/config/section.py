@@ -157,7 +157,8 @@ def _below(schema: type[Section], path: Iterable[str]) -> type[Section] | None:
 
 def _explained(given: Any, field: FieldInfo, errors: list[Any]) -> tuple[tuple[str, ...], str]:
     """Keys below the field, and the problem's text."""
-    error = errors[-1]  # of a union the last kind
+    names = (error for error in errors if error["type"] == "literal_error" and isinstance(error["input"], str))
+    error = next(names, errors[-1])  # the first wrong name; of a union the last kind
     if error["type"].startswith("union_tag") and isinstance(given, Mapping):  # no name of an encoder
         name, known = given.get("name"), choices_of(bare(field.annotation)[0])
         return ("name",), f"{name!r} is no {field.title}.{nearest(str(name), known)}"
@@ -165,6 +166,6 @@ def _explained(given: Any, field: FieldInfo, errors: list[Any]) -> tuple[tuple[s
     if error["type"] == "literal_error" and isinstance(error["input"], str):
         kind = bare(field.annotation)[0]
         choices = choices_of(get_args(kind)[0] if get_origin(kind) is list else kind)
-        hint, _, names = nearest(error["input"], choices).rpartition(" Allowed: ")
-        text = f"got {shortened(given)}; allowed: one of {names.rstrip('.')}{'.' if hint else ''}{hint}"
+        hint, _, known = nearest(error["input"], choices).rpartition(" Allowed: ")
+        text = f"got {shortened(given)}; allowed: one of {known.rstrip('.')}{'.' if hint else ''}{hint}"
     return (), text

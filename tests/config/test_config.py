@@ -128,7 +128,7 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
         ("model.fusion", 3, "model.fusion: got 3; allowed: a mapping with the keys mode, gumbel, steps,"),
         ("model.fusion.mode", "mixed", 'model.fusion.mode: got "mixed"; allowed: one of mixture, progressive. Did you'),
         ("model.fusion.dropout", 1.0, "model.fusion.dropout: got 1.0; allowed: a number of at least 0 and less than 1"),
-        ("model.matching.terms", ["fused", "explict"], "Did you mean 'explicit'?"),
+        ("model.matching.terms", ["fused", "explict", "x"], "Did you mean 'explicit'?"),
         ("model.matching.terms", [], "model.matching.terms: got []; allowed: a list of at least 1 names"),
         ("model.concepts.pos", ["NOUNS"], "Did you mean 'NOUN'?"),
         ("model.concepts.pos", ["SPACE"], 'model.concepts.pos: got ["SPACE"]; allowed: one of ADJ, ADP'),
