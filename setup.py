@@ -10,17 +10,13 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
+README = HERE / "README.md"
 
 
 def read_version() -> str:
     """The version literal of the package, read without importing it."""
     text = (HERE / "neucore_plugin" / "__init__.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
-
-
-def read_readme() -> str:
-    readme = HERE / "README.md"
-    return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
 class BuildWithProjects(build_py):
@@ -93,7 +89,7 @@ setup(
     name="neucore-plugin",
     version=read_version(),
     description="NEUCORE, neural concept reasoning for composed image retrieval, as a plug-in of the LAVIS library",
-    long_description=read_readme(),
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     author="neucore_plugin contributors",
     license="BSD-3-Clause",

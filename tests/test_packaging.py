@@ -18,7 +18,7 @@ from places import PROJECTS, ROOT
 
 import neucore_plugin
 from neucore_plugin import cli
-from neucore_plugin.common.errors import ConfigError, NeucoreError
+from neucore_plugin.common.errors import ConfigError, DataError
 
 COMMANDS = [command.__name__.rpartition(".")[2] for command in cli.COMMANDS]
 
@@ -118,12 +118,18 @@ def test_help_is_fast_and_light(tmp_path):
     assert not {"torch", "lavis", "numpy", "pydantic", "omegaconf"} & imported
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_has_help(command, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        *(([command, "--help"], f"neucore {command}") for command in COMMANDS),
+        (["--version"], neucore_plugin.__version__),
+    ],
+)
+def test_each_command_has_help_and_the_whole_a_version(arguments, printed, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main([command, "--help"])
+        cli.main(arguments)
     assert caught.value.code == 0
-    assert f"neucore {command}" in capsys.readouterr().out
+    assert printed in capsys.readouterr().out
 
 
 def test_each_option_says_what_it_is():
@@ -134,12 +140,6 @@ def test_each_option_says_what_it_is():
                 waiting += action.choices.values()
             else:
                 assert action.help, action
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["--version"])
-    assert neucore_plugin.__version__ in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -172,17 +172,21 @@ def test_report_of_a_broken_file(tmp_path, capsys):
     assert "is no result file" in capsys.readouterr().err
 
 
-def test_exit_codes(capsys):
-    def stop():
-        raise KeyboardInterrupt
+def test_exit_codes_and_of_several_processes_one_prints(capsys, monkeypatch):
+    def fail(error):
+        raise error
 
-    def fail():
-        raise NeucoreError("a path is wrong")
-
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
     assert cli.guarded(lambda: None) == 0
-    assert cli.guarded(stop) == 130
-    assert cli.guarded(fail) == 2
-    assert "error: a path is wrong\n" in capsys.readouterr().err
+    assert cli.guarded(lambda: fail(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.guarded(lambda: fail(ConfigError("a key is wrong"))) == 2
+    assert (capsys.readouterr().err, len(waited)) == ("error: a key is wrong\n", 1)
+    assert cli.guarded(lambda: fail(DataError("a path is wrong"))) == 2  # may be this process's alone
+    assert capsys.readouterr().err == "error: a path is wrong\n"
     with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
         cli.guarded(lambda: 1 / 0)
 
@@ -237,17 +241,3 @@ def test_plain_install_and_uninstall(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert files() == before
     assert not (tmp_path / "env" / "bin" / "neucore").exists()
-
-
-def test_of_several_processes_one_prints(monkeypatch, capsys):
-    waited = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
-
-    def fail():
-        raise ConfigError("a key is wrong")
-
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        assert cli.guarded(fail) == 2
-    assert capsys.readouterr().err == "error: a key is wrong\n"
-    assert len(waited) == 1

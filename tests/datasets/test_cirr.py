@@ -168,14 +168,6 @@ def test_files_that_are_no_annotations(root, content, message):
 # ---- what is missing -------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_missing_of_a_whole_root_also_without_test1(root):
-    (root / "captions" / "cap.rc2.test1.json").unlink()
-    assert catalogue.load("cirr", root, CIRR.answered)[0] == root
-    found = catalogue.check("cirr", root)["splits"]
-    missing = {split: row["annotations_missing"] for split, row in found.items()}
-    assert missing == {"train": [], "val": [], "test1": [str(root / "captions/cap.rc2.test1.json")]}
-
-
 def test_missing_images_are_counted_and_a_few_named(root):
     for path in (root / "img_raw" / "train" / "34").iterdir():
         path.unlink()

@@ -90,14 +90,14 @@ def test_fingerprint_changes_with_text_target_and_gallery(shapes):
     assert base == TripletDataset("other", "val", triplets, gallery, store).fingerprint
 
 
-def bad_split(tmp_path, shapes_root, entries, name="train", gallery=None):
+def bad_split(tmp_path, shapes_root, entries, gallery=None):
     root = tmp_path / "bad"
     root.mkdir()
     (root / "images").symlink_to(shapes_root / "images")
-    (root / f"{name}.json").write_text(entries if isinstance(entries, str) else json.dumps(entries))
+    (root / "train.json").write_text(entries if isinstance(entries, str) else json.dumps(entries))
     if gallery is not None:
-        (root / f"gallery.{name}.json").write_text(json.dumps(gallery))
-    return folder.load_split(root, name, folder.images(root))
+        (root / "gallery.train.json").write_text(json.dumps(gallery))
+    return folder.load_split(root, "train", folder.images(root))
 
 
 GOOD = {"reference": "circle-red.png", "caption": "blue", "target": "circle-blue.png"}
