@@ -17,12 +17,39 @@ def linear(x, weight, bias=None):
     return out
 
 
+def both(w, name):
+    """Weight and bias of a layer; no bias is None."""
+    return w[f"{name}.weight"], w.get(f"{name}.bias")
+
+
+def add(a, b):
+    return [float(x) + float(y) for x, y in zip(a, b, strict=True)]
+
+
+def sigmoid(z):
+    return 1.0 / (1.0 + math.exp(-z))
+
+
 def relu(x):
     return [max(0.0, v) for v in x]
 
 
 def gelu(x):
     return [0.5 * v * (1.0 + math.erf(v / math.sqrt(2.0))) for v in x]
+
+
+def two_layers(x, w, first, second):
+    return linear(relu(linear(x, *both(w, first))), *both(w, second))
+
+
+def feed_forward(x, w, fc1, fc2):
+    return linear(gelu(linear(x, *both(w, fc1))), *both(w, fc2))
+
+
+def layer_norm(x, weight, bias, eps=1e-6):
+    mean = sum(x) / len(x)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + eps)
+    return [(v - mean) / deviation * float(s) + float(t) for v, s, t in zip(x, weight, bias, strict=True)]
 
 
 def softmax(logits, valid=None):
@@ -52,7 +79,7 @@ def focal_loss(logits, labels, alpha, gamma):
     total, count = 0.0, 0
     for row, marks in zip(logits, labels, strict=True):
         for z, y in zip(row, marks, strict=True):
-            p = 1.0 / (1.0 + math.exp(-z))
+            p = sigmoid(z)
             if y == 1:
                 total -= alpha * (1.0 - p) ** gamma * math.log(p)
             else:
@@ -90,55 +117,53 @@ def adaptive_norm(x, scale, shift, valid, eps=1e-6):
     return out
 
 
-def attention(x, qkv, proj, proj_bias, heads, head_dim, valid):
-    """Valid tokens attend valid tokens; the rows of `qkv` are queries, keys, values, each head after head."""
-    inner = heads * head_dim
-    projected = [linear(token, qkv) for token in x]
-    out = []
+def attention(x, qkv, proj, heads, head_dim, valid, uniform_invalid=False):
+    """Valid tokens attend valid tokens; the rows of `qkv` are queries, keys, values, each head after head.
+
+    An invalid token takes in nothing, or with `uniform_invalid` all tokens alike.
+    """
+    inner, projected, out = heads * head_dim, [linear(token, *qkv) for token in x], []
     for n, token in enumerate(projected):
-        mixed = [0.0] * inner
-        if valid[n]:
-            for h in range(heads):
-                first = h * head_dim
-                logits = []
-                for other in projected:
-                    dot = 0.0
-                    for d in range(first, first + head_dim):
-                        dot += token[d] * other[inner + d]
-                    logits.append(dot / math.sqrt(head_dim))
-                weights = softmax(logits, valid)
-                for weight, other in zip(weights, projected, strict=True):
-                    for d in range(first, first + head_dim):
-                        mixed[d] += weight * other[2 * inner + d]
-        out.append(linear(mixed, proj, proj_bias))
+        mixed = []
+        for first in range(0, inner, head_dim):
+            logits = [
+                sum(token[d] * other[inner + d] for d in range(first, first + head_dim)) / math.sqrt(head_dim)
+                for other in projected
+            ]
+            weights = softmax(logits, valid) if valid[n] else [uniform_invalid / len(x)] * len(x)
+            values = [other[2 * inner + first : 2 * inner + first + head_dim] for other in projected]
+            mixed += weighted_sum(weights, values, head_dim)
+        out.append(linear(mixed, *proj))
     return out
 
 
-def executor(x, entity, valid, w, depth, heads, head_dim):
-    """`w`: the executor's weights by name. Scales are 1 + what the generator gives; invalid tokens end as zeros."""
-    width = len(x[0])
-    hidden = relu(linear(entity, w["generator.0.weight"], w["generator.0.bias"]))
-    parameters = linear(hidden, w["generator.2.weight"], w["generator.2.bias"])
+def encoder_block(x, w, norm1, qkv, proj, norm2, fc1, fc2, heads):
+    """A pre-norm block of a transformer over valid tokens; its weights by their names."""
+    normed = [layer_norm(token, *both(w, norm1)) for token in x]
+    mixed = attention(normed, both(w, qkv), both(w, proj), heads, len(x[0]) // heads, [True] * len(x))
+    x = [add(*pair) for pair in zip(x, mixed, strict=True)]
+    return [add(token, feed_forward(layer_norm(token, *both(w, norm2)), w, fc1, fc2)) for token in x]
+
+
+def executor(x, entity, valid, w, generator, layers, heads, head_dim, released=False):
+    """generator: names of its two linear maps; layers: those of qkv, proj, fc1, fc2 of each.
+
+    Scales are 1 + what the generator gives; invalid tokens end as zeros. In the released form scales are what it gives
+    and statistics are over all tokens.
+    """
+    width, counted = len(x[0]), [True] * len(x) if released else valid
+    parameters = two_layers(entity, w, *generator)
 
     def norm(tokens, index):
         start = 2 * width * index
-        shift = parameters[start : start + width]
-        scale = [1.0 + s for s in parameters[start + width : start + 2 * width]]
-        return adaptive_norm(tokens, scale, shift, valid)
+        scale = [float(not released) + s for s in parameters[start + width : start + 2 * width]]
+        return adaptive_norm(tokens, scale, parameters[start : start + width], counted)
 
-    def add(tokens, changes):
-        return [[a + b for a, b in zip(t, c, strict=True)] for t, c in zip(tokens, changes, strict=True)]
-
-    x = [[float(v) for v in token] for token in x]
-    for i in range(depth):
-        qkv, proj = w[f"attention.{i}.qkv.weight"], w[f"attention.{i}.proj.weight"]
-        x = add(x, attention(norm(x, 2 * i), qkv, proj, w[f"attention.{i}.proj.bias"], heads, head_dim, valid))
-        changes = []
-        for token in norm(x, 2 * i + 1):
-            inside = gelu(linear(token, w[f"mlp.{i}.fc1.weight"], w[f"mlp.{i}.fc1.bias"]))
-            changes.append(linear(inside, w[f"mlp.{i}.fc2.weight"], w[f"mlp.{i}.fc2.bias"]))
-        x = add(x, changes)
-    return [token if ok else [0.0] * width for token, ok in zip(x, valid, strict=True)]
+    for i, (qkv, proj, fc1, fc2) in enumerate(layers):
+        mixed = attention(norm(x, 2 * i), both(w, qkv), both(w, proj), heads, head_dim, valid, released)
+        x = [add(*pair) for pair in zip(x, mixed, strict=True)]
+        x = [add(token, feed_forward(n, w, fc1, fc2)) for token, n in zip(x, norm(x, 2 * i + 1), strict=True)]
+    return x if released else [token if ok else [0.0] * width for token, ok in zip(x, valid, strict=True)]
 
 
 def cosine(a, b):

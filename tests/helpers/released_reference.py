@@ -6,7 +6,22 @@ Built on the formulas of `reference.py`; no torch, no broadcasting. `w` maps the
 import math
 
 import numpy as np
-from reference import attended_entities, cosine, explicit_score, gelu, linear, mil_pooling, relu, softmax, weighted_sum
+from reference import (
+    add,
+    attended_entities,
+    both,
+    cosine,
+    encoder_block,
+    executor,
+    explicit_score,
+    layer_norm,
+    linear,
+    mil_pooling,
+    sigmoid,
+    softmax,
+    two_layers,
+    weighted_sum,
+)
 
 ENGINE = "program_engine."
 
@@ -18,8 +33,8 @@ def random_weights(seed, rows, word_dim, dim, width, depth, types, layers, modul
     def put(name, *shape):
         w[name] = random.normal(0, 0.4, shape)
 
-    def pair(name, out, into):
-        put(f"{name}.weight", out, into)
+    def pair(name, out, *into):
+        put(f"{name}.weight", out, *into)
         put(f"{name}.bias", out)
 
     put("txt_enc.embed.weight", rows, word_dim)
@@ -28,8 +43,7 @@ def random_weights(seed, rows, word_dim, dim, width, depth, types, layers, modul
         put(f"txt_enc.sent_enc.weight_hh_l0{side}", 3 * dim // 2, dim // 2)
         put(f"txt_enc.sent_enc.bias_ih_l0{side}", 3 * dim // 2)
         put(f"txt_enc.sent_enc.bias_hh_l0{side}", 3 * dim // 2)
-    put("img_enc.proj.weight", dim, width, 1, 1)
-    put("img_enc.proj.bias", dim)
+    pair("img_enc.proj", dim, width, 1, 1)
     pair("noun_encoder", dim, word_dim)
     encoder = "concept_net.encoder."
     put(encoder + "cls_token", 1, 1, dim)
@@ -38,14 +52,12 @@ def random_weights(seed, rows, word_dim, dim, width, depth, types, layers, modul
     for block in range(depth):
         head = f"{encoder}blocks.{block}."
         for norm in ("norm1", "norm2"):
-            put(f"{head}{norm}.weight", dim)
-            put(f"{head}{norm}.bias", dim)
+            pair(f"{head}{norm}", dim)
         pair(f"{head}attn.qkv", 3 * dim, dim)
         pair(f"{head}attn.proj", dim, dim)
         pair(f"{head}mlp.fc1", 4 * dim, dim)
         pair(f"{head}mlp.fc2", dim, 4 * dim)
-    put(encoder + "norm.weight", dim)
-    put(encoder + "norm.bias", dim)
+    pair(encoder + "norm", dim)
     for pool in ("fg_net", "bg_net"):
         pair(f"concept_net.{pool}.attention.0", dim // 2, dim)
         pair(f"concept_net.{pool}.attention.2", 1, dim // 2)
@@ -76,18 +88,6 @@ def random_weights(seed, rows, word_dim, dim, width, depth, types, layers, modul
             pair(f"{head}params_generator.model.0.fc", 4 * dim, dim)
             pair(f"{head}params_generator.model.1.fc", 4 * module_depth * dim, 4 * dim)
     return w
-
-
-def both(w, name):
-    return w[f"{name}.weight"], w[f"{name}.bias"]
-
-
-def add(a, b):
-    return [x + y for x, y in zip(a, b, strict=True)]
-
-
-def sigmoid(x):
-    return 1.0 / (1.0 + math.exp(-x))
 
 
 def gru(w, inputs, side):
@@ -122,44 +122,14 @@ def image_tokens(w, feature_map):
     return [linear(feature_map[:, y, x], weight, w["img_enc.proj.bias"]) for y in range(height) for x in range(columns)]
 
 
-def layer_norm(x, weight, bias):
-    mean = sum(x) / len(x)
-    variance = sum((v - mean) ** 2 for v in x) / len(x)
-    return [(v - mean) / math.sqrt(variance + 1e-6) * s + t for v, s, t in zip(x, weight, bias, strict=True)]
-
-
-def attention(x, qkv, qkv_bias, proj, proj_bias, heads, head_dim, valid):
-    """Pairs with an invalid token count nothing, unless a token has no valid pair: then all count alike."""
-    inner, projected, out = heads * head_dim, [linear(token, qkv, qkv_bias) for token in x], []
-    for n, token in enumerate(projected):
-        mixed = []
-        for h in range(heads):
-            first = h * head_dim
-            logits = [
-                sum(token[d] * other[inner + d] for d in range(first, first + head_dim)) / math.sqrt(head_dim)
-                for other in projected
-            ]
-            weights = softmax(logits, valid) if valid[n] else [1.0 / len(x)] * len(x)
-            values = [other[2 * inner + first : 2 * inner + first + head_dim] for other in projected]
-            mixed += weighted_sum(weights, values, head_dim)
-        out.append(linear(mixed, proj, proj_bias))
-    return out
-
-
 def encode(w, tokens, depth, heads):
     """The concept encoder: class token in front, one row of the positions for all, class token dropped."""
     encoder = "concept_net.encoder."
     row = w[encoder + "pos_embed"][0, len(tokens) + 1]
     x = [add(token, row) for token in [list(w[encoder + "cls_token"][0, 0]), *tokens]]
     for block in range(depth):
-        head = f"{encoder}blocks.{block}."
-        normed = [layer_norm(token, *both(w, head + "norm1")) for token in x]
-        qkv, proj = both(w, head + "attn.qkv"), both(w, head + "attn.proj")
-        mixed = attention(normed, *qkv, *proj, heads, len(row) // heads, [True] * len(x))
-        x = [add(a, b) for a, b in zip(x, mixed, strict=True)]
-        for n, token in enumerate(x):
-            inside = gelu(linear(layer_norm(token, *both(w, head + "norm2")), *both(w, head + "mlp.fc1")))
-            x[n] = add(token, linear(inside, *both(w, head + "mlp.fc2")))
+        parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        x = encoder_block(x, w, *(f"{encoder}blocks.{block}.{part}" for part in parts), heads)
     return [layer_norm(token, *both(w, encoder + "norm")) for token in x[1:]]
 
 
@@ -169,34 +139,13 @@ def pool(w, name, tokens):
     return mil_pooling(tokens, *both(w, head + "0"), u[0], c[0])[0]
 
 
-def executor(w, layer, kind, x, entity, valid, module_depth, heads, head_dim):
-    """Statistics over all tokens, padding too; the generator gives the scales themselves."""
-    head, width = f"{ENGINE}executors.layer{layer}.instruction_type{kind}.", len(x[0])
-    hidden = relu(linear(entity, *both(w, head + "params_generator.model.0.fc")))
-    parameters = linear(hidden, *both(w, head + "params_generator.model.1.fc"))
-
-    def norm(tokens, index):
-        shift = parameters[2 * width * index : 2 * width * index + width]
-        scale = parameters[2 * width * index + width : 2 * width * (index + 1)]
-        columns = [[token[d] for token in tokens] for d in range(width)]
-        means = [sum(column) / len(column) for column in columns]
-        deviations = [
-            math.sqrt(sum((v - m) ** 2 for v in column) / len(column) + 1e-6)
-            for column, m in zip(columns, means, strict=True)
-        ]
-        return [[(token[d] - means[d]) / deviations[d] * scale[d] + shift[d] for d in range(width)] for token in tokens]
-
+def executor_of(w, layer, kind, x, entity, valid, module_depth, heads, head_dim):
+    head, layers = f"{ENGINE}executors.layer{layer}.instruction_type{kind}.", []
     for i in range(module_depth):
         first, second = (f"{head}module.layers.{i}.{part}.fn." for part in (0, 1))
-        proj = both(w, first + "to_out.0")
-        mixed = attention(norm(x, 2 * i), w[first + "to_qkv.weight"], None, *proj, heads, head_dim, valid)
-        x = [add(a, b) for a, b in zip(x, mixed, strict=True)]
-        normed = norm(x, 2 * i + 1)
-        x = [
-            add(token, linear(gelu(linear(n, *both(w, second + "net.0"))), *both(w, second + "net.3")))
-            for token, n in zip(x, normed, strict=True)
-        ]
-    return x
+        layers.append((first + "to_qkv", first + "to_out.0", second + "net.0", second + "net.3"))
+    generator = [f"{head}params_generator.model.{i}.fc" for i in (0, 1)]
+    return executor(x, entity, valid, w, generator, layers, heads, head_dim, released=True)
 
 
 def fuse(w, sentence, words, tokens, fg, concept_ids, padded_to, opt):
@@ -208,7 +157,7 @@ def fuse(w, sentence, words, tokens, fg, concept_ids, padded_to, opt):
     alpha = both(w, f"{attend}att_fn.to_alpha")
     entities, _ = attended_entities(sentence, words, [True] * len(words), query, *parts, alpha)
     mlp = ENGINE + "instruction_generator.mlpencoder.model."
-    logits = linear(relu(linear(sentence, *both(w, mlp + "0.fc"))), *both(w, mlp + "1.fc"))
+    logits = two_layers(sentence, w, mlp + "0.fc", mlp + "1.fc")
     concepts = [linear(w["txt_enc.embed.weight"][row], *both(w, "noun_encoder")) for row in concept_ids]
     missing = padded_to - len(concepts)
     x = [fg, *tokens, *concepts, *([[0.0] * len(fg)] * missing)]
@@ -218,13 +167,11 @@ def fuse(w, sentence, words, tokens, fg, concept_ids, padded_to, opt):
         total = [[0.0] * len(fg) for _ in x]
         for kind, weight in enumerate(weights):
             settings = (opt["module_depth"], opt["module_heads"], opt["module_dim_head"])
-            result = executor(w, layer, kind, x, entities[kind], valid, *settings)
+            result = executor_of(w, layer, kind, x, entities[kind], valid, *settings)
             total = [add(a, [weight * v for v in b]) for a, b in zip(total, result, strict=True)]
         x = total
     mean = weighted_sum([1.0 / len(tokens)] * len(tokens), x[1 : len(tokens) + 1], len(fg))
-    return linear(
-        relu(linear(mean, *both(w, ENGINE + "out_proj.model.0.fc"))), *both(w, ENGINE + "out_proj.model.1.fc")
-    )
+    return two_layers(mean, w, *(f"{ENGINE}out_proj.model.{i}.fc" for i in (0, 1)))
 
 
 def images(w, maps, opt):
@@ -239,8 +186,7 @@ def images(w, maps, opt):
 
 def score(w, sentence, fused, reference_bg, fg, bg):
     u = linear(sentence, *both(w, "Transform_m.0"))
-    hidden = relu(linear(sentence, *both(w, "Attention_EM.attention.0")))
-    a = softmax(linear(hidden, *both(w, "Attention_EM.attention.2")))
+    a = softmax(two_layers(sentence, w, "Attention_EM.attention.0", "Attention_EM.attention.2"))
     return cosine(fused, fg) + explicit_score(u, a, fg) + cosine(reference_bg, bg)
 
 

@@ -20,15 +20,11 @@ def composer(method: str):
 
 
 def layer(x, w, name):
-    return reference.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+    return reference.linear(x, *reference.both(w, name))
 
 
 def two_layers(x, w, name):
-    return layer(reference.relu(layer(x, w, f"{name}.0")), w, f"{name}.2")
-
-
-def sigmoid(z):
-    return 1.0 / (1.0 + math.exp(-z))
+    return reference.two_layers(x, w, f"{name}.0", f"{name}.2")
 
 
 def by_loop(method, w, x, t):
@@ -41,11 +37,11 @@ def by_loop(method, w, x, t):
         return [a + b for a, b in zip(x, t, strict=True)]
     if method == "tirg":
         gate, residual = (two_layers([*x, *t], w, name) for name in ("gate", "residual"))
-        kept = [sigmoid(g) * a for g, a in zip(gate, x, strict=True)]
+        kept = [reference.sigmoid(g) * a for g, a in zip(gate, x, strict=True)]
         return [w["gate_weight"] * k + w["residual_weight"] * r for k, r in zip(kept, residual, strict=True)]
     both = reference.relu(layer(t, w, "text.0")) + reference.relu(layer(x, w, "image.0"))
     mixed = layer(reference.relu(layer(both, w, "mix.0.0")), w, "mix.1")
-    share = sigmoid(layer(reference.relu(layer(both, w, "share.0.0")), w, "share.1")[0])
+    share = reference.sigmoid(layer(reference.relu(layer(both, w, "share.0.0")), w, "share.1")[0])
     summed = [m + share * b + (1 - share) * a for m, a, b in zip(mixed, x, t, strict=True)]
     length = math.sqrt(sum(value * value for value in summed))
     return [value / length for value in summed]
@@ -65,29 +61,6 @@ def test_pooled_composers_are_their_formulas(method):
         assert [tuple(made.mix[0][0].weight.shape), made.share[1].out_features] == [(8 * D, 8 * D), 1]
 
 
-def layer_norm(x, w, name, eps):
-    mean = sum(x) / len(x)
-    scale = 1 / math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + eps)
-    return [
-        (v - mean) * scale * gain + shift
-        for v, gain, shift in zip(x, w[f"{name}.weight"], w[f"{name}.bias"], strict=True)
-    ]
-
-
-def attended(x, w, name, heads):
-    """Every token attends to every token; queries, keys and values lie one after the other in `qkv`."""
-    size, projected, out = D // heads, [layer(token, w, f"{name}.qkv") for token in x], []
-    for token in projected:
-        mixed = []
-        for h in range(heads):
-            part = range(h * size, (h + 1) * size)
-            logits = [sum(token[d] * other[D + d] for d in part) / math.sqrt(size) for other in projected]
-            weights = reference.softmax(logits)
-            mixed += [sum(a * other[2 * D + d] for a, other in zip(weights, projected, strict=True)) for d in part]
-        out.append(layer(mixed, w, f"{name}.proj"))
-    return out
-
-
 def test_cross_attention_is_a_transformer_whose_first_output_counts():
     """The loops see the words alone, without padding."""
     made, w = composer("cross_attention")
@@ -97,15 +70,14 @@ def test_cross_attention_is_a_transformer_whose_first_output_counts():
     found = made(tokens=tokens, words=words, word_mask=mask)
     for row, length in enumerate(lengths):
         x = [w["first"]]
-        x += [[a + s for a, s in zip(token, w["segments"][0], strict=True)] for token in tokens[row].tolist()]
-        x += [[a + s for a, s in zip(word, w["segments"][1], strict=True)] for word in words[row, :length].tolist()]
+        x += [reference.add(token, w["segments"][0]) for token in tokens[row].tolist()]
+        x += [reference.add(word, w["segments"][1]) for word in words[row, :length].tolist()]
         for block in ("blocks.0", "blocks.1"):
-            inner = attended([layer_norm(t, w, f"{block}.norm1", 1e-6) for t in x], w, f"{block}.attn", 2)
-            x = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(x, inner, strict=True)]
-            hidden = [layer(layer_norm(t, w, f"{block}.norm2", 1e-6), w, f"{block}.mlp.fc1") for t in x]
-            inner = [layer(reference.gelu(h), w, f"{block}.mlp.fc2") for h in hidden]
-            x = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(x, inner, strict=True)]
-        assert found[row].tolist() == pytest.approx(layer_norm(x[0], w, "norm", 1e-5), rel=1e-8)
+            parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+            x = reference.encoder_block(x, w, *(f"{block}.{part}" for part in parts), 2)
+        assert found[row].tolist() == pytest.approx(
+            reference.layer_norm(x[0], *reference.both(w, "norm"), 1e-5), rel=1e-8
+        )
 
 
 # ---- ARTEMIS -------------------------------------------------------------------------------------------------------

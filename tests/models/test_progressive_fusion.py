@@ -164,8 +164,11 @@ def test_executor_equals_loops(depth: int) -> None:
     mask[2, 1] = True
     out = module(x, entity, mask)
     weights = {name: value.tolist() for name, value in module.state_dict().items()}
+    parts = ("attention.{}.qkv", "attention.{}.proj", "mlp.{}.fc1", "mlp.{}.fc2")
+    layers = [[part.format(i) for part in parts] for i in range(depth)]
     for b in range(B):
-        expected = reference.executor(x[b].tolist(), entity[b].tolist(), mask[b].tolist(), weights, depth, 2, 4)
+        inputs = (x[b].tolist(), entity[b].tolist(), mask[b].tolist())
+        expected = reference.executor(*inputs, weights, ("generator.0", "generator.2"), layers, 2, 4)
         torch.testing.assert_close(out[b], torch.tensor(expected, dtype=torch.float64))
 
 
