@@ -191,7 +191,7 @@ def runs(shapes_root, cache_root, tmp_path_factory):
     """Three epochs of two methods from one yaml of NEUCORE: {method: output folder}, and that yaml."""
 
     def change(content):
-        for key in ("concept_alignment", "fusion", "loss"):
+        for key in ("concept_alignment", "fusion"):
             content["model"].pop(key)
 
     path = write_tiny(shapes_root, cache_root, tmp_path_factory.mktemp("baselines"), change)
