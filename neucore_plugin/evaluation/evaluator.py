@@ -29,7 +29,7 @@ class Evaluator:
     otherwise (see `datasets/protocols.py`).
 
     Args:
-        score_chunk: queries scored at a time. batch_size: queries encoded at a time where no loader says it.
+        score_chunk: queries scored at a time. batch_size: queries encoded at a time for a submission.
     """
 
     def __init__(self, score_chunk: int, batch_size: int) -> None:
@@ -92,7 +92,7 @@ class Evaluator:
         first, end = (len(images) * n // distributed.world_size() for n in (distributed.rank(), distributed.rank() + 1))
         batches = DataLoader(
             Subset(images, range(first, end)),
-            batch_size=loader.batch_size or self.batch_size,
+            batch_size=loader.batch_size,
             num_workers=loader.num_workers,
             collate_fn=images.collater,
         )

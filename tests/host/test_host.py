@@ -158,8 +158,16 @@ def test_import_order_does_not_matter(tmp_path):
 
 
 def test_importing_the_package_is_light():
-    code = "import neucore_plugin, sys; print(sorted({'torch', 'lavis', 'numpy', 'pydantic'} & set(sys.modules)))"
-    assert python(code) == "[]"
+    code = """
+    import neucore_plugin, sys
+    assert not {"torch", "lavis", "numpy", "pydantic"} & set(sys.modules)
+    from neucore_plugin import report, retrieval
+    assert not {"torch", "jinja2"} & set(sys.modules)
+    for package in (report, retrieval):
+        assert all(getattr(package, name) for name in package.__all__)
+    assert not [name for name in sys.modules if name.startswith(("lavis", "neucore_plugin.models"))]
+    """
+    python(code)
 
 
 @pytest.mark.parametrize(
