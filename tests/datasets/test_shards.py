@@ -36,7 +36,7 @@ def test_everything_comes_back(data, written):
         assert found[split][0] == triplets and found[split][1].ids == gallery.ids
     assert len(list(written.glob("*.tar"))) > 2
     assert content_fingerprints(list(images.values())) == content_fingerprints(list(paths.values()))
-    assert check_images(list(images.values()), progress=False) == []
+    assert check_images(list(images.values())) == []
     assert reader.verify(written, progress=False) == len(paths)
     assert pickle.loads(pickle.dumps(images[next(iter(images))])) == next(iter(images.values()))
 
@@ -85,7 +85,7 @@ def test_no_more_descriptors_than_the_cache_holds(data, tmp_path):
     images, *_ = reader.read_shards(tmp_path / "out")
     assert len({image.shard for image in images.values()}) == 300
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    assert check_images(list(images.values()), progress=False) == []
+    assert check_images(list(images.values())) == []
     assert {image.read() for image in images.values()} == {path.read_bytes()}
     if before:
         assert len(os.listdir("/proc/self/fd")) - before <= 128
