@@ -21,18 +21,21 @@ MAX_PIXELS = 64_000_000  # four times a 16-megapixel photograph; decoded as RGB 
 Picture = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image
 
 
-def load_image(source: Picture) -> Image.Image:
+def load_image(source: Picture, *, plain: bool = False) -> Image.Image:
     """Read a picture (path, bytes, binary file, or one that Pillow opened) as RGB, fully decoded and upright (EXIF).
 
     Transparent parts become white; of an animation the first frame is taken. The size in the header is checked before
     any pixel is decoded. Raises ImageError, which names the file and the remedy.
+
+    plain: Pillow's own `convert("RGB")`, as most published code reads pictures: not turned by EXIF, transparency
+        dropped, grey of 16 bits clipped. `load_for` gives it where a processor has an attribute `plain`.
     """
     name = _name(source)
     try:
         if isinstance(source, Image.Image):
-            return _upright_rgb(source, name)
+            return _upright_rgb(source, name, plain)
         with _stream(source, name) as stream, Image.open(stream) as image:  # reads the header only
-            return _upright_rgb(image, name)
+            return _upright_rgb(image, name, plain)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -43,6 +46,11 @@ def load_image(source: Picture) -> Image.Image:
         raise ImageError(f"{name} does not fit into memory: shrink it") from error
     except Exception as error:  # each decoder reports damage in its own way (OSError, SyntaxError, zlib.error, ...)
         raise ImageError(f"{name} is truncated or damaged ({error}): fetch it again, or remove its queries") from error
+
+
+def load_for(processor: Any, source: Picture) -> Image.Image:
+    """`load_image` as a processor of images wants it: with its attribute `plain`, where it has one."""
+    return load_image(source, plain=getattr(processor, "plain", False))
 
 
 def _name(source: Picture) -> str:
@@ -90,7 +98,7 @@ def _too_large(name: str, pixels: str) -> ImageError:
     return ImageError(f"{name} has {pixels} pixels, the limit is {MAX_PIXELS:,} (decompression bomb?): shrink it first")
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str, plain: bool) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_large(name, f"{width * height:,}")
@@ -98,10 +106,18 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name} is {width} x {height} pixels: there is nothing to see")
     with _whole_files_only:
         image.load()
+    if plain:
+        return _plain_rgb(image)
     deep = 257.0 if image.format == "PNG" or image.mode.startswith("I;16") else None
     with contextlib.suppress(Exception):  # damaged EXIF data: the picture itself is whole
         image = ImageOps.exif_transpose(image)
     return _to_rgb(image, deep)
+
+
+def _plain_rgb(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.info = {}  # a turn or a transparent colour that is still known would be applied by the next reader
+    return image.convert("RGB")
 
 
 class _WholeFilesOnly:

@@ -12,7 +12,7 @@ import torch
 
 from neucore_plugin.common.errors import DataError, ImageError, first_few
 from neucore_plugin.common.files import write_json
-from neucore_plugin.common.images import check_images, load_image
+from neucore_plugin.common.images import check_images, load_for
 from neucore_plugin.datasets.feature_cache import FeatureCache, build_cache, content_fingerprints
 from neucore_plugin.datasets.triplets import ImageStore, TripletDataset
 
@@ -53,7 +53,7 @@ def _image_features(encoder: Any, store: ImageStore, device: torch.device, root:
     @torch.inference_mode()
     def encode(names: Sequence[str]) -> Features:
         try:
-            pixels = torch.stack([store.processor(load_image(store.paths[name])) for name in names])
+            pixels = torch.stack([store.processor(load_for(store.processor, store.paths[name])) for name in names])
         except ImageError:
             # One is bad: look at all of them now, so that the user mends them in one go.
             raise _bad_images(check_images(files), root) from None

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import sha256_text
-from neucore_plugin.common.images import load_image
+from neucore_plugin.common.images import load_for
 from neucore_plugin.config.published import STANDARD, Protocol
 from neucore_plugin.datasets.feature_cache import FeatureCache
 
@@ -78,7 +78,7 @@ class ImageStore:
         """{"tokens": [N,Di], "pooled": [Di]} from the cache, else {"image": [3,H,W]}. Raises ImageError."""
         if self.cache is not None:
             return {"tokens": self.cache.tokens(name), "pooled": self.cache.pooled(name)}
-        return {"image": self.processor(load_image(self.paths[name]))}
+        return {"image": self.processor(load_for(self.processor, self.paths[name]))}
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from neucore_plugin.common.files import atomic_write, write_json
-from neucore_plugin.common.images import load_image
+from neucore_plugin.common.images import load_for
 from neucore_plugin.config.published import STANDARD
 from neucore_plugin.evaluation.ranking import Evaluated
 from neucore_plugin.report import table_lines, write_report
@@ -128,7 +128,8 @@ def _example(found: Evaluated, index: int, model: Any) -> dict[str, Any]:
     reference = dataset.images.paths[triplet.reference]
     with torch.inference_mode():
         files = (reference, paths[ranks.top[0]])
-        pixels = [model.image_processor(load_image(path))[None].to(model.device) for path in files]
+        processor = model.image_processor
+        pixels = [processor(load_for(processor, path))[None].to(model.device) for path in files]
         maps = model.concept_maps(pixels[0], [dataset.texts[index]], pixels[1])[0]
     return {
         "split": dataset.split,

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError, first_few
-from neucore_plugin.common.images import IMAGE_SUFFIXES, load_image
+from neucore_plugin.common.images import IMAGE_SUFFIXES, load_for
 from neucore_plugin.retrieval.store import DTYPES
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def encode(
 
     def read(item: tuple[str, Path]) -> Tensor | str:
         try:
-            image = load_image(item[1])
+            image = load_for(model.image_processor, item[1])
         except (DataError, OSError) as error:
             return str(error)
         return model.image_processor(image)

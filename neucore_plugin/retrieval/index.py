@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from neucore_plugin.common.errors import DataError, did_you_mean, first_few
-from neucore_plugin.common.images import Picture, load_image
+from neucore_plugin.common.images import Picture, load_for
 from neucore_plugin.retrieval import store
 from neucore_plugin.retrieval.encoding import (
     Failure,
@@ -174,16 +174,20 @@ class GalleryIndex:
         return self._position[name]
 
     def reference(self, image: Picture) -> tuple[Image.Image, int | None]:
-        """The picture meant by a name in the index, a file or a picture, and its gallery position if it has one."""
-        if isinstance(image, Image.Image):
-            return load_image(image), None
+        """The picture meant by a name in the index, a file, its bytes or a picture, and its gallery position if it has
+        one: a picture that Pillow opened from a file has that file's.
+        """
+        processor = getattr(self.model, "image_processor", None)
+        if not isinstance(image, str | os.PathLike):
+            file = getattr(image, "filename", None) if isinstance(image, Image.Image) else getattr(image, "name", None)
+            return load_for(processor, image), self._locate(file) if file and isinstance(file, str) else None
         if str(image) in self:
             place = self._position[str(image)]
-            return load_image(self.paths[place]), place
+            return load_for(processor, self.paths[place]), place
         if not os.path.exists(image):
             hint = did_you_mean(str(image), self.names)
             raise DataError(f"reference {str(image)!r} is neither a file nor a name in the index.{hint}")
-        return load_image(image), self._locate(image)
+        return load_for(processor, image), self._locate(image)
 
     def search(
         self, image: Picture | None = None, text: str | None = None, k: int = 10, exclude_reference: bool = True

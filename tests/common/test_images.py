@@ -229,3 +229,16 @@ def test_cut_files_are_refused_also_where_the_host_allowed_them_for_the_whole_pr
     with Image.open(path) as opened, pytest.raises(ImageError, match="the PNG picture is truncated or damaged"):
         load_image(opened)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_plain_is_pillows_own_conversion_and_nothing_is_turned_later(form):
+    image = noise(8).crop((0, 0, 8, 4)).convert("RGBA")
+    image.putalpha(51)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = load_image(encoded(image, form, exif=exif, lossless=True), plain=True)
+    expected = image.convert("RGB")  # the alpha channel dropped
+    assert picture.tobytes() == expected.tobytes()
+    assert load_image(picture).tobytes() == expected.tobytes()
+    assert load_image(half_transparent("P"), plain=True).getpixel((6, 1)) == (0, 255, 0)

@@ -215,8 +215,8 @@ def test_reading_ahead_is_bounded(tmp_path, monkeypatch):
     for number in range(12):
         draw(tmp_path / f"{number:02d}.png", "red")
     opened, seen = [], []
-    real = encoding.load_image
-    monkeypatch.setattr(encoding, "load_image", lambda path: opened.append(path) or real(path))
+    real = encoding.load_for
+    monkeypatch.setattr(encoding, "load_for", lambda processor, path: opened.append(path) or real(processor, path))
 
     class Counting(ColourModel):
         def encode_image(self, pixels):
