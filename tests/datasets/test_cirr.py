@@ -73,6 +73,48 @@ def test_train_lies_in_numbered_folders_and_the_gallery_is_the_whole_list(root):
     assert len(gallery.ids) == 8 and len(named) == 4
 
 
+@pytest.mark.parametrize("annotations", ["published", "clip4cir", "split"])
+@pytest.mark.parametrize("images", ["published", "clip4cir", "both"])
+def test_clip4cirs_layout_is_read_and_any_mixture(root, annotations, images):
+    """annotations: in root/cirr, or only the image lists there. images: below the root, or val's there alone."""
+    expected = {split: CIRR.read(root, split) for split in CIRR.splits}
+    folders = {"published": (), "clip4cir": ("captions", "image_splits"), "split": ("image_splits",)}[annotations]
+    (root / "cirr").mkdir()
+    for folder in folders:
+        (root / folder).rename(root / "cirr" / folder)
+    moved = {"published": (), "clip4cir": ("train", "dev", "test1"), "both": ("dev",)}[images]
+    for folder in moved:
+        (root / "img_raw" / folder).rename(root / folder)
+    if images == "both":  # a folder that stands in both places, each with a part of the pictures
+        (root / "img_raw/dev").mkdir()
+        (root / "dev" / f"{DEV[0]}.png").rename(root / "img_raw/dev" / f"{DEV[0]}.png")
+    for split in CIRR.splits:
+        triplets, gallery = CIRR.read(root, split)
+        assert triplets == expected[split][0] and gallery.ids == expected[split][1].ids
+        assert all(path.is_file() for path in gallery.paths)
+    report = catalogue.check("cirr", root)
+    assert report["complete"], report
+    assert report["splits"]["val"]["image_folder"] == str(root / ("img_raw/dev" if images != "clip4cir" else "dev"))
+    assert set(build("cirr", root)) == {"train", "val"}
+
+
+def test_what_is_wrong_in_clip4cirs_layout_is_told_at_its_place(root):
+    (root / "cirr").mkdir()
+    for folder in ("captions", "image_splits"):
+        (root / folder).rename(root / "cirr" / folder)
+    for folder in ("train", "dev", "test1"):
+        (root / "img_raw" / folder).rename(root / folder)
+    (root / "dev" / f"{DEV[2]}.png").unlink()
+    (root / "cirr/captions/cap.rc2.train.json").unlink()
+    with pytest.raises(ConfigError) as caught:
+        build("cirr", root)
+    assert f"- {root}/dev: 1 of 8 images of val, such as dev/{DEV[2]}.png" in str(caught.value)
+    assert f"- {root}/captions/cap.rc2.train.json\n" in str(caught.value)
+    edit(root / "cirr/captions/cap.rc2.val.json", lambda v: v[3].update(reference="dev-0"))
+    with pytest.raises(DataError, match=r"cirr/captions/cap.rc2.val.json: entry 3: .* not in cirr/image_splits/split"):
+        CIRR.read(root, "val")
+
+
 def test_test1_has_no_targets_and_is_no_split_of_the_builder(root):
     triplets, gallery = CIRR.read(root, "test1")
     assert triplets[0].targets == () and triplets[0].members == tuple(TEST) and len(gallery.ids) == 6

@@ -12,7 +12,7 @@ from neucore_plugin.datasets.published.circo import CIRCO
 from neucore_plugin.datasets.published.cirr import CIRR
 from neucore_plugin.datasets.published.fashion200k import FASHION200K
 from neucore_plugin.datasets.published.fashioniq import FASHIONIQ
-from neucore_plugin.datasets.published.reader import Reader
+from neucore_plugin.datasets.published.reader import Listing, Reader
 from neucore_plugin.datasets.published.shoes import SHOES
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
@@ -67,20 +67,14 @@ def load(
 
 def _missing_annotations(reader: Reader, root: Path, splits: Sequence[str]) -> list[str]:
     """Annotation files that `splits` lack below `root`, none twice."""
-    files = dict.fromkeys(str(root / file) for split in splits for file in reader.files(split))
-    return [file for file in files if not Path(file).is_file()]
+    files = dict.fromkeys(reader.annotation(root, file) for split in splits for file in reader.files(split))
+    return [str(file) for file in files if not file.is_file()]
 
 
 def absent_images(paths: Iterable[Path]) -> list[Path]:
-    """The paths without a file. A folder is listed once: asking for each file takes minutes on a network drive."""
-    listed: dict[Path, set[str]] = {}
-    absent = []
-    for path in paths:
-        if path.parent not in listed:
-            listed[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
-        if path.name not in listed[path.parent]:
-            absent.append(path)
-    return absent
+    """The paths without a file."""
+    there = Listing()
+    return [path for path in paths if path not in there]
 
 
 def _without_absent(name: str, splits: Splits) -> tuple[Splits, dict[str, dict[str, Any]]]:

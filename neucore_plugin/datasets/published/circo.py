@@ -75,7 +75,7 @@ CIRCO = Reader(
     title="CIRCO",
     credit="Annotations: CIRCO (Baldrati et al., ICCV 2023), CC BY-NC 4.0. Images: COCO 2017 unlabeled",
     files=_files,
-    images=lambda split: "unlabeled2017",
+    images=lambda split: ("unlabeled2017",),
     parse=_parse,
     where_from="""\
 the annotations val.json and test.json are in https://github.com/miccunifi/CIRCO (folder annotations)

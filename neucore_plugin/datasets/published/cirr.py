@@ -5,6 +5,9 @@ root/captions/cap.rc2.{split}.json        [{"pairid": 1, "reference": name, "cap
 root/image_splits/split.rc2.{split}.json  {name: "./train/34/name.png", ...}: the gallery of the split
 root/img_raw/                             train/0 ... train/99, dev (the pictures of val), test1
 
+CLIP4Cir and what is built on it keep train, dev and test1 directly below the root, and the annotations in root/cirr/:
+each file is read from either place.
+
 The one right answer is `target_hard`; `target_soft` weighs other images too, lacks the hard target in some entries and
 holds the reference in others. A query's group is its `img_set`, reference included; R_subset@K ranks the others of it.
 test1 is published without targets: it can only be ranked, for the test server.
@@ -16,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin.datasets.annotations import good_entries, is_whole, read_json, safe_name
-from neucore_plugin.datasets.published.reader import Reader
+from neucore_plugin.datasets.published.reader import Listing, Reader
 from neucore_plugin.datasets.triplets import Triplet
 
 FOLDERS = {"train": "train", "val": "dev", "test1": "test1"}  # split: its folder below img_raw/
+
+
+IMAGES = ("img_raw", "")  # where FOLDERS lie: as published, as in CLIP4Cir
 
 
 def _files(split: str) -> tuple[str, str]:
@@ -28,16 +34,19 @@ def _files(split: str) -> tuple[str, str]:
 
 
 def _parse(root: Path, split: str, problems: list[str]) -> tuple[list[Triplet], dict[str, Path]]:
-    captions, images = _files(split)
+    captions_file, images_file = (CIRR.annotation(root, file) for file in _files(split))
+    captions, images = (str(file.relative_to(root)) for file in (captions_file, images_file))
+    there, usual = Listing(), Path(CIRR.image_folder(root, split)).parent
+    bases = dict.fromkeys((usual, *(root / folder for folder in IMAGES)))
     paths = {}
-    for name, place in read_json(root / images, dict, CIRR.title).items():
+    for name, place in read_json(images_file, dict, CIRR.title).items():
         if safe_name(place):
-            paths[name] = root / "img_raw" / place
+            paths[name] = next((base / place for base in bases if base / place in there), usual / place)
         else:
             problems.append(f"{images}: {name!r}: expected a path below img_raw, given {place!r}")
     triplets = []
-    entries = read_json(root / captions, list, CIRR.title)
-    check = partial(_faults, split=split, known=paths)
+    entries = read_json(captions_file, list, CIRR.title)
+    check = partial(_faults, split=split, images=images, known=paths)
     for _, entry in good_entries(entries, captions, check, problems, unique="pairid"):
         targets = (entry["target_hard"],) if split in CIRR.answered else ()
         members = tuple(entry["img_set"]["members"])
@@ -48,9 +57,8 @@ def _parse(root: Path, split: str, problems: list[str]) -> tuple[list[Triplet], 
     return triplets, paths
 
 
-def _faults(entry: dict[str, Any], split: str, known: Container[str]) -> Iterable[str]:
-    """What is wrong with one entry of a captions file."""
-    images = _files(split)[1]
+def _faults(entry: dict[str, Any], split: str, images: str, known: Container[str]) -> Iterable[str]:
+    """What is wrong with one entry of a captions file; images: the name of the file that lists those `known`."""
     if not is_whole(entry.get("pairid")):
         yield f"needs 'pairid', a whole number, given {entry.get('pairid')!r}"
     keys = ("reference", "target_hard") if split in CIRR.answered else ("reference",)
@@ -75,7 +83,8 @@ CIRR = Reader(
     title="CIRR",
     credit="Annotations: CIRR (Liu et al., ICCV 2021), MIT. Images: NLVR2, under its terms of use",
     files=_files,
-    images=lambda split: f"img_raw/{FOLDERS[split]}",
+    images=lambda split: tuple(str(Path(base, FOLDERS[split])) for base in IMAGES),
+    annotation_folders=("", "cirr"),
     parse=_parse,
     where_from="""\
 the annotations are branch cirr_dataset of the CIRR repository:
@@ -83,5 +92,6 @@ the annotations are branch cirr_dataset of the CIRR repository:
 the images are those of NLVR2, to be had by the request form at
     https://github.com/lil-lab/nlvr/tree/master/nlvr2#direct-image-download
     (no answer: see "Raw Images" in CIRR's README)
-    unpack them so that {root}/img_raw holds train, dev and test1""",
+    unpack them so that {root}/img_raw holds train, dev and test1
+a copy as CLIP4Cir lays it out is read as it is: {root}/train, dev and test1, the annotations in {root}/cirr""",
 )

@@ -1,5 +1,6 @@
 """What a published data set is: its splits, its files, where they come from, and how they are read. No host."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,27 @@ from neucore_plugin.datasets.annotations import refuse
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
 
+class Listing:
+    """Whether files are there. A folder is listed once: asking for each file takes minutes on a network drive."""
+
+    def __init__(self) -> None:
+        self._names: dict[Path, set[str]] = {}
+
+    def __contains__(self, path: Path) -> bool:
+        folder = path.parent
+        if folder not in self._names:
+            self._names[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        return path.name in self._names[folder]
+
+
 @dataclass(frozen=True)
 class Reader:
     """A published data set: what belongs where, and its annotation files as triplets and galleries.
 
     files: of a split, the annotation files that it needs, below the root.
-    images: of a split, the folder of its images, below the root.
+    images: of a split, the folder of its images, below the root; where copies are laid out in several ways, the
+        folders that it may be, the published one first.
+    annotation_folders: where below the root `files` are looked for, the published place first.
     parse: (root, split, problems) -> triplets, and the files of the gallery by name; what is wrong with an entry goes
         to `problems`, a line each.
     where_from: what to fetch from where, and where it belongs; "{root}" stands for the root folder.
@@ -25,9 +41,10 @@ class Reader:
     title: str
     credit: str
     files: Callable[[str], tuple[str, ...]]
-    images: Callable[[str], str]
+    images: Callable[[str], tuple[str, ...]]
     parse: Callable[[Path, str, list[str]], tuple[list[Triplet], dict[str, Path]]]
     where_from: str
+    annotation_folders: tuple[str, ...] = ("",)
 
     @property
     def answered(self) -> tuple[str, ...]:
@@ -58,9 +75,15 @@ class Reader:
         refuse(root, problems, f" of split {split!r}")
         return triplets, Gallery.of(paths)
 
+    def annotation(self, root: str | Path, file: str) -> Path:
+        """The path of one of `files`: where it is found, else where it belongs."""
+        places = [Path(root, folder, file) for folder in self.annotation_folders]
+        return next((place for place in places if place.is_file()), places[0])
+
     def image_folder(self, root: str | Path, split: str) -> str:
-        """Where the images of a split belong."""
-        return str(Path(root, self.images(split)))
+        """Where the images of a split are, else where they belong."""
+        places = [Path(root, folder) for folder in self.images(split)]
+        return str(next((place for place in places if place.is_dir()), places[0]))
 
     def sources(self, root: str | Path) -> str:
         """What to fetch, from where, and where it belongs."""
