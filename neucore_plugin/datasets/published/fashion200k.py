@@ -4,9 +4,11 @@ root/labels/{category}_{train,test}_detect_all.txt  "path <tab> detection score 
 root/test_queries.txt                               "source target" a line
 root/women/{category}/{caption}/{id}/{file}.jpeg    the pictures
 
-A hit is any gallery image whose caption equals the target's. The text is "replace X with Y", X and Y the first words in
-which the captions differ. Training pairs are not published: each train image that has a caption one word apart is
-paired once with a drawn image of a drawn such caption, from a fixed seed (other code draws anew at every step).
+A caption is the description with its marks spelt out, in the letters it is written in. A hit is any gallery image whose
+caption equals the target's. The text is that of TIRG: "replace X with Y", X the first word of the source that the
+target lacks, Y the other way round; where a caption holds no such word, its last one. Training pairs are not published:
+each train image that has a caption one word apart is paired once with a drawn image of a drawn such caption, from a
+fixed seed (other code draws anew at every step).
 """
 
 import random
@@ -34,20 +36,19 @@ def _parse(root: Path, split: str, problems: list[str]) -> tuple[list[Triplet], 
 
 
 def clean(description: str) -> str:
-    """A description as the queries count it: lower case, one blank between words, marks spelt out."""
-    return " ".join(description.translate(SPECIAL).lower().split())
+    """A description as the queries count it: marks spelt out, nothing around it."""
+    return description.strip().translate(SPECIAL)
 
 
 def difference(source: str, target: str) -> tuple[str, str]:
-    """The first word of each caption that the other lacks; "" where there is none."""
+    """The first word of each caption that the other lacks; where there is none, its last word."""
     ours, theirs = source.split(), target.split()
-    removed = next((word for word in ours if word not in theirs), "")
-    return removed, next((word for word in theirs if word not in ours), "")
+    removed = next((word for word in ours if word not in theirs), ours[-1])
+    return removed, next((word for word in theirs if word not in ours), theirs[-1])
 
 
 def _text(source: str, target: str) -> str:
-    removed, added = difference(source, target)
-    return f"replace {removed} with {added}".replace("  ", " ").strip()
+    return "replace {} with {}".format(*difference(source, target))
 
 
 def _read_labels(root: Path, split: str, problems: list[str]) -> dict[str, str]:
@@ -118,10 +119,11 @@ FASHION200K = Reader(
     title="Fashion200K",
     credit="Fashion200K (Han et al., ICCV 2017); queries: Vo et al., CVPR 2019",
     files=_files,
-    images=lambda split: "women",
+    images=lambda split: ("women",),
     parse=_parse,
     where_from="""\
 the images and the labels come from the authors, by the links of https://github.com/xthan/fashion-200k
     unpack them so that {root}/women and {root}/labels are there
-test_queries.txt comes with https://github.com/google/tirg: put it into {root}""",
+test_queries.txt is not in the repository https://github.com/google/tirg: its README links to
+    https://storage.googleapis.com/image_retrieval_css/test_queries.txt: put it into {root}""",
 )

@@ -57,11 +57,12 @@ SHOES = Reader(
     title="Shoes",
     credit="Captions: Shoes (Guo et al., NeurIPS 2018). Pictures: Attribute Discovery (Berg et al., ECCV 2010)",
     files=lambda split: (CAPTIONS, LISTS[split]),
-    images=lambda split: "womens_*",
+    images=lambda split: ("womens_*",),
     parse=_parse,
     where_from="""\
 the captions and the two name lists come with
     https://github.com/XiaoxiaoGuo/fashion-retrieval (folder dataset): put the three files into {root}
 the images are the Attribute Discovery data set of Tamara Berg
-    http://tamaraberg.com/attributesDataset/index.html: unpack its folders womens_* anywhere below {root}""",
+    http://tamaraberg.com/attributesDataset/index.html, an address that is reported dead; READMEs of later work,
+    such as AMC (Zhu et al., 2023), link to copies. Unpack the folders womens_* anywhere below {root}""",
 )
