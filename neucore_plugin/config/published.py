@@ -33,7 +33,10 @@ class Protocol:
     remove_reference: whether a query's reference takes no place in its ranking.
     text: of a pair with several captions: "concat" = one query "a and b"; "both_orders" = two queries, "a and b" and
         "b and a"; "separate" = each caption a query.
+    strip: letters taken off both ends of each caption, before captions are joined.
     soft: R@K is the largest weight (`Triplet.soft`) among the top K, 0 where none of them has a positive one.
+    subset_top: with soft, R_subset@K counts the group members alone that stand in the top `subset_top` of the whole
+        gallery; None = all.
     precision_at: mAP@K over all right answers; R@K then counts the target alone.
     select: the metrics whose mean selects the best checkpoint; () = R@1 and R@10, in groups R@5 and R_subset@1.
     """
@@ -43,7 +46,9 @@ class Protocol:
     gallery: str = "full"
     remove_reference: bool = True
     text: str = "concat"
+    strip: str = ""
     soft: bool = False
+    subset_top: int | None = None
     precision_at: tuple[int, ...] = ()
     select: tuple[str, ...] = ()
 
@@ -52,8 +57,11 @@ class Protocol:
         """One line for logs and result files."""
         what = "the split's own list" if self.gallery == "full" else "references and targets of the split's queries"
         parts = [f"gallery: {what}", f"reference {'removed' if self.remove_reference else 'kept'}"]
-        parts += [f"text: {self.text}"] if self.name in PRESETS["fashioniq"] else []
+        stripped = f", without {self.strip!r} at the ends of a caption" if self.strip else ""
+        parts += [f"text: {self.text}{stripped}"] if self.name in PRESETS["fashioniq"] else []
         parts += ["R@K: largest target_soft weight among the top K"] if self.soft else []
+        within = f"those in the global top {self.subset_top}" if self.subset_top else "all five others"
+        parts += [f"R_subset@K: the same of the group's members, {within}"] if self.soft else []
         parts += ["mAP@K over all right answers, R@K on the target alone"] if self.precision_at else []
         return "; ".join([*parts, self.source] if self.source else parts)
 
@@ -69,11 +77,12 @@ _RECALLS = {"select": ("R@1", "R@10", "R@50")}
 PRESETS = {  # the first of a data set is its default
     "cirr": _table(
         Protocol("hard", "a hit is target_hard, as in CLIP4Cir", **_CIRR),
-        Protocol("soft", "as in ARTEMIS and CIRPLANT", soft=True, **_CIRR),
+        Protocol("soft", "as in CIRPLANT", soft=True, **_CIRR),
+        Protocol("soft_top50", "as in ARTEMIS and NEUCORE", soft=True, subset_top=50, **_CIRR),
     ),
     "fashioniq": _table(
         Protocol("neucore", "as in ARTEMIS", text="both_orders", **_FASHION),
-        Protocol("clip4cir", "as in SPRC and SEARLE", remove_reference=False, **_FASHION),
+        Protocol("clip4cir", "as in CLIP4Cir and SPRC", remove_reference=False, strip=".?, ", **_FASHION),
         Protocol("covr", "as in CoVR", **_FASHION),
         Protocol("val", "as in VAL", gallery="union", text="separate", **_FASHION),
         Protocol("tgcir", "as in TG-CIR", gallery="union", **_FASHION),

@@ -11,22 +11,29 @@ from neucore_plugin.datasets.triplets import Triplet
 def queries(protocol: Protocol, triplets: Sequence[Triplet], train: bool = False, joiner: str = "and") -> list[Triplet]:
     """The triplets with the texts that a protocol asks. Training never takes captions apart.
 
-    joiner: the word between two captions of a pair, which readers join by "and".
+    joiner: what stands between two captions of a pair: "and", left out beside an empty caption; or a mark, which stays.
+    A pair with an empty caption is a pair: both orders of it are asked.
     """
     text = "concat" if train and protocol.text == "separate" else protocol.text
     asked = []
     for triplet in triplets:
-        captions = [caption for caption in triplet.captions if caption.strip()]
-        if len(triplet.captions) < 2 or (text == "concat" and joiner == "and"):
+        captions = [caption.strip(protocol.strip) for caption in triplet.captions]
+        if not captions:
             asked.append(triplet)
-        elif text == "concat":
-            asked.append(replace(triplet, caption=f" {joiner} ".join(captions)))
+        elif len(captions) == 1 or text == "concat":
+            asked.append(replace(triplet, caption=_joined(captions, joiner)))
         elif text == "both_orders":
-            joined = (f" {joiner} ".join(order) for order in (captions, captions[::-1]))
-            asked += [_asked(triplet, caption, tag) for caption, tag in zip(joined, "ab", strict=True)]
+            orders = zip((captions, captions[::-1]), "ab", strict=True)
+            asked += [_asked(triplet, _joined(order, joiner), tag) for order, tag in orders]
         else:
-            asked += [_asked(triplet, caption, str(place)) for place, caption in enumerate(captions or [""])]
+            told = [caption for caption in captions if caption.strip()] or [""]
+            asked += [_asked(triplet, caption, str(place)) for place, caption in enumerate(told)]
     return asked
+
+
+def _joined(captions: Sequence[str], joiner: str) -> str:
+    kept = captions if joiner != "and" else [caption for caption in captions if caption.strip()]
+    return f" {joiner} ".join(kept)
 
 
 def _asked(triplet: Triplet, caption: str, tag: str) -> Triplet:

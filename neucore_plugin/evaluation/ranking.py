@@ -90,7 +90,10 @@ class Evaluated:
         ranks = [query.rank for query in found]
         if protocol.soft:
             values = soft_recall_at([[(rank, weight) for rank, _, weight in query.soft] for query in found])
-            in_group = [[(rank, weight) for _, rank, weight in query.soft] for query in found]
+            in_group = [
+                [(place, weight) for rank, place, weight in query.soft if rank <= (protocol.subset_top or rank)]
+                for query in found
+            ]
             values |= soft_recall_at(in_group, SUBSET_AT, "R_subset") if grouped else {}
         else:
             values = recall_at(ranks)

@@ -1,6 +1,7 @@
 """Protocols: what each preset asks and counts, against slow definitions that sort names."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,10 +84,35 @@ def test_a_mark_between_two_captions():
     assert [t.caption for t in queries(separate, [PAIR], True, "<and>")] == ["is red <and> has dots"]
 
 
-def test_an_empty_caption_still_counts_as_one_pair():
-    pair = Triplet("p", "image-00", "is red", ("image-01",), captions=("is red", ""))
-    assert [t.caption for t in queries(Protocol("x", text="both_orders"), [pair])] == ["is red", "is red"]
+@pytest.mark.parametrize("captions", [("is red", ""), ("", "is red"), (" ", "is red")])
+def test_an_empty_caption_still_counts_as_one_pair(captions):
+    pair = Triplet("p", "image-00", "is red", ("image-01",), captions=captions)
+    asked = queries(Protocol("x", text="both_orders"), [pair])
+    assert [(t.query_id, t.caption) for t in asked] == [("p/a", "is red"), ("p/b", "is red")]
     assert [t.caption for t in queries(Protocol("x", text="separate"), [pair])] == ["is red"]
+    assert [t.caption for t in queries(Protocol("x"), [pair])] == ["is red"]
+    first, second = (t.caption.split() for t in queries(Protocol("x", text="both_orders"), [pair], joiner="<and>"))
+    assert [first, second][:: 1 if captions[0].strip() else -1] == [["is", "red", "<and>"], ["<and>", "is", "red"]]
+    blank = Triplet("b", "image-00", "", ("image-01",), captions=("", ""))
+    assert [t.caption for t in queries(Protocol("x", text="both_orders"), [blank])] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("captions", "text"),
+    [
+        (("is a tan shirt.", "has dots ?"), "is a tan shirt and has dots"),
+        (("..., is red, blue and green?.", "v-neck, 3.5 in."), "is red, blue and green and v-neck, 3.5 in"),
+        (("Darker and not as shiny", "."), "Darker and not as shiny"),  # nothing is left of the second
+        (("is red.",), "is red"),
+        (("! is red!", "(a.)"), "! is red! and (a.)"),  # only those marks
+    ],
+)
+def test_clip4cir_strips_each_caption(captions, text):
+    pair = Triplet("p", "image-00", " and ".join(captions), ("image-01",), captions=captions)
+    for train in (False, True):
+        assert [t.caption for t in queries(PRESETS["fashioniq"]["clip4cir"], [pair], train)] == [text]
+    for name in ("neucore", "covr", "tgcir"):  # the others leave captions as they are
+        assert queries(PRESETS["fashioniq"][name], [pair])[0].caption == " and ".join(captions)
 
 
 @pytest.mark.parametrize("name", [*PRESETS["fashioniq"], "standard"])
@@ -107,18 +133,22 @@ def test_ranks_of_every_preset_by_sorting_names(name, seed):
         assert (found[number].subset_rank, found[number].soft, found[number].best) == (None, (), ())
 
 
+@pytest.mark.parametrize("within", [None, 50, 7, 2])
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_soft_recalls_by_looking_at_the_top(seed):
+def test_soft_recalls_by_looking_at_the_top(seed, within):
+    """within: R_subset@K looks at the members among that many images of the whole ranking alone."""
     queries = random_queries(seed)
-    data = dataset(queries, PRESETS["cirr"]["soft"], NAMES[:25])
+    data = dataset(queries, replace(PRESETS["cirr"]["soft"], subset_top=within), NAMES[:25])
     scores = torch.randint(0, 4, (len(queries), 25), generator=torch.Generator().manual_seed(seed)).float()
     values = Evaluated(data, {"neucore": Ranking(data)(scores, range(len(queries)))}).table["neucore"]
     for prefix, ks, in_group in (("R", (1, 5, 10, 50), False), ("R_subset", (1, 2, 3), True)):
         for k in ks:
             total = 0.0
             for number, query in enumerate(queries):
-                names = set(query.members) if in_group else set(NAMES)
-                top = ranked(scores[number], names, query.reference)[:k]
+                top = ranked(scores[number], set(NAMES), query.reference)
+                if in_group:
+                    top = [name for name in top[:within] if name in query.members]
+                top = top[:k]
                 weights = dict(query.soft)
                 total += max(0.0, *(weights.get(name, 0.0) for name in top), 0.0)
             assert values[f"{prefix}@{k}"] == pytest.approx(100 * total / len(queries)), (prefix, k)
@@ -141,6 +171,25 @@ def test_soft_and_hard_by_hand():
     assert found.soft == ((3, 3, 1.0), (4, 4, 0.5))
     assert soft_recall_at([[(3, 1.0), (4, 0.5)]], (1, 2, 3, 4)) == {"R@1": 0, "R@2": 0, "R@3": 100, "R@4": 100}
     assert soft_recall_at([[(2, 0.2)], []], (1, 2)) == {"R@1": 0, "R@2": pytest.approx(10)}
+
+
+def test_soft_top50_leaves_out_members_behind_the_top_50():
+    """Sixty images; the group's one good member stands at place 50, then at 51."""
+    names = tuple(f"i{number}" for number in range(62))
+    store = ImageStore({name: Path(name) for name in names}, str)
+    gallery = Gallery(names, tuple(Path(name) for name in names))
+    members = ("i0", "i50", "i51", "i57", "i58", "i59")
+    values = {}
+    for target, place in (("i50", 50), ("i51", 51)):
+        query = Triplet("1", "i0", "t", (target,), "", members, ((target, 1.0),))
+        scores = -torch.arange(62.0)[None]
+        for name in ("soft", "soft_top50"):
+            data = TripletDataset("cirr", "val", [query], gallery, store, protocol=PRESETS["cirr"][name])
+            found = Evaluated(data, {"neucore": Ranking(data)(scores, [0])}).metrics()
+            assert found["R@50"] == (100.0 if place == 50 else 0.0)
+            values[name, place] = found["R_subset@1"], found["R_subset@2"], found["agg_metrics"]
+    assert values["soft", 50] == values["soft_top50", 50] == (100.0, 100.0, 50.0)
+    assert values["soft", 51] == (0.0, 100.0, 0.0) and values["soft_top50", 51] == (0.0, 0.0, 0.0)
 
 
 def test_ranks_of_given_images_leave_out_who_is_no_member():

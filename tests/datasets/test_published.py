@@ -49,20 +49,23 @@ def numbers(folder: Path) -> dict:
 def trained_on_cirr(cirr_root, cache_root, tmp_path_factory) -> tuple[Path, Path]:
     """The yaml of a run that was trained and tested with two protocols, and its best checkpoint."""
     folder = tmp_path_factory.mktemp("cirr")
-    path = configure(folder, cache_root, "cirr", cirr_root, ["hard", "soft"], ["val"], ["val"])
+    path = configure(folder, cache_root, "cirr", cirr_root, ["hard", "soft", "soft_top50"], ["val"], ["val"])
     launch.run(path)
     return path, next((folder / "output").rglob("checkpoint_best.pth"))
 
 
-def test_cirr_with_two_protocols_and_evaluated_again(trained_on_cirr, tmp_path):
+def test_cirr_with_several_protocols_and_evaluated_again(trained_on_cirr, tmp_path):
     path, best = trained_on_cirr
     results = numbers(path.parent / "output")
-    assert list(results) == ["val", "val@soft"]
+    assert list(results) == ["val", "val@soft", "val@soft_top50"]
     assert results["val"]["neucore"]["protocol"] == "hard" and results["val@soft"]["neucore"]["protocol"] == "soft"
     assert results["val"]["neucore"]["queries"] == 12 and "R_subset@1" in results["val@soft"]["text_only"]
     stored = json.loads((best.parent / "evaluation.json").read_text())["protocols"]
     soft = "gallery: the split's own list; reference removed; R@K: largest target_soft"
     assert stored["val"]["name"] == "hard" and stored["val@soft"]["summary"].startswith(soft)
+    assert results["val@soft_top50"]["neucore"]["protocol"] == stored["val@soft_top50"]["name"] == "soft_top50"
+    assert "those in the global top 50; as in ARTEMIS and NEUCORE" in stored["val@soft_top50"]["summary"]
+    assert "all five others; as in CIRPLANT" in stored["val@soft"]["summary"]
     # the same again by the command, from the checkpoint, with the presets named there: no train image is needed
     arguments = ["--protocol", "soft", "hard", "--options", f"run.output_dir={tmp_path / 'again'}"]
     assert cli.main(["evaluate", "--cfg-path", str(path), "--checkpoint", str(best), *arguments]) == 0

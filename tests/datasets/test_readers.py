@@ -9,7 +9,8 @@ from places import REAL, needs_real
 from published_case import edit, put
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.config.published import FASHIONIQ_CATEGORIES
+from neucore_plugin.config.published import FASHIONIQ_CATEGORIES, PRESETS
+from neucore_plugin.datasets.protocols import queries
 from neucore_plugin.datasets.published import fashion200k
 from neucore_plugin.datasets.published.circo import CIRCO, IMAGES
 from neucore_plugin.datasets.published.fashion200k import FASHION200K
@@ -42,7 +43,7 @@ def fashion(tmp_path) -> Path:
 def test_fashioniq_captions_and_galleries(fashion):
     triplets, gallery = FASHIONIQ.read(fashion, "val_shirt")
     assert [t.caption for t in triplets] == ["is  red and has dots", "is longer", ""]
-    assert [t.captions for t in triplets] == [("is  red", "has dots"), ("is longer",), ()]
+    assert [t.captions for t in triplets] == [("is  red", "has dots"), ("", "is longer"), ("", "")]
     first = triplets[0]
     assert (first.query_id, first.reference, first.targets, first.change) == ("shirt-val-0", "B1", ("B2",), "shirt")
     assert gallery.ids == ("B1", "B2", "s9")  # the list's order, nothing twice
@@ -90,22 +91,29 @@ def test_fashioniq_image_names_are_names(fashion, name):
 
 @needs_real("fashioniq")
 @pytest.mark.parametrize(
-    ("split", "pairs", "images"),
+    ("split", "pairs", "images", "changed_texts"),
     [
-        ("train_dress", 5985, 11452),
-        ("val_dress", 2017, 3817),
-        ("test_dress", 2024, 3818),
-        ("train_toptee", 6027, 16121),
-        ("val_toptee", 1961, 5373),
-        ("test_toptee", 2056, 5374),
+        ("train_dress", 5985, 11452, 752),
+        ("val_dress", 2017, 3817, 264),
+        ("test_dress", 2024, 3818, 256),
+        ("train_toptee", 6027, 16121, 1284),
+        ("val_toptee", 1961, 5373, 430),
+        ("test_toptee", 2056, 5374, 447),
     ],
 )
-def test_fashioniq_counts(split, pairs, images):
+def test_fashioniq_counts(split, pairs, images, changed_texts):
+    """changed_texts: that the marks of preset clip4cir change."""
     triplets, gallery = FASHIONIQ.read(REAL / "fashioniq", split)
     assert (len(triplets), len(gallery.ids)) == (pairs, images)
     if split.startswith("val"):
         union = {name for t in triplets for name in (t.reference, *t.targets)}
         assert len(union) == {"val_dress": 2628, "val_toptee": 2902}[split]
+    # every pair in both orders, those with an empty caption (2 of val_toptee, 12 of train_toptee) as well
+    assert len(queries(PRESETS["fashioniq"]["neucore"], triplets)) == 2 * pairs
+    stripped = queries(PRESETS["fashioniq"]["clip4cir"], triplets)
+    changed = sum(t.caption != plain.caption for t, plain in zip(stripped, triplets, strict=True))
+    assert changed == changed_texts
+    assert not any(text[:1] in ".?," or text[-1:] in ".?," for text in (t.caption for t in stripped))
 
 
 # ---- Shoes -----------------------------------------------------------------------------------------------------------
@@ -181,11 +189,26 @@ def test_fashion200k_captions_texts_and_answers(fashion200k_root):
     triplets, gallery = FASHION200K.read(fashion200k_root, "test")
     assert len(gallery.ids) == 5
     assert [(t.caption, t.targets) for t in triplets] == [
-        ("replace black with white", ("women/dress/b/2.jpeg", "women/skirt/c/3.jpeg")),  # every image of that caption
-        ("replace white with black", ("women/dress/a/1.jpeg",)),
+        ("replace Black with white", ("women/dress/b/2.jpeg", "women/skirt/c/3.jpeg")),  # every image of that caption
+        ("replace white with Black", ("women/dress/a/1.jpeg",)),
     ]
-    assert fashion200k.clean("A.B & c*?") == "adotmarkb andmark cstarmarkquestionmark"
-    assert fashion200k.difference("long red coat", "red coat") == ("long", "")
+    assert fashion200k.clean(" A.B & c*?\r") == "AdotmarkB andmark cstarmarkquestionmark"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        ("black lace dress", "white lace dress", ("black", "white")),
+        ("long red coat", "red coat", ("long", "coat")),  # none that the source lacks: the last word
+        ("red coat", "red coat belt", ("coat", "belt")),
+        ("a b c", "d b e", ("a", "d")),  # several: the first
+        ("Red coat", "red coat", ("Red", "red")),  # in the letters they are written in
+        ("coat", "coat", ("coat", "coat")),
+        ("red  red coat", "red coat", ("coat", "coat")),
+    ],
+)
+def test_fashion200k_words_are_those_of_tirg(source, target, words):
+    assert fashion200k.difference(source, target) == words
 
 
 def test_fashion200k_training_pairs_are_one_word_apart(fashion200k_root, tmp_path):

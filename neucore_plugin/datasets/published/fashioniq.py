@@ -88,10 +88,11 @@ def _read_pairs(root: Path, part: str, category: str, known: Container[str], pro
     triplets = []
     entries = read_json(root / file, list, FASHIONIQ.title)
     for index, entry in good_entries(entries, file, partial(_faults, keys=keys, known=known), problems):
-        captions = tuple(text for text in map(str.strip, entry["captions"]) if text)
+        captions = tuple(map(str.strip, entry["captions"]))  # an empty one stays: protocols count pairs
         reference, *targets = (entry[key] for key in keys)
         query = f"{category}-{part}-{index}"
-        triplets.append(Triplet(query, reference, " and ".join(captions), tuple(targets), category, captions=captions))
+        caption = " and ".join(filter(None, captions))
+        triplets.append(Triplet(query, reference, caption, tuple(targets), category, captions=captions))
     return triplets
 
 
@@ -112,13 +113,13 @@ FASHIONIQ = Reader(
     title="FashionIQ",
     credit="FashionIQ (Wu et al., CVPR 2021); pictures: their sellers on Amazon",
     files=_files,
-    images=lambda split: "images",
+    images=lambda split: ("images",),
     parse=_parse,
     where_from="""\
 the annotations (captions/ and image_splits/) are in the repository
     https://github.com/XiaoxiaoGuo/fashion-iq: put both folders below {root}
 the images are named by the lists of URLs of
-    https://github.com/hongwang600/fashion-iq-metadata; many can no longer be had
+    https://github.com/hongwang600/fashion-iq-metadata; 74,381 of 77,684 could still be had when this was written
     put them into {root}/images, as ASIN.jpg or ASIN.png, with or without a folder a category
 (then missing=skip evaluates what is there, and says how much that is)""",
 )
