@@ -131,7 +131,7 @@ def cost_in_its_own_process(form: str, root: Path) -> dict[str, float] | None:
     if not Path("/proc/self/status").exists():
         return None
     command = [sys.executable, __file__, "--cost", form, str(root)]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout)
 
 
 def report(root: Path, count: int, rounds: int) -> None:

@@ -136,7 +136,7 @@ def in_its_own_process(batch: int, chunk: int | None, depth: int, path: str, thr
         how = json.dumps([batch, chunk, depth, path, steps])
         command = [sys.executable, "-W", "ignore", __file__, "--measure", how]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **settings}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True)
         return json.loads(done.stdout)
 
     return {**run(STEPS), "bytes": run(1, MALLOC_MMAP_THRESHOLD_="65536")["bytes"]}

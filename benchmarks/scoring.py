@@ -121,7 +121,7 @@ def memory_in_its_own_process(form: str, queries: int, images: int) -> int | Non
         return None
     command = [sys.executable, __file__, "--memory", json.dumps([form, queries, images])]
     settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, env=settings, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=settings, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     return int(done.stdout)
 
 

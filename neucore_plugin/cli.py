@@ -4,6 +4,8 @@ Light: nothing heavy is imported until a command runs.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import time
@@ -35,8 +37,12 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of the commands `neucore` and `python -m neucore_plugin`; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
-    return guarded(lambda: arguments.run(arguments))
+
+    def command() -> Any:
+        arguments = build_parser().parse_args(argv)
+        return arguments.run(arguments)
+
+    return guarded(command)
 
 
 def run_train(argv: Sequence[str] | None = None) -> int:
@@ -56,30 +62,48 @@ def _name(command: ModuleType) -> str:
 def _run_alone(command: ModuleType, argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m lavis.{_name(command)}", description=command.HELP)
     command.add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    return guarded(lambda: command.run(arguments))
+    return guarded(lambda: command.run(parser.parse_args(argv)))
 
 
 def guarded(command: Callable[[], Any]) -> int:
     """Run a command: its exit code (0 where it gives none), 2 after one `error: ...`, 130 after Ctrl-C.
 
-    Of several processes only the first prints a ConfigError; the others would say the same.
+    Of several processes only the first prints a ConfigError; the others would say the same. What the terminal's
+    encoding lacks is printed as its escape.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = command()
+        try:
+            code = command()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a reader that has gone is noticed here, not when the interpreter ends
     except NeucoreError as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _say(f"error: {error}")
         else:
             time.sleep(3)  # torchrun ends all processes when one has ended: the first must get to print
         return 2
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr, flush=True)
+        _say("\nstopped")
         return 130
+    except UnicodeEncodeError as error:  # a name of a config or an annotation file
+        _say(
+            f"error: {error.object[:200]!r} cannot be the name of a file here: the locale's encoding is "
+            f"{error.encoding}. Set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        )
+        return 2
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return code if isinstance(code, int) else 0
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import sha256_text, write_json
+from neucore_plugin.common.files import read_json, sha256_text, write_json
 from neucore_plugin.common.text import clean_caption
 
 FORMAT = "neucore-concepts-1"
@@ -100,12 +100,7 @@ class ConceptVocabulary:
     @classmethod
     def from_json(cls, path: str | Path) -> "ConceptVocabulary":
         """Read what `to_json` wrote. Raises DataError."""
-        try:
-            plain = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"cannot read the concept vocabulary {path} ({error.strerror}): check the path") from error
-        except ValueError as error:
-            raise DataError(f"the concept vocabulary {path} is no JSON ({error}): make it anew") from error
+        plain = read_json(path, remedy="give a concept vocabulary; `neucore vocab` makes one")
         return cls.from_plain(plain, str(path))
 
 
@@ -180,11 +175,23 @@ def cached_concepts(
     path = Path(folder) / f"concepts-{sha256_text(json.dumps([rules, list(texts)]))[:24]}.json"
 
     def extract() -> None:
-        if not path.exists():
+        if not path.is_file() or _kept(path, len(texts)) is None:
             write_json(path, [list(concepts) for concepts in extractor(texts, progress=True)], indent=None)
 
     extract() if once is None else once(extract)
-    return {text: tuple(found) for text, found in zip(texts, json.loads(path.read_text()), strict=True)}
+    if (found := _kept(path, len(texts))) is None:
+        raise DataError(f"{path}: damaged while it was written; delete it: it is made anew")
+    return dict(zip(texts, found, strict=True))
+
+
+def _kept(path: Path, count: int) -> list[tuple[str, ...]] | None:
+    """The concepts of `count` texts that a file holds; None where it is damaged."""
+    try:
+        found = read_json(path, list)
+        whole = len(found) == count and all(isinstance(word, str) for concepts in found for word in concepts)
+    except (DataError, TypeError):
+        return None
+    return [tuple(concepts) for concepts in found] if whole else None
 
 
 @lru_cache(maxsize=2)

@@ -54,7 +54,7 @@ def altered(**changes) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "no valid JSON"),
         ("[1]", "is not of the form .*found 'list'"),
         (altered(format="other-1"), "is not of the form 'neucore-concepts-1' .*found 'other-1'"),
         (altered(words="red"), 'has no list "words"'),
@@ -75,7 +75,7 @@ def test_bad_vocabulary_files_are_named(tmp_path, text, message):
 
 
 def test_bad_vocabulary_arguments(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read the concept vocabulary .*none\.json"):
+    with pytest.raises(DataError, match=r"none\.json: cannot be read .*concept vocabulary"):
         ConceptVocabulary.from_json(tmp_path / "none.json")
 
 

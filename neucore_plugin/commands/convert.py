@@ -1,10 +1,10 @@
 """neucore convert: a checkpoint of the authors' released code becomes one of ours."""
 
 import argparse
-import json
 from pathlib import Path
 
 from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.common.files import read_json
 
 HELP = "turn a checkpoint of the authors' released code into one of ours"
 
@@ -36,11 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Convert and say what was not used. Raises NeucoreError."""
     settings = None
     if arguments.settings:
-        try:
-            settings = json.loads(arguments.settings.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--settings {arguments.settings}: no readable JSON ({error})") from error
-        settings = settings.get("opt", settings) if isinstance(settings, dict) else None
+        settings = read_json(arguments.settings, dict, "give the authors' settings as --settings")
+        settings = settings.get("opt", settings)
         if not isinstance(settings, dict):
             raise ConfigError(f"--settings {arguments.settings}: expected an object of names and values")
     from neucore_plugin import register

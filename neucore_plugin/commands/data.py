@@ -1,10 +1,10 @@
 """neucore data emoji | check: make the embedded data set, or see whether a published one is in place."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from neucore_plugin.commands import print_json
 from neucore_plugin.config.published import PUBLISHED
 
 HELP = "prepare the emoji data set, or check a published one"
@@ -36,7 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
     from neucore_plugin.datasets.published.catalogue import check
 
     report = check(arguments.name, arguments.root)
-    print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else "\n".join(_lines(report)))
+    if arguments.json:
+        print_json(report)
+    else:
+        print("\n".join(_lines(report)))
     return 0 if report["complete"] else 1
 
 

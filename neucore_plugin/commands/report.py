@@ -1,11 +1,11 @@
 """neucore report: the result table of a run, also as a page or a chart."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.files import read_json
 
 HELP = "print the result table of a run, or write it as a page"
 
@@ -26,15 +26,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError(
             f"{arguments.folder}: neither evaluation.json nor results.json is there; `neucore evaluate` writes them"
         )
-    try:
-        content = json.loads(found.read_text(encoding="utf-8"))
-        content = content if "results" in content else {"results": content}
-        results, per_change = content.pop("results"), content.pop("per_change", None)
-        from neucore_plugin.report import table_lines
+    content = read_json(found, dict, "it is no result file: evaluate again")
+    content = content if "results" in content else {"results": content}
+    results, per_change = content.pop("results"), content.pop("per_change", None)
+    from neucore_plugin.report import check_results, table_lines
 
-        print("\n".join(table_lines(results)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{found}: is no result file ({type(error).__name__}: {error}); evaluate again") from error
+    check_results(results, found)
+    check_results(per_change or {}, found)
+    print("\n".join(table_lines(results)))
     if arguments.svg:
         from neucore_plugin.common.files import atomic_write
         from neucore_plugin.report import results_chart_svg

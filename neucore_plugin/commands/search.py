@@ -2,13 +2,13 @@
 
 import argparse
 import importlib
-import json
 import logging
 import sys
 from pathlib import Path
 
-from neucore_plugin.commands import positive
+from neucore_plugin.commands import positive, print_json
 from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.common.text import visible
 
 HELP = "search a folder of images with a picture and a sentence"
 
@@ -57,14 +57,14 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         log.setLevel(level)
     for failure in index.failures:
-        print(f"left out {failure.name}: {failure.reason}", file=sys.stderr)
+        print(visible(f"left out {failure.name}: {failure.reason}"), file=sys.stderr)
     hits = index.search(arguments.image, arguments.text, k=min(arguments.k, max(1, len(index) - 1)))
     if arguments.json:
         rows = [{"rank": hit.rank, "name": hit.name, "score": hit.score, "path": str(hit.path)} for hit in hits]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print_json(rows)
     else:
         for hit in hits:
-            print(f"{hit.rank:3d}  {hit.score:8.4f}  {hit.name}")
+            print(f"{hit.rank:3d}  {hit.score:8.4f}  {visible(hit.name)}")
     if arguments.html:
         reference = index.reference(arguments.image)[0] if arguments.image is not None else None
         search_page(arguments.html, reference, arguments.text, hits)

@@ -1,10 +1,10 @@
 """neucore vocab: the concept vocabulary of a data set, with counts."""
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 
+from neucore_plugin.commands import print_json
 from neucore_plugin.common.errors import ConfigError, nearest
 from neucore_plugin.common.files import features_dir
 from neucore_plugin.config.published import PUBLISHED, SPLITS
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         vocabulary.to_json(arguments.out)
         report["written"] = str(arguments.out)
     if arguments.json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json(report)
         return
     print(f"{report['captions']:,} captions, {report['empty_captions']:,} of them empty; ", end="")
     print(f"{report['captions_without_concept']:,} hold no concept ({', '.join(extractor.pos)})")

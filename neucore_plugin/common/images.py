@@ -39,13 +39,13 @@ def load_image(source: Picture, *, plain: bool = False) -> Image.Image:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is no image that Pillow can read: replace it, or remove its queries") from error
+        raise ImageError(f"{name} is no image that Pillow can read: replace it, or remove it") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, f"more than {Image.MAX_IMAGE_PIXELS:,}") from error
     except MemoryError as error:
         raise ImageError(f"{name} does not fit into memory: shrink it") from error
     except Exception as error:  # each decoder reports damage in its own way (OSError, SyntaxError, zlib.error, ...)
-        raise ImageError(f"{name} is truncated or damaged ({error}): fetch it again, or remove its queries") from error
+        raise ImageError(f"{name} is truncated or damaged ({error}): fetch it again, or remove it") from error
 
 
 def load_for(processor: Any, source: Picture) -> Image.Image:

@@ -93,8 +93,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         content = OmegaConf.load(path)
         content = OmegaConf.to_container(content, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
+        reason = " ".join(str(error).split())[:500]
         raise ConfigError(f"config file {path} cannot be read: {reason}") from error
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"config file {path} must be a mapping with the keys {', '.join(SECTIONS[:3])}")

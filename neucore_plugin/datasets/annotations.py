@@ -1,10 +1,10 @@
 """Reading annotation files: one clear error for a file, all problems of its entries in one message. No host."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from neucore_plugin.common import files
 from neucore_plugin.common.errors import DataError, first_few
 
 SHOWN = 10  # problems of one message
@@ -12,28 +12,16 @@ SHOWN = 10  # problems of one message
 
 def read_json(path: Path, kind: type, title: str) -> Any:
     """The JSON list or object of a file. DataError where it cannot be read, is no JSON, or holds something else."""
-    try:
-        value = json.loads(_read(path, title))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: no valid JSON ({error}); fetch it again") from None
-    if not isinstance(value, kind):
-        what = {dict: "object", list: "list"}[kind]
-        raise DataError(f"{path}: expected a JSON {what}, given {type(value).__name__}")
-    return value
+    return files.read_json(path, kind, _remedy(title))
 
 
 def read_lines(path: Path, title: str) -> list[str]:
     """The lines of a text file that are not blank, without their ends. Raises DataError."""
-    return [line.rstrip("\r") for line in _read(path, title).split("\n") if line.strip()]
+    return [line for line in files.read_text(path, _remedy(title)).split("\n") if line.strip()]
 
 
-def _read(path: Path, title: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); it comes with {title}'s annotations") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: no text in UTF-8 ({error}); fetch it again") from None
+def _remedy(title: str) -> str:
+    return f"mend it, or fetch it again: it belongs to {title}"
 
 
 def good_entries(

@@ -20,7 +20,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import sha256_file, sha256_text, write_json
+from neucore_plugin.common.files import read_json, sha256_file, sha256_text, write_json
 
 FORMAT = 1
 _FILES = ("tokens.f16", "pooled.f16", "counts.i32")
@@ -33,8 +33,11 @@ class FeatureCache:
     """Ragged token features [n_i, D] and one pooled vector [P] an item, as float16 on disk; read by item name."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        self.folder, self.width, self.pooled_width = folder, manifest["width"], manifest["pooled_width"]
+        remedy = f"delete {folder}: it is made anew"
+        manifest = read_json(folder / "manifest.json", dict, remedy)
+        self.folder, self.width, self.pooled_width = folder, manifest.get("width"), manifest.get("pooled_width")
+        if type(self.width) is not int or type(self.pooled_width) is not int:
+            raise DataError(f"{folder / 'manifest.json'}: lacks the widths of the features; {remedy}")
         counts = np.fromfile(folder / "counts.i32", dtype=np.int32)
         rows = int(counts.sum())
         sizes = (rows * self.width * 2, len(names) * self.pooled_width * 2, len(names) * 4)
@@ -106,9 +109,13 @@ def build_cache(
 
 def _fill(folder: Path, identity: dict, kind: str, names: Sequence[str], encode: Encode, batch_size: int) -> None:
     record = folder / "progress.json"
-    state = json.loads(record.read_text()) if record.exists() else None
-    if state is None or any(_size(folder / name) < size for name, size in state["sizes"].items()):
-        # nothing was recorded, or a file lost its end: begin (again)
+    try:
+        state = read_json(record, dict)
+        lost = any(_size(folder / name) < state["sizes"][name] for name in _FILES)
+        lost = lost or not all(isinstance(state[key], int) for key in ("items", "width", "pooled_width"))
+    except (DataError, KeyError, TypeError):  # nothing was recorded, or not by us
+        lost = True
+    if lost:  # begin (again)
         state = {"items": 0, "sizes": dict.fromkeys(_FILES, 0), "width": 0, "pooled_width": 0}
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "ab")) for name in _FILES}

@@ -1,7 +1,5 @@
 """What an evaluation leaves behind: the table on the log, results.json, evaluation.json, report.html."""
 
-import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,11 +8,11 @@ from typing import Any
 
 import torch
 
-from neucore_plugin.common.files import atomic_write, write_json
+from neucore_plugin.common.files import atomic_write, read_json, sha256_text, write_json
 from neucore_plugin.common.images import load_for
 from neucore_plugin.config.published import STANDARD
 from neucore_plugin.evaluation.ranking import Evaluated
-from neucore_plugin.report import table_lines, write_report
+from neucore_plugin.report import check_results, table_lines, write_report
 from neucore_plugin.report.charts import row_label
 
 EXAMPLES = 4  # queries shown a split
@@ -104,7 +102,9 @@ def show_finished(run_folder: str | Path, shared_folder: str | Path) -> None:
     for name in ("results.json", "report.html"):
         if (Path(run_folder) / name).is_file():
             _copy(Path(run_folder) / name, Path(shared_folder))
-    results = json.loads((Path(run_folder) / "results.json").read_text(encoding="utf-8"))
+    stored = Path(run_folder) / "results.json"
+    results = read_json(stored, dict, "evaluate again")
+    check_results(results, stored)
     logging.info("\n".join(["results, percent", *table_lines(results), f"page: {Path(shared_folder) / 'report.html'}"]))
 
 
@@ -117,7 +117,7 @@ def _copy(path: Path, folder: Path) -> Path:
 def _examples(found: Evaluated, model: Any) -> list[dict[str, Any]]:
     """A few queries of a split, chosen by a hash of their names, with concept maps."""
     triplets = found.dataset.triplets
-    order = sorted(range(len(triplets)), key=lambda n: hashlib.sha256(triplets[n].query_id.encode()).digest())
+    order = sorted(range(len(triplets)), key=lambda n: sha256_text(triplets[n].query_id))
     return [_example(found, index, model) for index in order[:EXAMPLES]]
 
 

@@ -1,7 +1,6 @@
 """An authors' checkpoint and its vocabulary -> a checkpoint of ours that needs nothing else."""
 
 import argparse
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neucore_plugin.common.errors import CheckpointError, ConfigError, DataError
+from neucore_plugin.common.files import read_json
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
 from neucore_plugin.config.loading import model_defaults
 from neucore_plugin.models.backbones import build_backbone
@@ -150,17 +150,14 @@ def captions_of(paths: Iterable[str | Path]) -> list[str]:
     """All relative captions of annotation files, in order: CIRR's, FashionIQ's, Shoes', or a list of texts."""
     found: list[str] = []
     for path in map(Path, paths):
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read the captions {path}: {error}") from error
         before = len(found)
-        for entry in entries if isinstance(entries, list) else ():
+        for entry in read_json(path, list, "give annotation files with captions"):
             if isinstance(entry, str):
                 found.append(entry)
             elif isinstance(entry, dict):
                 texts = entry.get("captions", entry.get("caption", entry.get("RelativeCaption", ())))
-                found += [text for text in ([texts] if isinstance(texts, str) else texts) if isinstance(text, str)]
+                texts = texts if isinstance(texts, list) else [texts]
+                found += [text for text in texts if isinstance(text, str)]
         if len(found) == before:
             raise DataError(
                 f"{path} holds no caption: a list of objects with `caption`, `captions` or `RelativeCaption` is wanted"

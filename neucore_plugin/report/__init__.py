@@ -6,7 +6,13 @@ Names are imported on first use, so that importing this package costs neither to
 from importlib import import_module
 from typing import Any
 
-_HOME = {"results_chart_svg": "charts", "search_page": "page", "table_lines": "table", "write_report": "page"}
+_HOME = {
+    "check_results": "table",
+    "results_chart_svg": "charts",
+    "search_page": "page",
+    "table_lines": "table",
+    "write_report": "page",
+}
 
 __all__ = sorted(_HOME)
 

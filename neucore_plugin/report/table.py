@@ -1,8 +1,10 @@
 """The result table: its columns, and the table as text."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from neucore_plugin.common.errors import DataError
 
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]  # {split: {row: {"R@1": percent, "median_rank", ...}}}
 
@@ -14,6 +16,23 @@ def metric_columns(results: Results) -> list[str]:
     names = {name for rows in results.values() for values in rows.values() for name in values}
     metrics = [match for name in names if (match := re.fullmatch(rf"({'|'.join(_KINDS)})@(\d+)", name))]
     return [match[0] for match in sorted(metrics, key=lambda match: (_KINDS.index(match[1]), int(match[2])))]
+
+
+def check_results(results: Any, source: Any) -> None:
+    """DataError that names the file, the split and the row, where something is no table as `Results`."""
+    for split, rows in _items(results, source, "its results"):
+        for row, values in _items(rows, source, f"split {split!r}"):
+            place = f"split {split!r}, row {row!r}"
+            found = dict(_items(values, source, place))
+            numbers = [found.get("median_rank"), *(found[name] for name in metric_columns({split: {row: found}}))]
+            if not all(isinstance(number, int | float) for number in numbers) or type(found.get("queries")) is not int:
+                raise DataError(f"{source}: is no result file: {place} lacks its numbers; evaluate again")
+
+
+def _items(value: Any, source: Any, place: str) -> Iterable[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        raise DataError(f"{source}: is no result file: {place} must be a JSON object; evaluate again")
+    return value.items()
 
 
 def table_lines(results: Results) -> list[str]:

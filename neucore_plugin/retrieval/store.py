@@ -4,7 +4,6 @@ Every save uses a new generation number in the file names and the manifest names
 index stays whole until the new manifest replaces its own. Arrays are opened with allow_pickle=False and memory-mapped.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ import torch
 from torch import Tensor
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import atomic_write, sha256_file, write_json
+from neucore_plugin.common.files import atomic_write, read_json, sha256_file, write_json
 
 FORMAT = "neucore-index-1"
 MANIFEST = "manifest.json"
 DTYPES = (torch.float32, torch.float16)
 
+_FAILURE = ("name", "path", "reason")
 _REMEDY = "build the index again (GalleryIndex.build, then save)"
 
 
@@ -82,8 +82,10 @@ def read(folder: str | Path, verify: bool = True) -> Stored:
         if path.stat().st_size != noted["bytes"] or (verify and sha256_file(path) != noted["sha256"]):
             raise DataError(f"index {str(folder)!r}: {name} is not the file that was saved (damaged or cut); {_REMEDY}")
     try:
-        rows = json.loads((folder / manifest["ids"]).read_text(encoding="utf-8"))
+        rows = read_json(folder / manifest["ids"], dict, _REMEDY)
         names, paths, failures = rows["names"], rows["paths"], rows["failures"]
+        if not all(isinstance(text, str) for text in (*names, *paths, *(f[key] for f in failures for key in _FAILURE))):
+            raise TypeError(f"{manifest['ids']} holds something else than names, paths and reasons")
         # copy-on-write: torch wants writable memory, the files stay as they are
         arrays = {
             key: np.load(folder / name, mmap_mode="c", allow_pickle=False)
@@ -105,13 +107,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "has no manifest.json: no index, or its saving was never finished" if folder.is_dir() else "does not exist"
         )
         raise DataError(f"index folder {str(folder)!r} {what}; {_REMEDY}")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{str(path)!r} is not JSON ({error}); {_REMEDY}") from error
-    given = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-    if given != FORMAT:
-        raise DataError(f"{str(path)!r} has format {given!r}, not {FORMAT!r}; {_REMEDY}, in a folder of its own")
+    manifest = read_json(path, dict, _REMEDY)
+    if (given := manifest.get("format")) != FORMAT:
+        raise DataError(f"{str(path)!r} has format {given!r:.80}, not {FORMAT!r}; {_REMEDY}, in a folder of its own")
     try:
         ids, files, keys = manifest["ids"], manifest["files"], manifest["encodings"]
         named = [ids, *keys.values()]

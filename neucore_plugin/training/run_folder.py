@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from neucore_plugin.common.errors import ConfigError
-from neucore_plugin.common.files import atomic_write, write_json
+from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.common.files import atomic_write, read_json, write_json
 from neucore_plugin.config.compare import config_differences
 from neucore_plugin.config.run import RunSchema
 from neucore_plugin.weights.checkpoint import jsonable
@@ -123,7 +123,7 @@ class RunFolder:
             import fcntl
         except ImportError:  # not a POSIX system: nothing to lock with
             return
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the process lives
+        self._lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held as long as the process lives
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -137,7 +137,7 @@ class RunFolder:
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append one line to log.txt."""
-        with open(self.path / LOG, "a", encoding="utf-8") as stream:
+        with open(self.path / LOG, "a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(jsonable(entry), ensure_ascii=False) + "\n")
 
     def trim_log(self, iteration: int) -> None:
@@ -149,7 +149,7 @@ class RunFolder:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict) and entry.get("iteration", 0) <= iteration and entry.get("epoch") != "best":
                 kept.append(line + "\n")
@@ -168,22 +168,22 @@ class RunFolder:
     def stored_metrics(self, splits: list[str]) -> dict[str, Any] | None:
         """{"metrics", "data"} of all `splits`, from an earlier end of this run whose result files are still there."""
         try:
-            stored = json.loads((self.path / METRICS).read_text(encoding="utf-8"))
+            stored = read_json(self.path / METRICS, dict)
             complete = all(os.path.exists(path) for path in stored["files"])
             metrics = {split: stored["metrics"][split] for split in splits}
             return {"metrics": metrics, "data": stored["provenance"]["data"]} if complete else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (DataError, KeyError, TypeError, AttributeError):
             return None
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What run.json of `folder` holds; None where there is none, or something else."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(folder / RECORD, dict)
+    except DataError:
         return None
-    needed = {"status", "kind", "fingerprint", "config", "created"}
-    return record if isinstance(record, dict) and needed <= set(record) else None
+    needed = {"status": str, "kind": str, "fingerprint": str, "config": dict, "created": int | float}
+    return record if all(isinstance(record.get(key), kind) for key, kind in needed.items()) else None
 
 
 def newest_run(output_dir: str | Path, fingerprint: str) -> RunFolder | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,11 @@ def read(path: str | Path, allowed: Sequence[Any] = (), archives: Collection[str
                 damaged = file.testzip()  # torch itself does not look at the checksums
             if damaged:
                 raise ValueError(f"the part {damaged} does not match its checksum")
-        with torch.serialization.safe_globals(list(allowed)) if allowed else contextlib.nullcontext():
+        with (
+            torch.serialization.safe_globals(list(allowed)) if allowed else contextlib.nullcontext(),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of the pickle's protocol: what matters is said in our error
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise

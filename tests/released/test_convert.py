@@ -68,7 +68,7 @@ def test_the_command(theirs, tmp_path, capsys):
     command.run(parser.parse_args([str(theirs), "--out", str(tmp_path / "o.pth"), *files]))
     assert "official_shoes, width 8, images: features" in capsys.readouterr().out
     (tmp_path / "s.json").write_text("[1]")
-    with pytest.raises(ConfigError, match="expected an object of names and values"):
+    with pytest.raises(DataError, match="s.json: expected a JSON object, given list; give the authors' settings"):
         command.run(parser.parse_args([str(theirs), "--out", "x", "--settings", str(tmp_path / "s.json")]))
 
 

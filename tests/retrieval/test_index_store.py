@@ -146,7 +146,7 @@ DAMAGE = [
     (lambda f: damage(f, "ids-1.json", lambda b: b.replace(b"red", b"bed")), "ids-1.json is not the file"),
     (lambda f: (f / "bg-1.npy").unlink(), "bg-1.npy is missing"),
     (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
-    (lambda f: damage(f, "manifest.json", lambda b: b[:50]), "is not JSON"),
+    (lambda f: damage(f, "manifest.json", lambda b: b[:50]), "no valid JSON"),
     (lambda f: edit(f, format="other-1"), "has format 'other-1'"),
     (lambda f: edit(f, count=6), "do not agree with its manifest of 6"),
     (lambda f: edit(f, encodings={"fg": "../secret-1.npy"}), "names files outside its folder"),

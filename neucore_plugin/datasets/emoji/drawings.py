@@ -7,7 +7,6 @@ code is never run. A page that shows these drawings has to credit OpenMoji (`CRE
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError, ImageError
-from neucore_plugin.common.files import atomic_write, cache_dir, write_json
+from neucore_plugin.common.files import atomic_write, cache_dir, read_json, write_json
 from neucore_plugin.common.images import load_image
 
 VERSION = "17.0.0"
@@ -153,10 +152,10 @@ def _listed(folder: Path) -> dict[str, list]:
 def read_manifest(folder: Path) -> dict:
     """The manifest of a rendered folder; DataError where there is none or it is not ours."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        manifest = None
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT or "files" not in manifest:
+        manifest = read_json(folder / _MANIFEST, dict)
+    except DataError:
+        manifest = {}
+    if manifest.get("format") != _FORMAT or not isinstance(manifest.get("files"), dict):
         raise DataError(f"{folder} holds no complete set of drawings: run `neucore data emoji`")
     return manifest
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.files import read_text
 
 
 def read_word_vectors(path: str | Path, words: str | Path | None, rows: Mapping[str, int], into: Tensor) -> None:
@@ -33,7 +34,7 @@ def _text(path: Path, rows: Mapping[str, int], into: Tensor) -> int:
     width, found = into.shape[1], 0
     beginnings = {word.split(" ")[0] for word in rows}
     with (
-        open(path, encoding="utf-8", errors="replace", newline="\n") as stream,
+        open(path, encoding="utf-8-sig", errors="replace", newline="\n") as stream,
         tqdm(total=path.stat().st_size, desc="word vectors", unit="B", unit_scale=True, leave=False) as bar,
     ):
         for number, line in enumerate(stream, 1):
@@ -74,7 +75,7 @@ def _matrix(path: Path, words: str | Path | None, rows: Mapping[str, int], into:
     names = Path(words).expanduser() if words is not None else path.with_suffix(".txt")
     if not names.is_file():
         raise DataError(f"{path} needs the list of its words, one a line: no file {names}; give it as glove_words")
-    listed = names.read_text(encoding="utf-8").splitlines()
+    listed = read_text(names).removesuffix("\n").split("\n")
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
