@@ -56,8 +56,6 @@ REQUIREMENTS = [
     # Reads the text encoder's weights without executing anything.
     "safetensors>=0.4",
     "tqdm",
-    # One process at a time fills a feature cache.
-    "filelock>=3.8",
     # Image.Resampling names and the decompression-bomb error.
     "pillow>=9.1",
     # Not used here, but the host's streamlit brings it: pyarrow 26 installs beside numpy 1 and then refuses to import.

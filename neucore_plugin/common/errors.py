@@ -1,6 +1,8 @@
 """Errors that a user can mend: what was given, what is allowed, what to do; the command line prints no traceback."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable, Sequence
 
 
@@ -22,6 +24,52 @@ class ImageError(DataError):
 
 class CheckpointError(NeucoreError, RuntimeError):
     """A weight file is missing, damaged, hostile or of another architecture."""
+
+
+class FileError(NeucoreError, OSError):
+    """A file or folder that cannot be used: its path, the system's reason, what to do; `note`: what else to know."""
+
+    note = ""
+
+    @classmethod
+    def of(cls, error: OSError, path: str | os.PathLike | None = None, note: str = "") -> "FileError":
+        """The same as an error of ours; `path`: what was used, where the error itself names nothing."""
+        if isinstance(error, cls):
+            found = error
+        else:
+            named = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else path
+            reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+            found = cls(error.errno or 0, reason, None if named is None else os.fsdecode(named))
+        found.note = found.note or note
+        return found
+
+    def __str__(self) -> str:
+        place = "" if self.filename is None else f"{self.filename}: "
+        remedy = _REMEDIES.get(self.errno, "check the path, and the drive it is on")
+        return f"{place}{self.strerror}; {remedy}{'. ' if self.note else ''}{self.note}"
+
+
+_FULL = "free space there, or choose another folder"
+_ALLOWED = "check the permissions of it and of its folder, or choose another folder"
+_OPEN = "fewer workers (run.num_workers, --workers), or a higher `ulimit -n`"
+_REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "the file system, or `ulimit -f`, takes no file of this size; choose another folder",
+    errno.EROFS: "choose a folder on a file system that can be written",
+    errno.EACCES: _ALLOWED,
+    errno.EPERM: _ALLOWED,
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of this path is a file where a folder is wanted; choose another path",
+    errno.EEXIST: "a file is there where a folder is wanted; move it away, or choose another path",
+    errno.EISDIR: "give the path of a file",
+    errno.ENXIO: "give the path of a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "these links lead in a circle; give the path of a file or folder",
+    errno.EMFILE: _OPEN,
+    errno.ENFILE: _OPEN,
+    errno.ENOMEM: "use smaller batches, or fewer workers",
+}
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

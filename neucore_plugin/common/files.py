@@ -1,18 +1,35 @@
-"""Atomic writes, fingerprints, and texts: UTF-8 whatever the locale. JSON that is read holds no surprises."""
+"""Atomic writes, locks, fingerprints, and texts: UTF-8 whatever the locale. JSON that is read holds no surprises."""
 
+import contextlib
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
-import tempfile
+import re
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.errors import ConfigError, DataError, FileError
 
+log = logging.getLogger(__name__)
 _DEEPEST = 64  # levels of a JSON file: ours and the published ones have five
+
+
+@contextmanager
+def file_errors(path: str | Path, note: str = "") -> Iterator[None]:
+    """Whatever the system refuses within becomes a `FileError` that names a file, else `path`."""
+    try:
+        yield
+    except BrokenPipeError:  # no trouble of a file: the reader has gone
+        raise
+    except OSError as error:
+        raise FileError.of(error, path, note) from error
 
 
 @contextmanager
@@ -20,24 +37,143 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path`; on success it is flushed to disk and renamed, on failure removed.
 
     A reader therefore sees the old file or the whole new one, also after a kill. Text is UTF-8; what UTF-8 cannot say
-    (a file name of other bytes) is written as its escape, which is JSON's as well.
+    (a file name of other bytes) is written as its escape, which is JSON's as well. Links are followed: the file that
+    they lead to is replaced, and it keeps its permissions. What is no file but can be written (a terminal, a pipe,
+    /dev/stdout, /dev/null) is written into. Raises `FileError` for anything else, and for what the system refuses.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    with file_errors(path):
+        try:
+            with (_into if _takes_a_stream(path) else _beside)(path, mode) as stream:
+                yield stream
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch.save hides that the drive is full
+                raise error.__context__ from error
+            raise
+
+
+@contextmanager
+def _beside(path: str | Path, mode: str) -> Iterator[IO]:
+    place = Path(os.path.realpath(path))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    before = place.stat() if place.exists() else None
+    if before and not os.access(place, os.W_OK):  # renaming would not mind
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    handle, temporary = _new_beside(place)
     try:
-        how = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
-        with os.fdopen(handle, mode, **how) as stream:
+        with os.fdopen(handle, mode, **_coding(mode)) as stream:
+            if before:
+                with contextlib.suppress(OSError):  # some file systems know neither
+                    os.chown(temporary, before.st_uid, before.st_gid)
+                with contextlib.suppress(OSError):
+                    os.chmod(temporary, stat.S_IMODE(before.st_mode))
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes 0600; the file should be as readable as any other
-        os.replace(temporary, path)
+        os.replace(temporary, place)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _coding(mode: str) -> dict[str, str]:
+    return {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+
+
+def _new_beside(place: Path) -> tuple[int, Path]:
+    """A new file, open, as readable as the umask has it (tempfile makes 0600, and reading the umask sets it)."""
+    name = place.name if len(os.fsencode(place.name)) < 200 else place.name[:40]
+    while True:
+        temporary = place.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
+        with contextlib.suppress(FileExistsError):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            return os.open(temporary, flags, 0o666), temporary
+
+
+@contextmanager
+def _into(path: str | Path, mode: str) -> Iterator[IO]:
+    own = _own_descriptor(path)
+    handle = os.open(path, os.O_WRONLY) if own is None else os.dup(own)  # standard output may be a file: write on there
+    with os.fdopen(handle, mode, **_coding(mode)) as stream:
+        yield stream
+
+
+def _takes_a_stream(path: str | Path) -> bool:
+    """Whether `path` is written as it stands. OSError for folders, drives and sockets."""
+    if _own_descriptor(path) is not None:
+        return True
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        return False
+    if stat.S_ISREG(kind):
+        return False
+    if stat.S_ISCHR(kind) or stat.S_ISFIFO(kind):
+        return True
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
+    raise OSError(errno.ENXIO, "is a device or a socket", str(path))
+
+
+def _own_descriptor(path: str | Path) -> int | None:
+    """The open file of this process that links lead to, as /dev/stdout does."""
+    place = os.fspath(path)
+    for _ in range(40):  # as many as Linux follows
+        if not os.path.islink(place):
+            return None
+        folder, name = os.path.realpath(os.path.dirname(place)), os.path.basename(place)
+        if re.fullmatch(rf"/proc/{os.getpid()}(/task/\d+)?/fd", folder) and name.isdecimal():
+            return int(name)
+        place = os.path.join(folder, os.readlink(place))
+    return None
+
+
+@contextmanager
+def locked(path: str | Path, without: str | None = None) -> Iterator[bool]:
+    """Keep other processes and threads out of a folder, or of what a lock file (made here) stands for; waits for them.
+
+    Yields False where the file system has no locks, with the warning `without`, which says what follows from it.
+    """
+    handle = open_lock(path)
+    try:
+        try:
+            held = lock(handle, without=without)
+        except BlockingIOError:
+            log.info("waiting for another process that uses %s", path)
+            held = lock(handle, wait=True, without=without)
+        yield held
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def open_lock(path: str | Path) -> int | None:
+    """A folder or a lock file, opened to be locked; None where the system has no such locks. Raises `FileError`."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:  # not a POSIX system
+        return None
+    with file_errors(path):
+        return os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
+
+
+def lock(handle: int | None, wait: bool = False, whole_process: bool = False, without: str | None = None) -> bool:
+    """Lock what `open_lock` opened, until it is closed. False where the file system has no locks: `without` is warned.
+
+    whole_process: until the process ends, whatever its children do; it may lock twice. BlockingIOError: another has it.
+    """
+    if handle is not None:
+        import fcntl
+
+        take = fcntl.lockf if whole_process else fcntl.flock
+        try:
+            take(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return True
+        except OSError as error:  # ENOLCK, ENOTSUP, ENOSYS, EBADF, ...: only these mean that another has it
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                raise BlockingIOError(*error.args) from error
+    if without:
+        log.warning("no locks on this file system: %s", without)
+    return False
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
@@ -155,6 +291,20 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def expanded(path: str | Path) -> Path:
+    """`path` with the home folder for a leading ~; the ~ of a user who is not known stays as it is.
+
+    Raises ConfigError where the own home is meant and not known (a user id without an entry, HOME not set).
+    """
+    found = os.path.expanduser(path)
+    if Path(found).parts[:1] == ("~",):
+        raise ConfigError(
+            f"{os.fspath(path)}: this user has no home folder; set HOME, or give a whole path "
+            "(of caches: the environment variable NEUCORE_CACHE)"
+        )
+    return Path(found)
+
+
 def cache_dir(override: str | Path | None = None) -> Path:
     """Folder for caches: `override`, else $NEUCORE_CACHE, else ~/.cache/neucore; it is not created here.
 
@@ -162,7 +312,7 @@ def cache_dir(override: str | Path | None = None) -> Path:
     missing-images-NAME.txt.
     """
     chosen = override or os.environ.get("NEUCORE_CACHE") or "~/.cache/neucore"
-    return Path(chosen).expanduser().absolute()
+    return expanded(chosen).absolute()
 
 
 def features_dir(override: str | Path | None = None) -> Path:

@@ -1,10 +1,10 @@
 """Checks of a completed config over several sections, or of what must exist on disk; each yields (key, text)."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from neucore_plugin.common.errors import nearest
+from neucore_plugin.common.files import expanded
 from neucore_plugin.config.data import DATASET_SCHEMAS
 from neucore_plugin.config.encoders import pixels_of
 from neucore_plugin.config.published import PUBLISHED
@@ -64,7 +64,7 @@ def _encoder(path: str, encoder: Mapping[str, Any], started: bool, tables: Table
 def _dataset(name: str, dataset: Mapping[str, Any], image: Mapping[str, Any]) -> Conflicts:
     path = f"datasets.{name}"
     root = (dataset["build_info"] or {}).get("root")
-    if root is not None and name not in PUBLISHED and not Path(root).expanduser().is_dir():
+    if root is not None and name not in PUBLISHED and not expanded(root).is_dir():
         yield f"{path}.build_info.root", f"folder {root!r} does not exist; give the data set's root folder"
     for side, processor in (dataset["vis_processor"] or {}).items():
         if isinstance(processor, Mapping) and processor.get("name") == "cir_image":
@@ -75,5 +75,5 @@ def _dataset(name: str, dataset: Mapping[str, Any], image: Mapping[str, Any]) ->
 
 
 def _missing(key: str, path: str | None, allowed: str) -> Conflicts:
-    if path is not None and not Path(path).expanduser().exists():
+    if path is not None and not expanded(path).exists():
         yield key, f"{path!r} does not exist; allowed: {allowed}"

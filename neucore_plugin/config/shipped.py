@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from neucore_plugin.common.errors import ConfigError, nearest
+from neucore_plugin.common.files import expanded
 
 PACKAGE = Path(__file__).resolve().parent.parent
 CONFIGS = PACKAGE / "configs"  # default files of the model types and the data sets
@@ -20,7 +21,7 @@ def find_config(given: str | Path) -> Path:
 
     Raises ConfigError, with the nearest name, where there is neither.
     """
-    path = Path(given).expanduser()
+    path = expanded(given)
     if path.is_file():
         return path
     shipped = shipped_configs() if path.parent == Path() else {}

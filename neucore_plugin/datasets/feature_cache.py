@@ -10,17 +10,19 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import read_json, sha256_file, sha256_text, write_json
+from neucore_plugin.common.files import file_errors, locked, read_json, sha256_file, sha256_text, write_json
 
 FORMAT = 1
 _FILES = ("tokens.f16", "pooled.f16", "counts.i32")
@@ -100,14 +102,33 @@ def build_cache(
     """
     identity = {"format": FORMAT, "encoder": encoder, "items": sha256_text(json.dumps([list(names), list(contents)]))}
     folder = Path(root) / f"{kind}-{sha256_text(json.dumps(identity, sort_keys=True))[:24]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "manifest.json").exists():
-            _fill(folder, identity, kind, names, encode, batch_size)
-    return FeatureCache(folder, names)
+    with file_errors(folder, "Another folder: run.cache_dir, or the environment variable NEUCORE_CACHE"):
+        if not (folder / "manifest.json").exists():  # a complete one may lie where nothing can be written
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder.with_suffix(".lock"), without="a cache is not continued after a break there") as alone:
+                if not (folder / "manifest.json").exists():
+                    work = (folder, identity, kind, names, encode, batch_size)
+                    _fill(*work) if alone else _fill_apart(*work)
+        return FeatureCache(folder, names)
+
+
+def _fill_apart(folder: Path, *work: Any) -> None:
+    """Where nothing keeps other processes out: fill a folder of our own, then give it the name, if none was faster."""
+    own = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        _fill(own, *work)
+        try:
+            own.rename(folder)
+        except OSError:
+            if not (folder / "manifest.json").exists():
+                shutil.rmtree(folder)  # begun where there were locks
+                own.rename(folder)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def _fill(folder: Path, identity: dict, kind: str, names: Sequence[str], encode: Encode, batch_size: int) -> None:
+    folder.mkdir(exist_ok=True)
     record = folder / "progress.json"
     try:
         state = read_json(record, dict)

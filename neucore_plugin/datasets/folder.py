@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin.common.errors import DataError, nearest
+from neucore_plugin.common.files import expanded
 from neucore_plugin.common.images import IMAGE_SUFFIXES
 from neucore_plugin.datasets.annotations import good_entries, read_json, refuse
 from neucore_plugin.datasets.triplets import Gallery, Triplet
@@ -22,7 +23,7 @@ TITLE = "your data set"
 
 def splits(root: str | Path) -> list[str]:
     """Names of the splits that a root holds. Raises DataError where there is none."""
-    root = Path(root).expanduser()
+    root = expanded(root)
     found = sorted(path.stem for path in root.glob("*.json") if not path.name.startswith("gallery."))
     if not found:
         raise DataError(
@@ -33,7 +34,7 @@ def splits(root: str | Path) -> list[str]:
 
 def images(root: str | Path) -> dict[str, Path]:
     """Every image below root/images by name, sorted. Raises DataError where there is none."""
-    folder = Path(root).expanduser() / "images"
+    folder = expanded(root) / "images"
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not paths:
         raise DataError(f"{folder}: no images here. Allowed suffixes: {', '.join(sorted(IMAGE_SUFFIXES))}")
@@ -42,7 +43,7 @@ def images(root: str | Path) -> dict[str, Path]:
 
 def load_split(root: str | Path, split: str, known: dict[str, Path]) -> tuple[list[Triplet], Gallery]:
     """Triplets and gallery of one split; `known`: what `images` gave. Raises DataError listing every problem."""
-    root = Path(root).expanduser()
+    root = expanded(root)
     path = root / f"{split}.json"
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file. Splits found: {', '.join(splits(root))}")

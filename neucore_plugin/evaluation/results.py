@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from neucore_plugin.common.files import atomic_write, read_json, sha256_text, write_json
+from neucore_plugin.common.files import atomic_write, locked, read_json, sha256_text, write_json
 from neucore_plugin.common.images import load_for
 from neucore_plugin.config.published import STANDARD
 from neucore_plugin.evaluation.ranking import Evaluated
@@ -78,7 +78,7 @@ def write_results(
     files = [run_folder / "evaluation.json", run_folder / "results.json"]
     write_json(files[0], {"results": results, "per_change": per_change, **provenance})
     write_json(files[1], results)
-    files.append(_copy(files[1], shared_folder))
+    copied = files[1:]
     if report:
         page = run_folder / "report.html"
         datasets = [found.dataset for found in evaluated.values()]
@@ -92,26 +92,31 @@ def write_results(
             per_change=per_change,
             fit=model.image_processor.fit,
         )
-        files += [page, _copy(page, shared_folder)]
+        files.append(page)
+        copied.append(page)
+    files += _copied(copied, shared_folder)
     logging.info("written:\n%s", "\n".join(f"  {path}" for path in files))
     return files
 
 
 def show_finished(run_folder: str | Path, shared_folder: str | Path) -> None:
     """The table of a finished run on the log, and copies of its results.json and report.html one level up."""
-    for name in ("results.json", "report.html"):
-        if (Path(run_folder) / name).is_file():
-            _copy(Path(run_folder) / name, Path(shared_folder))
+    files = [Path(run_folder) / name for name in ("results.json", "report.html")]
+    _copied([file for file in files if file.is_file()], Path(shared_folder))
     stored = Path(run_folder) / "results.json"
     results = read_json(stored, dict, "evaluate again")
     check_results(results, stored)
     logging.info("\n".join(["results, percent", *table_lines(results), f"page: {Path(shared_folder) / 'report.html'}"]))
 
 
-def _copy(path: Path, folder: Path) -> Path:
-    with open(path, "rb") as source, atomic_write(folder / path.name) as copy:
-        shutil.copyfileobj(source, copy)
-    return folder / path.name
+def _copied(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Copies in `folder`; of two runs that end at the same time all are of the one or all of the other."""
+    copies = [folder / path.name for path in paths]
+    with locked(folder, without=f"two runs that end at the same time mix their results in {folder}"):
+        for path, target in zip(paths, copies, strict=True):
+            with open(path, "rb") as source, atomic_write(target) as copy:
+                shutil.copyfileobj(source, copy)
+    return copies
 
 
 def _examples(found: Evaluated, model: Any) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
 """An index on disk: one `.npy` for each encoding key, `ids.json`, and `manifest.json`, which is written last.
 
-Every save uses a new generation number in the file names and the manifest names the generation in force, so the earlier
-index stays whole until the new manifest replaces its own. Arrays are opened with allow_pickle=False and memory-mapped.
+Every save uses names of its own, with a random number in them, and the manifest names the files in force: the earlier
+index stays whole until the new manifest replaces its own, and two savers at once never share a file. Arrays are opened
+with allow_pickle=False and memory-mapped.
 """
 
 import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import atomic_write, read_json, sha256_file, write_json
+from neucore_plugin.common.files import atomic_write, file_errors, locked, read_json, sha256_file, write_json
 
 FORMAT = "neucore-index-1"
 MANIFEST = "manifest.json"
@@ -41,39 +43,71 @@ def write(folder: str | Path, stored: Stored) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{str(folder)!r} is a file; give a folder for the index")
-    before = _read_manifest(folder) if (folder / MANIFEST).exists() else None
-    generation = before["generation"] + 1 if before else 1
-    files, keys = {}, {}
     for key, value in stored.encodings.items():
         if not re.fullmatch(r"[A-Za-z0-9_]+", key) or value.dtype not in DTYPES:
             raise DataError(f"encoding {key!r} of {value.dtype} cannot be stored; use a plain name, float32 or float16")
-        keys[key] = name = f"{key}-{generation}.npy"
-        with atomic_write(folder / name) as stream:
-            np.save(stream, value.numpy(), allow_pickle=False)
-    ids = f"ids-{generation}.json"
-    rows = {"names": stored.names, "paths": stored.paths, "failures": stored.failures}
-    write_json(folder / ids, rows, indent=None)
-    for name in [*keys.values(), ids]:
-        files[name] = {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
-    manifest = {
-        "format": FORMAT,
-        "generation": generation,
-        "count": len(stored.names),
-        "model": stored.model_fingerprint,
-        "root": stored.root,
-        "encodings": keys,
-        "ids": ids,
-        "files": files,
-    }
-    write_json(folder / MANIFEST, manifest)
+    _earlier(folder)
+    with file_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder) as alone:
+            _write(folder, stored, alone)
+
+
+def _write(folder: Path, stored: Stored, alone: bool) -> None:
+    """alone: nobody else saves there, so that what killed savers left can be told, and is taken away."""
+    number = secrets.randbelow(9 * 10**17) + 10**17
+    keys, ids = {key: f"{key}-{number}.npy" for key in stored.encodings}, f"ids-{number}.json"
+    names = [*keys.values(), ids]
+    try:
+        for key, value in stored.encodings.items():
+            with atomic_write(folder / keys[key]) as stream:
+                np.save(stream, value.numpy(), allow_pickle=False)
+        rows = {"names": stored.names, "paths": stored.paths, "failures": stored.failures}
+        write_json(folder / ids, rows, indent=None)
+        manifest = {
+            "format": FORMAT,
+            "generation": number,
+            "count": len(stored.names),
+            "model": stored.model_fingerprint,
+            "root": stored.root,
+            "encodings": keys,
+            "ids": ids,
+            "files": {n: {"sha256": sha256_file(folder / n), "bytes": (folder / n).stat().st_size} for n in names},
+        }
+        before = _earlier(folder)
+        write_json(folder / MANIFEST, manifest)
+    except BaseException:
+        if (_earlier(folder) or {}).get("ids") != ids:
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
+        raise
     for name in before["files"] if before else ():
         (folder / name).unlink(missing_ok=True)
+    left = re.compile(rf"\.?({'|'.join((*keys, 'ids'))})-\d{{18}}\.(npy|json)(\.[0-9a-f]+\.tmp)?")
+    for path in folder.iterdir() if alone else ():
+        if path.name not in names and left.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _earlier(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the index that is there; DataError where one is that is not an index's."""
+    return _read_manifest(folder) if (folder / MANIFEST).exists() else None
 
 
 def read(folder: str | Path, verify: bool = True) -> Stored:
     """Open a saved index. Sizes are always compared with the manifest, sha256 sums with `verify`."""
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    with file_errors(folder):
+        while True:
+            manifest = _read_manifest(folder)
+            try:
+                return _opened(folder, manifest, verify)
+            except (DataError, OSError):
+                if _read_manifest(folder) == manifest:  # else it was saved anew in between, which takes the files away
+                    raise
+
+
+def _opened(folder: Path, manifest: dict[str, Any], verify: bool) -> Stored:
     count = manifest["count"]
     for name, noted in manifest["files"].items():
         path = folder / name

@@ -15,6 +15,7 @@ from torch import nn
 
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import CheckpointError, ConfigError, NeucoreError
+from neucore_plugin.common.files import expanded
 from neucore_plugin.common.randomness import random_state, restore_random_state
 from neucore_plugin.config.run import RunSchema
 from neucore_plugin.training.optimisation import Optimisation
@@ -146,5 +147,5 @@ def resumed_weights(run: RunSchema, fingerprint: str) -> Path | None:
     if run.resume == "auto":
         newest = newest_run(run.output_dir, fingerprint)
         return None if newest is None else newest.path / BEST
-    path = None if run.resume == "never" else Path(run.resume).expanduser().absolute()
+    path = None if run.resume == "never" else expanded(run.resume).absolute()
     return path / BEST if path and path.is_dir() else path

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import time
+import weakref
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,15 @@ from typing import Any
 import yaml
 
 from neucore_plugin.common.errors import ConfigError, DataError
-from neucore_plugin.common.files import atomic_write, read_json, write_json
+from neucore_plugin.common.files import (
+    atomic_write,
+    expanded,
+    file_errors,
+    lock,
+    open_lock,
+    read_json,
+    write_json,
+)
 from neucore_plugin.config.compare import config_differences
 from neucore_plugin.config.run import RunSchema
 from neucore_plugin.weights.checkpoint import jsonable
@@ -45,7 +54,6 @@ class RunFolder:
 
     def __init__(self, path: Path, record: dict[str, Any], continued: bool) -> None:
         self.path, self.record, self.continued = path, record, continued
-        self._lock: Any = None
 
     @property
     def finished(self) -> bool:
@@ -69,7 +77,7 @@ class RunFolder:
                 return newest
         elif run.resume != "never" and not run.evaluate:
             return cls._at(Path(run.resume), config, fingerprint)
-        path = _fresh(Path(run.output_dir).expanduser().absolute(), job_id)
+        path = _fresh(expanded(run.output_dir).absolute(), job_id)
         record = {
             "status": "running",
             "kind": "evaluate" if run.evaluate else "train",
@@ -86,7 +94,7 @@ class RunFolder:
 
     @classmethod
     def _at(cls, given: Path, config: Mapping[str, Any], fingerprint: str) -> "RunFolder":
-        path = given.expanduser().absolute()
+        path = expanded(given).absolute()
         if path.is_file() and path.name != LAST:
             raise ConfigError(
                 f"run.resume: {given} is no {LAST}, the file a training continues from; to start a new training from "
@@ -119,25 +127,24 @@ class RunFolder:
 
         Raises ConfigError where another one is in already.
         """
+        handle = open_lock(self.path / ".lock")
+        if handle is not None:
+            weakref.finalize(self, os.close, handle)  # held as long as this object lives
         try:
-            import fcntl
-        except ImportError:  # not a POSIX system: nothing to lock with
-            return
-        self._lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held as long as the process lives
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            alone = lock(handle, whole_process=True, without=f"let no other process train in {self.path}")
+        except BlockingIOError as error:
             raise ConfigError(
                 f"{self.path} is being trained by another process now. Wait for it, stop it, or set run.resume: never"
             ) from error
-        for rest in self.path.glob(".*.tmp"):
+        for rest in self.path.glob(".*.tmp") if alone else ():
             rest.unlink(missing_ok=True)
 
     # ---- log.txt ----------------------------------------------------------------------------
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append one line to log.txt."""
-        with open(self.path / LOG, "a", encoding="utf-8", errors="backslashreplace") as stream:
+        path = self.path / LOG
+        with file_errors(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(jsonable(entry), ensure_ascii=False) + "\n")
 
     def trim_log(self, iteration: int) -> None:
@@ -188,7 +195,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def newest_run(output_dir: str | Path, fingerprint: str) -> RunFolder | None:
     """The training run under `output_dir` that was created last with this fingerprint."""
-    root = Path(output_dir).expanduser().absolute()
+    root = expanded(output_dir).absolute()
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         record = read_record(path)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from neucore_plugin.common.errors import CheckpointError, first_few
-from neucore_plugin.common.files import atomic_write
+from neucore_plugin.common.files import atomic_write, expanded
 from neucore_plugin.weights.files import misfits, read
 
 FORMAT = "neucore-checkpoint-1"
@@ -205,7 +205,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Raises: CheckpointError for a file that is missing, a folder, damaged, refused (a pickle with code) or foreign.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.is_dir():
         inside = path / "checkpoint_best.pth"
         hint = f"give the file, such as {inside}" if inside.is_file() else "it holds no checkpoint_best.pth either"

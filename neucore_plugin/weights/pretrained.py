@@ -9,11 +9,10 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from neucore_plugin.common.errors import CheckpointError, first_few
-from neucore_plugin.common.files import sha256_file, sha256_text
+from neucore_plugin.common.files import expanded, file_errors, locked, sha256_file, sha256_text
 from neucore_plugin.weights.files import misfits, read_state
 from neucore_plugin.weights.trust import KNOWN_SOURCES
 
@@ -38,7 +37,7 @@ def cached_path(url: str) -> Path:
     name = os.path.basename(urlparse(url).path)
     if not url.startswith(KNOWN_SOURCES):
         name = f"{sha256_text(url)[:12]}-{name}"
-    return Path(torch.hub.get_dir(), "checkpoints", name)
+    return expanded(torch.hub.get_dir()) / "checkpoints" / name
 
 
 def locate(source: str, setting: str) -> Path:
@@ -47,7 +46,7 @@ def locate(source: str, setting: str) -> Path:
     setting: the key of the config that named it, for messages. Raises CheckpointError.
     """
     if not is_url(source):
-        path = Path(source).expanduser()
+        path = expanded(source)
         if path.is_file():
             return path
         raise CheckpointError(
@@ -55,8 +54,9 @@ def locate(source: str, setting: str) -> Path:
         )
     path = cached_path(source)
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock")):  # processes of other machines have another folder
+        with file_errors(path.parent, f"Or give the path of the file as {setting}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f"{path.name}.lock")):  # without locks it may be fetched twice, each time whole
             if not path.is_file():
                 _fetch(source, path, setting)
     _check_sum(source, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin.common.errors import CheckpointError
+from neucore_plugin.common.files import expanded
 
 # Where the weights of the host's tables and of ours lie.
 KNOWN_SOURCES = (
@@ -48,9 +49,9 @@ def section_of(path: str | Path, own: Mapping[str, Any]) -> dict[str, Any] | Non
     """
     from neucore_plugin.weights import checkpoint
 
-    if not Path(path).expanduser().is_file():
+    if not expanded(path).is_file():
         return None
-    architecture = checkpoint.load(Path(path).expanduser()).get("architecture") or {}
+    architecture = checkpoint.load(path).get("architecture") or {}
     if not isinstance(architecture.get("config"), Mapping):
         return None
     refuse_strangers(path, architecture["config"], own)

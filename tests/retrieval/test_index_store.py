@@ -1,7 +1,9 @@
 """Saving and loading an index: round trip, cuts, moved pictures, other models, damage and hostile manifests."""
 
+import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -29,28 +31,38 @@ def test_save_and_load(folder, tmp_path, dtype):
     assert loaded.search("red.png", "green", k=3) == built.search("red.png", "green", k=3)
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
     assert manifest["count"] == 5
-    assert set(manifest["files"]) == {"fg-1.npy", "bg-1.npy", "ids-1.json"}
-    assert np.load(tmp_path / "index" / "fg-1.npy", allow_pickle=False).shape == (5, 3)
+    assert set(manifest["files"]) == {*manifest["encodings"].values(), manifest["ids"]}
+    assert set(manifest["encodings"]) == {"fg", "bg"}
+    assert np.load(tmp_path / "index" / manifest["encodings"]["fg"], allow_pickle=False).shape == (5, 3)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="lists the memory maps of Linux")
 def test_loading_maps_the_files(built, tmp_path):
     built.save(tmp_path / "index")
     stored = store.read(tmp_path / "index")
-    before = (tmp_path / "index" / "fg-1.npy").read_bytes()
+    file = next((tmp_path / "index").glob("fg-*.npy"))
+    before = file.read_bytes()
     stored.encodings["fg"].zero_()  # copy on write
-    assert (tmp_path / "index" / "fg-1.npy").read_bytes() == before
+    assert file.read_bytes() == before
     with open("/proc/self/maps") as maps:
-        assert "fg-1.npy" in maps.read()
+        assert file.name in maps.read()
 
 
 def test_saving_again_replaces_and_tidies(built, tmp_path):
-    built.save(tmp_path / "index")
-    loaded = GalleryIndex.load(tmp_path / "index", ColourModel())
+    folder = tmp_path / "index"
+    built.save(folder)
+    first = set(os.listdir(folder))
+    loaded = GalleryIndex.load(folder, ColourModel())
     loaded.remove("red.png")
-    loaded.save(tmp_path / "index")
-    assert GalleryIndex.load(tmp_path / "index").names == NAMES[:4]
-    assert sorted(os.listdir(tmp_path / "index")) == ["bg-2.npy", "fg-2.npy", "ids-2.json", "manifest.json"]
+    # What a killed saver left goes too, what was never an index's stays.
+    mine = {"fg-2.npy", "ids-7.json", "notes-123456789012345678.json"}
+    for name in (*mine, "fg-123456789012345678.npy", ".ids-123456789012345678.json.1a2b3c4d.tmp"):
+        (folder / name).touch()
+    loaded.save(folder)
+    assert GalleryIndex.load(folder).names == NAMES[:4]
+    left = set(os.listdir(folder)) - mine
+    assert len(left) == 4
+    assert left & first == {"manifest.json"}
 
 
 def test_a_save_cut_short_leaves_the_earlier_index(built, tmp_path, monkeypatch):
@@ -61,14 +73,67 @@ def test_a_save_cut_short_leaves_the_earlier_index(built, tmp_path, monkeypatch)
     def killed(path, *args, **kwargs):
         raise KeyboardInterrupt
 
+    files = set(os.listdir(folder))
     for cut in ("write_json", "sha256_file"):  # before the ids, and before the manifest
         with monkeypatch.context() as patch:
             patch.setattr(store, cut, killed)
             with pytest.raises(KeyboardInterrupt):
                 built.save(folder)
         assert GalleryIndex.load(folder).names == NAMES
+        assert set(os.listdir(folder)) == files
     built.save(folder)
     assert GalleryIndex.load(folder).names == NAMES[:4]
+
+
+def test_an_index_of_an_earlier_version_opens(built, tmp_path):
+    """Files were numbered by generation, from 1."""
+    folder = tmp_path / "index"
+    built.save(folder)
+    text = (folder / "manifest.json").read_text()
+    number = json.loads(text)["generation"]
+    (folder / "manifest.json").write_text(text.replace(str(number), "1"))
+    for path in folder.glob(f"*-{number}.*"):
+        path.rename(path.with_name(path.name.replace(str(number), "1")))
+    assert GalleryIndex.load(folder).names == NAMES
+    built.remove("red.png")
+    built.save(folder)
+    assert GalleryIndex.load(folder).names == NAMES[:4]
+    assert not list(folder.glob("*-1.*"))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_savers_at_once_never_mix(tmp_path, monkeypatch, locks):
+    """Names and vectors of each saver carry its number; a reader sees one saver's, and never none."""
+    if not locks:
+        monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
+    folder, rounds = tmp_path / "index", 12
+
+    def write(saver):
+        count = 3 + saver
+        names = [f"{saver}-{place}" for place in range(count)]
+        encodings = {"fg": torch.full((count, 2), float(saver)), "bg": torch.full((count, 1), float(saver))}
+        for _ in range(rounds):
+            store.write(folder, store.Stored(names, names, encodings, None, [], "m"))
+        return True
+
+    def read(_):
+        seen = []
+        while not all(saver.done() for saver in savers):
+            stored = store.read(folder)
+            seen.append((stored.names[0][0], int(stored.encodings["fg"][0, 0]), int(stored.encodings["bg"][0, 0])))
+        return seen
+
+    store.write(
+        folder, store.Stored(["0-0"], ["0-0"], {"fg": torch.zeros(1, 2), "bg": torch.zeros(1, 1)}, None, [], None)
+    )
+    with ThreadPoolExecutor(5) as pool:
+        savers = [pool.submit(write, saver) for saver in range(1, 4)]
+        found = [seen for reader in [pool.submit(read, number) for number in range(2)] for seen in reader.result()]
+        assert all(saver.result() for saver in savers)
+    assert found
+    assert all(name == str(fg) == str(bg) for name, fg, bg in found)
+    if locks:
+        assert len(os.listdir(folder)) == 4
 
 
 def test_first_save_cut_short_is_no_index(built, tmp_path, monkeypatch):
@@ -121,8 +186,13 @@ def test_the_processor_is_part_of_the_fingerprint():
     assert index._fingerprint(object()) is None
 
 
-def damage(folder, name, change):
-    path = folder / name
+def stored_file(folder, key):
+    """The file of an encoding, of the ids, or the manifest."""
+    return next(path for path in folder.iterdir() if path.name.startswith((f"{key}-", f"{key}.")))
+
+
+def damage(folder, key, change):
+    path = stored_file(folder, key)
     path.write_bytes(change(path.read_bytes()))
 
 
@@ -134,19 +204,19 @@ def edit(folder, **fields):
 
 def replaced(folder, array):
     """As an attacker would: another array, and the manifest made to agree with it."""
-    path = folder / "fg-1.npy"
+    path = stored_file(folder, "fg")
     np.save(path, array, allow_pickle=True)
     files = json.loads((folder / "manifest.json").read_text())["files"]
     edit(folder, files={**files, path.name: {"sha256": store.sha256_file(path), "bytes": path.stat().st_size}})
 
 
 DAMAGE = [
-    (lambda f: damage(f, "fg-1.npy", lambda b: b[:-4]), "fg-1.npy is not the file that was saved"),
-    (lambda f: damage(f, "fg-1.npy", lambda b: b[:-1] + bytes([b[-1] ^ 1])), "fg-1.npy is not the file that was saved"),
-    (lambda f: damage(f, "ids-1.json", lambda b: b.replace(b"red", b"bed")), "ids-1.json is not the file"),
-    (lambda f: (f / "bg-1.npy").unlink(), "bg-1.npy is missing"),
+    (lambda f: damage(f, "fg", lambda b: b[:-4]), r"fg-\d+.npy is not the file that was saved"),
+    (lambda f: damage(f, "fg", lambda b: b[:-1] + bytes([b[-1] ^ 1])), r"fg-\d+.npy is not the file that was saved"),
+    (lambda f: damage(f, "ids", lambda b: b.replace(b"red", b"bed")), r"ids-\d+.json is not the file"),
+    (lambda f: stored_file(f, "bg").unlink(), r"bg-\d+.npy is missing"),
     (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
-    (lambda f: damage(f, "manifest.json", lambda b: b[:50]), "no valid JSON"),
+    (lambda f: damage(f, "manifest", lambda b: b[:50]), "no valid JSON"),
     (lambda f: edit(f, format="other-1"), "has format 'other-1'"),
     (lambda f: edit(f, count=6), "do not agree with its manifest of 6"),
     (lambda f: edit(f, encodings={"fg": "../secret-1.npy"}), "names files outside its folder"),
@@ -172,9 +242,10 @@ def test_a_manifest_reaches_no_other_folder(built, tmp_path):
     folder = tmp_path / "index"
     built.save(folder)
     outside = tmp_path / "secret-1.npy"
-    (folder / "fg-1.npy").rename(outside)
+    inside = stored_file(folder, "fg")
+    inside.rename(outside)
     text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace("fg-1.npy", "../secret-1.npy"))
+    (folder / "manifest.json").write_text(text.replace(inside.name, "../secret-1.npy"))
     with pytest.raises(DataError, match="names files outside its folder"):
         GalleryIndex.load(folder)
     with pytest.raises(DataError, match="names files outside its folder"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin.common.errors import ConfigError, DataError, nearest
+from neucore_plugin.common.files import expanded
 from neucore_plugin.config.published import PRESETS
 from neucore_plugin.datasets.published.circo import CIRCO
 from neucore_plugin.datasets.published.cirr import CIRR
@@ -35,7 +36,7 @@ def load(
     for split in splits:
         reader.check_split(split)
     given = root or os.environ.get(reader.root_variable)
-    where = Path(given or "ROOT").expanduser()
+    where = expanded(given or "ROOT")
     lines = _missing_annotations(reader, where, splits)
     found: Splits = {}
     if given:
@@ -130,7 +131,7 @@ def check(name: str, root: str | Path | None = None) -> dict[str, Any]:
     given = root or os.environ.get(reader.root_variable)
     if not given:
         raise ConfigError(f"no root folder: give --root, or set the environment variable {reader.root_variable}")
-    where = Path(given).expanduser()
+    where = expanded(given)
     rows = {}
     for split in reader.splits:
         row: dict[str, Any] = {

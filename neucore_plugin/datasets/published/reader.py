@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neucore_plugin.common.errors import ConfigError, nearest
+from neucore_plugin.common.files import expanded
 from neucore_plugin.config.published import SPLITS, UNANSWERED_SPLITS
 from neucore_plugin.datasets.annotations import refuse
 from neucore_plugin.datasets.triplets import Gallery, Triplet
@@ -69,7 +70,7 @@ class Reader:
     def read(self, root: str | Path, split: str) -> tuple[list[Triplet], Gallery]:
         """Triplets and gallery of a split. Image files need not exist. Raises DataError listing every problem."""
         self.check_split(split)
-        root = Path(root).expanduser()
+        root = expanded(root)
         problems: list[str] = []
         triplets, paths = self.parse(root, split, problems)
         refuse(root, problems, f" of split {split!r}")

@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import sha256_file, sha256_text
+from neucore_plugin.common.files import expanded, sha256_file, sha256_text
 from neucore_plugin.common.images import IMAGE_SUFFIXES
 from neucore_plugin.datasets.annotations import is_whole, read_json
 from neucore_plugin.datasets.triplets import Gallery, Triplet
@@ -144,7 +144,7 @@ def open_index(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     """The folder's path and the content of its index, of the right form. Raises DataError."""
     if "://" in str(folder) or str(folder).startswith("pipe:"):
         raise DataError(f"{folder}: shards are read from a folder; copy or mount it, then give its path")
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not (root / INDEX).is_file():
         remedy = "`neucore shards` writes one"
         if (root / "writing.json").is_file():

@@ -5,7 +5,6 @@ What a folder of shards holds, and what is never done with it, stands in `reader
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import atomic_write, sha256_file, sha256_text, write_json
+from neucore_plugin.common.files import atomic_write, expanded, lock, open_lock, sha256_file, sha256_text, write_json
 from neucore_plugin.common.images import IMAGE_SUFFIXES
 from neucore_plugin.datasets.annotations import read_json
 from neucore_plugin.datasets.shards.reader import FORMAT, INDEX, SPLIT_NAME, open_index, split_sum
@@ -46,7 +45,7 @@ def write_shards(
     images cost (see `catalogue.load`), kept for the results. Whole shards of a former call are kept, damaged ones are
     written anew. Raises DataError for missing image files, or a folder of other content.
     """
-    out = Path(out).expanduser()
+    out = expanded(out)
     if max_bytes < 1 or workers < 1:
         raise DataError(f"max_bytes {max_bytes}, workers {workers}: give at least 1")
     content = {
@@ -62,8 +61,8 @@ def write_shards(
     key = sha256_text(json.dumps([FORMAT, name, max_bytes, sizes, content], ensure_ascii=False, sort_keys=True))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
-            _claim(out, key)
+        with _alone(out) as alone:
+            _claim(out, key, alone)
             jobs = [(out / f"shard-{i:05d}.tar", names) for i, names in enumerate(_plan(paths, facts, max_bytes))]
             with (
                 ThreadPoolExecutor(workers) as pool,
@@ -118,18 +117,21 @@ def _facts(paths: Mapping[str, Path], content: Mapping[str, Any]) -> dict[str, o
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Only one process writes into a folder; it is told by a lock that ends with the process, however that ends."""
-    folder = os.open(out, os.O_RDONLY)
+def _alone(out: Path) -> Iterator[bool]:
+    """Only one process writes into a folder; it is told by a lock that ends with the process, however that ends.
+
+    Yields whether that is certain: some network drives lock no folders.
+    """
+    folder = open_lock(out)
     try:
-        with contextlib.suppress(OSError):  # some network drives lock no folders
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{out}: another process writes shards here; wait for it") from None
-        yield
+        try:
+            alone = lock(folder, without=f"let no other process write shards into {out}")
+        except BlockingIOError:
+            raise DataError(f"{out}: another process writes shards here; wait for it") from None
+        yield alone
     finally:
-        os.close(folder)
+        if folder is not None:
+            os.close(folder)
 
 
 def _plan(
@@ -149,9 +151,9 @@ def _plan(
     return shards
 
 
-def _claim(out: Path, key: str) -> None:
+def _claim(out: Path, key: str, alone: bool) -> None:
     """The folder is empty, or holds (a part of) the same content; else DataError. A finished index is kept."""
-    for path in out.iterdir():
+    for path in out.iterdir() if alone else ():
         if _UNFINISHED.fullmatch(path.name):
             path.unlink()  # a former call was killed
     for note in (out / INDEX, out / "writing.json"):
@@ -161,7 +163,7 @@ def _claim(out: Path, key: str) -> None:
                     f"{out} holds shards of other images, splits or settings; give another --out, or empty it"
                 )
             return
-    if any(out.iterdir()):
+    if any(not _UNFINISHED.fullmatch(path.name) for path in out.iterdir()):
         raise DataError(f"{out} is not empty and holds no shards of ours; give another --out")
     write_json(out / "writing.json", {"content": key})
 

@@ -18,6 +18,7 @@ from lavis.models.clip_models.tokenizer import _tokenizer as tokenizer
 from torch import Tensor, nn
 
 from neucore_plugin.common.errors import ConfigError, nearest
+from neucore_plugin.common.files import expanded
 from neucore_plugin.models.backbones.encoder import Encoder, check_pixels, normalisation
 from neucore_plugin.models.backbones.vit import resized_positions
 from neucore_plugin.weights.files import is_torchscript
@@ -283,7 +284,7 @@ def _source(arch: str | None, pretrained: str, setting: str) -> str:
     tags = published.list_pretrained_model_tags(arch.replace("/", "-")) if arch else []
     if pretrained.lower() in tags:
         return published.get_pretrained_url(arch.replace("/", "-"), pretrained)
-    if is_url(pretrained) or Path(pretrained).suffix or Path(pretrained).expanduser().is_file():
+    if is_url(pretrained) or Path(pretrained).suffix or expanded(pretrained).is_file():
         return pretrained
     what = f"of {arch}" if arch else "for an architecture given as config"
     raise ConfigError(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neucore_plugin.common.files import expanded
 from neucore_plugin.models.backbones.encoder import Encoder, TextEncoder, check_pixels, normalisation
 from neucore_plugin.models.backbones.word_vectors import read_word_vectors
 from neucore_plugin.weights.checkpoint import fingerprint
@@ -93,7 +94,7 @@ class ResNet(Encoder):
         self.network.fc = nn.Identity()
         self.settings = f"resnet:{image_size}"
         if weights is not None and load:
-            path = Path(weights).expanduser()
+            path = expanded(weights)
             state = {name: value for name, value in read_state(path).items() if not name.startswith("fc.")}
             counters = [name for name in self.network.state_dict() if name.endswith("num_batches_tracked")]
             fit(self.network, state, path, absent=counters, exact=True)  # old files lack the counters

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import read_text
+from neucore_plugin.common.files import expanded, read_text
 
 
 def read_word_vectors(path: str | Path, words: str | Path | None, rows: Mapping[str, int], into: Tensor) -> None:
@@ -19,7 +19,7 @@ def read_word_vectors(path: str | Path, words: str | Path | None, rows: Mapping[
         path: a text file with `word number number ...` a line, or a `.npy` matrix. A word may hold blanks.
         words: for a `.npy`: its words, one a line; by default the `.txt` beside it.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise DataError(
             f"no word vectors at {path} (model.backbone.text.glove); give a GloVe text file, such as glove.6B.300d.txt "
@@ -72,7 +72,7 @@ def _is_number(text: str) -> bool:
 
 
 def _matrix(path: Path, words: str | Path | None, rows: Mapping[str, int], into: Tensor) -> int:
-    names = Path(words).expanduser() if words is not None else path.with_suffix(".txt")
+    names = expanded(words) if words is not None else path.with_suffix(".txt")
     if not names.is_file():
         raise DataError(f"{path} needs the list of its words, one a line: no file {names}; give it as glove_words")
     listed = read_text(names).removesuffix("\n").split("\n")
