@@ -43,6 +43,9 @@ class CirBaseline(CirModel):
         reads = {"query_reads": composer.reads, "gallery_reads": "pooled"}
         super().__init__(embed_dim=embed_dim, projected=True, **reads, **shared)
         self.method = method
+        # What a checkpoint that does not fit is told.
+        if note := getattr(composer, "changed", None):
+            self.misfit_hint = f"If an earlier version wrote it: {method} has changed ({note}); train it anew"
         if composer is Artemis:
             self.composer, self.matching = None, Artemis(dim=embed_dim, **matching)
         else:

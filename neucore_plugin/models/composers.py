@@ -53,22 +53,36 @@ class Sum(Fixed):
         return pooled + sentence
 
 
+class LoneBatchNorm(nn.BatchNorm1d):
+    """Batch norm that takes a training batch of one row as well: it has no variance, so by the running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,D] -> [B,D]."""
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
 class Tirg(nn.Module):
-    """Gated residual: f = w_g sigmoid(gate([x;t])) * x + w_r res([x;t]), gate and res of two layers each.
+    """Gated residual: f = w_g sigmoid(gate(h)) * x + w_r res(h), h = [x;t], x the image and t the text.
 
-    The convolutions of the paper are linear layers here, on pooled vectors, and without batch norm: a query is composed
-    by itself. w_g and w_r start at 1 and 10, as the authors' do.
+    gate = linear . ReLU . norm, res = linear . ReLU . linear . ReLU . norm, each with a batch norm of its own; w_g and
+    w_r start at 1 and 10. So the authors compose pooled vectors, and others that report TIRG; the two convolutions in
+    the gate of the paper's formula are for feature maps. By the norms a query depends on its batch in training; a
+    trained model composes each by itself.
 
-    Source: Vo et al., "Composing Text and Image for Image Retrieval - An Empirical Odyssey", CVPR 2019, section 3.2.
+    Source: Vo et al., "Composing Text and Image for Image Retrieval - An Empirical Odyssey", CVPR 2019, section 3.2,
+    and the authors' code.
     """
 
     reads = ("pooled", "sentence")
+    changed = "its batch norms are new, as in the authors' code"
 
     def __init__(self, *, dim: int) -> None:
         super().__init__()
-        self.gate, self.residual = (
-            nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim)) for _ in range(2)
-        )
+        self.gate = nn.Sequential(LoneBatchNorm(2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
+        wide = nn.Linear(2 * dim, 2 * dim)
+        self.residual = nn.Sequential(LoneBatchNorm(2 * dim), nn.ReLU(), wide, nn.ReLU(), nn.Linear(2 * dim, dim))
         self.gate_weight = nn.Parameter(torch.tensor(1.0))
         self.residual_weight = nn.Parameter(torch.tensor(10.0))
 
@@ -144,12 +158,15 @@ class Artemis(Matching):
 
     s(r, m, t) = cos(Tr(m), A_EM(m) * t) + cos(A_IS(m) * r, A_IS(m) * t), A = softmax(MLP(m)). Both are what `Matching`
     calls the explicit term, a vector against the weighted target; Tr is its `transform`, A_EM its `attention`.
+    The text m is brought to unit length first, as the authors' encoders give it: the attentions' sharpness hangs on it.
+    The lengths of r and t do not matter.
 
     Source: Delmas et al., "ARTEMIS: Attention-based Retrieval with Text-Explicit Matching and Implicit Similarity",
-    ICLR 2022, section 3.
+    ICLR 2022, section 3, and the authors' code.
     """
 
     reads = ("pooled", "sentence")
+    changed = "its text has unit length now, as in the authors' code"
 
     def __init__(self, *, dim: int, temperature: float, learn_temperature: bool) -> None:
         super().__init__(
@@ -160,9 +177,11 @@ class Artemis(Matching):
             released=False,
         )
         self.implicit_attention = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))  # A_IS
+        self.register_buffer("text_length", torch.ones(()))  # stored: weights trained on texts of any length lack it
 
     def forward(self, pooled: Tensor, sentence: Tensor) -> dict[str, Tensor]:
         """Both [Q,D] -> encoding of a query, four of [Q,D]."""
+        sentence = F.normalize(sentence, dim=-1) * self.text_length
         weights = self.implicit_attention(sentence).softmax(dim=-1)
         return {
             "text": self.transform(sentence),

@@ -307,6 +307,7 @@ class RunnerCir(RunnerBase):
             "versions": versions(),
             "seed": self.run.seed,
             "world_size": distributed.world_size(),
+            "threads": torch.get_num_threads(),  # of each process; another number moves results
             "seconds": round(self.progress.seconds + time.time() - started, 1),
             "run_folder": str(self.output_dir),
         }

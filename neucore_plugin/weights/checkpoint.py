@@ -179,6 +179,7 @@ def restore_model(model: nn.Module, state: Mapping[str, Any], frozen: Mapping[st
             f"{path} does not fit the model.\n  " + "\n  ".join(problems) + "\n  "
             "Build the model with the config the file was trained with (stored beside it, in config.yaml), with the "
             "same pretrained encoders; or train anew"
+            + (f"\n  {hint}" if (hint := getattr(model, "misfit_hint", "")) else "")
         )
     model.load_state_dict(dict(state), strict=False)  # checked above: what is not in the file is proven to be the same
     model.brought = getattr(model, "brought", set()) | set(state)

@@ -15,6 +15,11 @@ D = 6
 def composer(method: str):
     torch.manual_seed(1)
     made = COMPOSERS[method](dim=D, **tiny.COMPOSER.get(method, {})).double().eval()
+    for part in made.modules():
+        if isinstance(part, torch.nn.BatchNorm1d):  # statistics and scales that a training might leave
+            for value in (part.running_mean, part.weight.data, part.bias.data):
+                value.normal_()
+            part.running_var.uniform_(0.5, 2)
     w = {name: value.tolist() for name, value in made.state_dict().items()}
     return made, w
 
@@ -23,8 +28,20 @@ def layer(x, w, name):
     return reference.linear(x, *reference.both(w, name))
 
 
-def two_layers(x, w, name):
-    return reference.two_layers(x, w, f"{name}.0", f"{name}.2")
+def two_layers(x, w, name, first=0, second=2):
+    return reference.two_layers(x, w, f"{name}.{first}", f"{name}.{second}")
+
+
+def normed(x, w, name):
+    """ReLU of a batch norm by its running statistics."""
+    mean, variance, scale, shift = (w[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
+    rows = zip(x, mean, variance, scale, shift, strict=True)
+    return reference.relu([(a - m) / math.sqrt(v + 1e-5) * s + b for a, m, v, s, b in rows])
+
+
+def unit(x):
+    length = math.sqrt(sum(value * value for value in x))
+    return [value / length for value in x]
 
 
 def by_loop(method, w, x, t):
@@ -36,7 +53,8 @@ def by_loop(method, w, x, t):
     if method == "sum":
         return [a + b for a, b in zip(x, t, strict=True)]
     if method == "tirg":
-        gate, residual = (two_layers([*x, *t], w, name) for name in ("gate", "residual"))
+        gate = layer(normed([*x, *t], w, "gate.0"), w, "gate.2")
+        residual = two_layers(normed([*x, *t], w, "residual.0"), w, "residual", 2, 4)
         kept = [reference.sigmoid(g) * a for g, a in zip(gate, x, strict=True)]
         return [w["gate_weight"] * k + w["residual_weight"] * r for k, r in zip(kept, residual, strict=True)]
     both = reference.relu(layer(t, w, "text.0")) + reference.relu(layer(x, w, "image.0"))
@@ -57,8 +75,32 @@ def test_pooled_composers_are_their_formulas(method):
         assert found[row].tolist() == pytest.approx(expected, rel=1e-9)
     if method == "tirg":
         assert (w["gate_weight"], w["residual_weight"]) == (1.0, 10.0)
+        assert {name: len(w[f"{name}.weight"]) for name in ("gate.2", "residual.2", "residual.4")} == {
+            "gate.2": D,
+            "residual.2": 2 * D,
+            "residual.4": D,
+        }
     if method == "combiner":
         assert [tuple(made.mix[0][0].weight.shape), made.share[1].out_features] == [(8 * D, 8 * D), 1]
+
+
+def test_tirgs_batch_norms():
+    """In training by the batch, one pair alone by the running statistics; afterwards each query by itself."""
+    made, _ = composer("tirg")
+    x, t = torch.randn(2, 5, D).double()
+    together = made(x, t)
+    for row in range(5):
+        torch.testing.assert_close(made(x[row : row + 1], t[row : row + 1])[0], together[row])
+    alone = made.train()(x[:1], t[:1])
+    torch.testing.assert_close(alone[0], together[0])
+    both = torch.cat([x, t], dim=1)
+    norm = made.gate[0]
+    by_batch = (both - both.mean(0)) / (both.var(0, unbiased=False) + 1e-5).sqrt() * norm.weight + norm.bias
+    gate = torch.sigmoid(by_batch.relu() @ made.gate[2].weight.T + made.gate[2].bias)
+    made.residual_weight.data.zero_()
+    before = norm.running_mean.clone()
+    torch.testing.assert_close(made(x, t), gate * x)
+    torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * both.mean(0))
 
 
 def test_cross_attention_is_a_transformer_whose_first_output_counts():
@@ -96,7 +138,7 @@ def test_artemis_is_its_formula(artemis):
     with torch.no_grad():
         scores = made.score(made(pooled=r, sentence=m), {"fg": t})
     for q in range(4):
-        sentence = m[q].tolist()
+        sentence = unit(m[q].tolist())
         explicit = reference.softmax(two_layers(sentence, w, "attention"))
         implicit = reference.softmax(two_layers(sentence, w, "implicit_attention"))
         seen = [a * b for a, b in zip(implicit, r[q].tolist(), strict=True)]
@@ -105,6 +147,15 @@ def test_artemis_is_its_formula(artemis):
             expected = reference.explicit_score(layer(sentence, w, "transform"), explicit, target)
             expected += reference.explicit_score(seen, implicit, target)
             assert scores[q, g].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("factor", [0.01, 1.0, 30.0])
+def test_artemis_knows_no_length_of_its_inputs(artemis, factor):
+    made, _, r, m, t = artemis
+    with torch.no_grad():
+        scores = made.score(made(pooled=r, sentence=m), {"fg": t})
+        other = made.score(made(pooled=factor * r, sentence=factor * m), {"fg": t / factor})
+    torch.testing.assert_close(other, scores)
 
 
 def test_artemis_in_products_equals_the_broadcast(artemis):

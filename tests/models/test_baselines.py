@@ -24,6 +24,7 @@ from neucore_plugin.models.base import CirModel
 from neucore_plugin.models.baseline import CirBaseline
 from neucore_plugin.models.composers import COMPOSERS, Artemis
 from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.training.checkpointer import load_weights
 from neucore_plugin.weights import checkpoint, trust
 
 EMOJI = PROJECTS / "train_emoji.yaml"
@@ -90,6 +91,26 @@ def test_on_other_encoders(method, tmp_path):
         assert loaded.backbone.text.words == model.backbone.text.words
         scores = [m.score(m.encode_query(pixels, TEXTS), m.encode_image(pixels)) for m in (model.eval(), loaded)]
     assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("method", ["tirg", "artemis"])
+def test_checkpoints_of_an_earlier_form_are_refused(method, built, tmp_path):
+    """Their weights would give other scores than those they were trained for, or do not fit."""
+    path = tiny.save(built[method], tmp_path / "best.pth")
+    stored = checkpoint.load(path)
+    if method == "artemis":
+        del stored["model"]["matching.text_length"]
+    else:
+        wide = stored["model"].pop("composer.residual.2.weight")
+        for name in [name for name in stored["model"] if name.startswith(("composer.gate", "composer.residual."))]:
+            del stored["model"][name]
+        for part in ("gate", "residual"):
+            stored["model"] |= {f"composer.{part}.0.weight": wide, f"composer.{part}.0.bias": wide[0]}
+            stored["model"] |= {f"composer.{part}.2.weight": wide[:32], f"composer.{part}.2.bias": wide[0, :32]}
+    checkpoint.save(stored, path)
+    for load in (CirModel.from_checkpoint, lambda path: load_weights(copy.deepcopy(built[method]), path)):
+        with pytest.raises(CheckpointError, match=f"does not fit(?s:.)*earlier version wrote it: {method} has changed"):
+            load(path)
 
 
 def test_checkpoints_of_another_model_or_method_are_refused(built, tmp_path):

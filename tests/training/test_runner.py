@@ -46,7 +46,8 @@ def test_trains_validates_and_tests(tmp_path, kind):
     assert task.prepared == 1
 
 
-def test_provenance_and_files(tmp_path):
+def test_provenance_and_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     task = case.TinyTask()
     runner = case.make_runner(tmp_path, task=task)
     metrics = runner.train()
@@ -57,6 +58,7 @@ def test_provenance_and_files(tmp_path):
     assert not any(name.startswith("encoder") for name in best["model"])
     assert set(best["frozen"]) == {"encoder.linear", "encoder.norm"}
     assert provenance["checkpoint"]["path"] == str(folder / "checkpoint_best.pth")
+    assert provenance["threads"] == 7
     assert provenance["checkpoint"]["fingerprint"] == checkpoint.fingerprint(best["model"], extra=best["frozen"])
     assert provenance["data"] == {"test": "points-8-2"}
     assert {"python", "torch", "transformers", "salesforce-lavis", "neucore_plugin"} <= set(provenance["versions"])
