@@ -62,7 +62,9 @@ class RunSchema(Section):
     cache_dir: Text | None = Field(None, description="folder of these features; null: $NEUCORE_CACHE, ~/.cache/neucore")
     score_chunk: int = Field(256, ge=1, description="queries scored against the gallery at a time")
     # --- the run itself
-    seed: int = Field(42, ge=0, le=2**31 - 1, description="of weights, order and noise")
+    seed: int = Field(
+        42, ge=0, le=2**31 - 1, description="of weights, order and noise; the same bits need the same OMP_NUM_THREADS"
+    )
     output_dir: Text = Field("output", description="every run makes a folder of its own in it")
     resume: Text = Field("never", description="never, auto (the latest run of the same config), or a checkpoint's path")
     evaluate: bool = Field(False, description="evaluate model.checkpoint instead of training")
