@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from places import REAL, needs_real
 
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.config.published import PRESETS, STANDARD, Protocol
 from neucore_plugin.datasets.protocols import presets, queries
+from neucore_plugin.datasets.published.cirr import CIRR
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 from neucore_plugin.evaluation.metrics import soft_recall_at
 from neucore_plugin.evaluation.ranking import Evaluated, Ranking
@@ -171,6 +173,34 @@ def test_soft_and_hard_by_hand():
     assert found.soft == ((3, 3, 1.0), (4, 4, 0.5))
     assert soft_recall_at([[(3, 1.0), (4, 0.5)]], (1, 2, 3, 4)) == {"R@1": 0, "R@2": 0, "R@3": 100, "R@4": 100}
     assert soft_recall_at([[(2, 0.2)], []], (1, 2)) == {"R@1": 0, "R@2": pytest.approx(10)}
+
+
+@needs_real("cirr")
+def test_soft_scores_of_real_queries_by_their_definition():
+    """Scores that favour the target somewhat; each query's top is looked at by name."""
+    triplets, gallery = CIRR.read(REAL / "cirr", "val")
+    triplets, ids = triplets[::16], gallery.ids
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(len(triplets), len(ids), generator=generator)
+    place = {name: number for number, name in enumerate(ids)}
+    for row, triplet in enumerate(triplets):
+        scores[row, [place[name] for name in triplet.members]] += 1.2
+        scores[row, place[triplet.targets[0]]] += 0.8
+    order = scores.argsort(dim=1, descending=True).tolist()
+    tops = [[ids[n] for n in row if ids[n] != t.reference] for row, t in zip(order, triplets, strict=True)]
+    found = {}
+    for name, within in (("soft", None), ("soft_top50", 50)):
+        store = ImageStore(gallery.files, str)
+        data = TripletDataset("cirr", "val", triplets, gallery, store, protocol=PRESETS["cirr"][name])
+        found[name] = Evaluated(data, {"neucore": Ranking(data)(scores, range(len(triplets)))}).table["neucore"]
+        for k in (1, 2, 3):
+            weights = []
+            for top, t in zip(tops, triplets, strict=True):
+                first = [image for image in top[:within] if image in t.members][:k]
+                weights.append(max(0.0, *(dict(t.soft).get(image, 0.0) for image in first), 0.0))
+            assert found[name][f"R_subset@{k}"] == pytest.approx(100 * sum(weights) / len(weights))
+    assert all(found["soft"][f"R@{k}"] == found["soft_top50"][f"R@{k}"] for k in (1, 5, 10, 50))
+    assert all(found["soft"][f"R_subset@{k}"] > found["soft_top50"][f"R_subset@{k}"] > 0 for k in (1, 2, 3))
 
 
 def test_soft_top50_leaves_out_members_behind_the_top_50():
