@@ -8,6 +8,7 @@ from pathlib import Path
 
 from neucore_plugin.commands import positive, print_json
 from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.common.names import name_of
 from neucore_plugin.common.text import visible
 
 HELP = "search a folder of images with a picture and a sentence"
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(visible(f"left out {failure.name}: {failure.reason}"), file=sys.stderr)
     hits = index.search(arguments.image, arguments.text, k=min(arguments.k, max(1, len(index) - 1)))
     if arguments.json:
-        rows = [{"rank": hit.rank, "name": hit.name, "score": hit.score, "path": str(hit.path)} for hit in hits]
+        rows = [{"rank": hit.rank, "name": hit.name, "score": hit.score, "path": name_of(hit.path)} for hit in hits]
         print_json(rows)
     else:
         for hit in hits:

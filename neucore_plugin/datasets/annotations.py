@@ -1,5 +1,6 @@
 """Reading annotation files: one clear error for a file, all problems of its entries in one message. No host."""
 
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,16 +34,21 @@ def good_entries(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a list that `check` finds no fault with, and their places; the faults go to `problems`.
 
-    unique: a key whose value no two entries may share.
+    unique: a key whose value no two entries may share, where they have it.
     """
     seen: dict[Any, int] = {}
     for index, entry in enumerate(values):
         wrong = list(check(entry)) if isinstance(entry, dict) else [f"expected an object, given {type(entry).__name__}"]
-        if unique and not wrong and seen.setdefault(entry[unique], index) != index:
-            wrong = [f"{unique} {entry[unique]} stands already in entry {seen[entry[unique]]}"]
+        if not wrong and unique in entry and seen.setdefault(str(entry[unique]), index) != index:
+            wrong = [f"{unique} {entry[unique]} stands already in entry {seen[str(entry[unique])]}"]
         problems += [f"{file}: entry {index}: {text}" for text in wrong]
         if not wrong:
             yield index, entry
+
+
+def shown(value: Any) -> str:
+    """A value of an annotation file in a message: cut where it is long."""
+    return reprlib.repr(value)
 
 
 def is_whole(value: Any) -> bool:
@@ -62,5 +68,5 @@ def refuse(place: Path, problems: Sequence[str], of: str = "") -> None:
     """DataError with the first problems of a file or folder and their number, if there are any."""
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        listed = first_few(problems, SHOWN, "\n  ")
+        listed = first_few((text if len(text) < 500 else f"{text[:500]}..." for text in problems), SHOWN, "\n  ")
         raise DataError(f"{place}: {count}{of}\n  {listed}")

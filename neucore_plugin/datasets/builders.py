@@ -178,4 +178,5 @@ class FolderBuilder(TripletBuilder):
     def read(self, info: dict[str, Any]) -> Content:
         root = info["root"]
         known = folder.images(root)
-        return known, {split: folder.load_split(root, split, known) for split in folder.splits(root)}
+        splits = [s for s in folder.splits(root, self.wanted or ()) if self.wanted is None or s in self.wanted]
+        return known, {split: folder.load_split(root, split, known) for split in splits}

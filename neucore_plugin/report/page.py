@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from neucore_plugin.common.errors import ImageError
 from neucore_plugin.common.files import atomic_write
 from neucore_plugin.common.images import Picture, load_image
+from neucore_plugin.common.names import name_of
 from neucore_plugin.report.charts import CHART_STYLE, row_label, split_chart_svg
 from neucore_plugin.report.table import Results, metric_columns
 
@@ -85,11 +86,12 @@ def search_page(
     """
     pictures = _Pictures("pad")
     retrieved = [{"id": hit.name, "path": hit.path, "score": hit.score} for hit in hits]
+    name = "" if reference is None or isinstance(reference, Image.Image) else name_of(Path(reference).name)
     page = {
         "kind": "search",
         "title": title,
         "reference": pictures.thumb(reference, _LARGE) if reference is not None else None,
-        "reference_name": "" if reference is None or isinstance(reference, Image.Image) else Path(reference).name,
+        "reference_name": name,
         "caption": caption or "",
         "hits": [_tile(rank, item, pictures) for rank, item in enumerate(retrieved, start=1)],
     }

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError, first_few
 from neucore_plugin.common.images import IMAGE_SUFFIXES, load_for
+from neucore_plugin.common.names import name_of
 from neucore_plugin.retrieval.store import DTYPES
 
 log = logging.getLogger(__name__)
@@ -166,8 +167,9 @@ def encode(
 
 
 def relative(path: Path, root: Path | None) -> str:
-    """Posix path below root, or the path as it is when it lies elsewhere."""
-    return path.relative_to(root).as_posix() if root is not None and path.is_relative_to(root) else path.as_posix()
+    """Text of the posix path below root, or of the path as it is when it lies elsewhere."""
+    below = root is not None and path.is_relative_to(root)
+    return name_of((path.relative_to(root) if below else path).as_posix())
 
 
 def repeated(names: Sequence[str]) -> list[str]:

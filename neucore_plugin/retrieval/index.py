@@ -16,6 +16,7 @@ from torch import Tensor
 
 from neucore_plugin.common.errors import DataError, did_you_mean, first_few
 from neucore_plugin.common.images import Picture, load_for
+from neucore_plugin.common.names import Listing, Names, name_of, path_of
 from neucore_plugin.retrieval import store
 from neucore_plugin.retrieval.encoding import (
     Failure,
@@ -113,9 +114,9 @@ class GalleryIndex:
         model; the remedy is to build it again.
         """
         stored = store.read(folder, verify)
-        root = Path(root).resolve() if root is not None else Path(stored.root) if stored.root else None
-        paths = [root / path if root is not None else Path(path) for path in stored.paths]
-        failures = [Failure(f["name"], Path(f["path"]), f["reason"]) for f in stored.failures]
+        root = Path(root).resolve() if root is not None else path_of(stored.root) if stored.root else None
+        paths = [root / path_of(path) if root is not None else path_of(path) for path in stored.paths]
+        failures = [Failure(f["name"], path_of(f["path"]), f["reason"]) for f in stored.failures]
         index = cls(stored.names, paths, stored.encodings, None, root, failures, stored.model_fingerprint)
         if model is not None:
             index.attach(model, where=f" in {folder}")
@@ -124,8 +125,8 @@ class GalleryIndex:
     def save(self, folder: str | Path) -> None:
         """Write the index into `folder`; a kill at any moment leaves the earlier index there, or none, or this one."""
         paths = [relative(path, self.root) for path in self.paths]
-        failures = [{"name": f.name, "path": str(f.path), "reason": f.reason} for f in self.failures]
-        root = str(self.root) if self.root is not None else None
+        failures = [{"name": f.name, "path": name_of(f.path), "reason": f.reason} for f in self.failures]
+        root = name_of(self.root) if self.root is not None else None
         stored = store.Stored(self.names, paths, self.encodings, root, failures, self.model_fingerprint)
         store.write(folder, stored)
 
@@ -169,9 +170,9 @@ class GalleryIndex:
 
     def position(self, name: str) -> int:
         """Gallery position of a name; DataError with the nearest name when there is none."""
-        if name not in self._position:
+        if (known := self._names.find(name)) is None:
             raise DataError(f"no image {name!r} in the index ({len(self)} images).{did_you_mean(name, self.names)}")
-        return self._position[name]
+        return self._position[known]
 
     def reference(self, image: Picture) -> tuple[Image.Image, int | None]:
         """The picture meant by a name in the index, a file, its bytes or a picture, and its gallery position if it has
@@ -181,13 +182,15 @@ class GalleryIndex:
         if not isinstance(image, str | os.PathLike):
             file = getattr(image, "filename", None) if isinstance(image, Image.Image) else getattr(image, "name", None)
             return load_for(processor, image), self._locate(file) if file and isinstance(file, str) else None
-        if str(image) in self:
-            place = self._position[str(image)]
+        name = name_of(image)
+        file = image if os.path.exists(image) else Listing().find(Path(image))
+        if name in self or (file is None and self._names.find(name) is not None):
+            place = self.position(name)
             return load_for(processor, self.paths[place]), place
-        if not os.path.exists(image):
-            hint = did_you_mean(str(image), self.names)
-            raise DataError(f"reference {str(image)!r} is neither a file nor a name in the index.{hint}")
-        return load_for(processor, image), self._locate(image)
+        if file is None:
+            hint = did_you_mean(name, self.names)
+            raise DataError(f"reference {name!r} is neither a file nor a name in the index.{hint}")
+        return load_for(processor, file), self._locate(file)
 
     def search(
         self, image: Picture | None = None, text: str | None = None, k: int = 10, exclude_reference: bool = True
@@ -252,6 +255,7 @@ class GalleryIndex:
 
     def _index_names(self) -> None:
         self._position = {name: place for place, name in enumerate(self.names)}
+        self._names = Names(self._position)
         if len(self._position) != len(self.names):
             names = first_few(map(repr, repeated(self.names)), 5)
             raise DataError(f"a name stands twice in the index: {names}; names must be unique")

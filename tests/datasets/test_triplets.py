@@ -128,7 +128,7 @@ def test_missing_parts_of_a_folder_are_named(tmp_path, shapes_root):
         folder.images(tmp_path)
     with pytest.raises(DataError, match=r"no such annotation file\. Splits found: test, train, val"):
         folder.load_split(shapes_root, "dev", {})
-    with pytest.raises(DataError, match="names 1 images that do not exist, such as 'gone.png'"):
+    with pytest.raises(DataError, match="entry 1: no image 'gone.png' below"):
         bad_split(tmp_path, shapes_root, [GOOD], gallery=["circle-blue.png", "gone.png"])
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from neucore_plugin.common.errors import ConfigError, DataError, nearest
 from neucore_plugin.common.files import expanded
+from neucore_plugin.common.names import Listing
 from neucore_plugin.config.published import PRESETS
 from neucore_plugin.datasets.published.circo import CIRCO
 from neucore_plugin.datasets.published.cirr import CIRR
 from neucore_plugin.datasets.published.fashion200k import FASHION200K
 from neucore_plugin.datasets.published.fashioniq import FASHIONIQ
-from neucore_plugin.datasets.published.reader import Listing, Reader
+from neucore_plugin.datasets.published.reader import Reader
 from neucore_plugin.datasets.published.shoes import SHOES
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 

@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from neucore_plugin.common.names import Listing
 from neucore_plugin.datasets.annotations import good_entries, is_whole, read_json, safe_name
-from neucore_plugin.datasets.published.reader import Listing, Reader
+from neucore_plugin.datasets.published.reader import Reader
 from neucore_plugin.datasets.triplets import Triplet
 
 FOLDERS = {"train": "train", "val": "dev", "test1": "test1"}  # split: its folder below img_raw/

@@ -1,28 +1,15 @@
 """What a published data set is: its splits, its files, where they come from, and how they are read. No host."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from neucore_plugin.common.errors import ConfigError, nearest
+from neucore_plugin.common.errors import ConfigError, DataError, nearest
 from neucore_plugin.common.files import expanded
+from neucore_plugin.common.names import Listing
 from neucore_plugin.config.published import SPLITS, UNANSWERED_SPLITS
 from neucore_plugin.datasets.annotations import refuse
 from neucore_plugin.datasets.triplets import Gallery, Triplet
-
-
-class Listing:
-    """Whether files are there. A folder is listed once: asking for each file takes minutes on a network drive."""
-
-    def __init__(self) -> None:
-        self._names: dict[Path, set[str]] = {}
-
-    def __contains__(self, path: Path) -> bool:
-        folder = path.parent
-        if folder not in self._names:
-            self._names[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-        return path.name in self._names[folder]
 
 
 @dataclass(frozen=True)
@@ -73,8 +60,14 @@ class Reader:
         root = expanded(root)
         problems: list[str] = []
         triplets, paths = self.parse(root, split, problems)
+        listing, files = Listing(), {}
+        for name, path in paths.items():
+            try:
+                files[name] = listing.find(path) or path
+            except DataError as error:
+                problems.append(str(error))
         refuse(root, problems, f" of split {split!r}")
-        return triplets, Gallery.of(paths)
+        return triplets, Gallery.of(files)
 
     def annotation(self, root: str | Path, file: str) -> Path:
         """The path of one of `files`: where it is found, else where it belongs."""

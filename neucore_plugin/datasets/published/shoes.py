@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin.common.images import IMAGE_SUFFIXES
+from neucore_plugin.common.names import Names, name_of
 from neucore_plugin.datasets.annotations import good_entries, read_json, read_lines, safe_name
 from neucore_plugin.datasets.published.reader import Reader
 from neucore_plugin.datasets.triplets import Triplet
@@ -33,7 +34,8 @@ def _parse(root: Path, split: str, problems: list[str]) -> tuple[list[Triplet], 
         if reference in known and target in known:
             triplets.append(Triplet(str(index), reference, caption, (target,)))
     files = _pictures(root)
-    return triplets, {name: files.get(name, root / name) for name in names}
+    spelt = Names(files)
+    return triplets, {name: files.get(spelt.find(name) or "", root / name) for name in names}
 
 
 def _faults(entry: dict[str, Any]) -> Iterable[str]:
@@ -48,7 +50,7 @@ def _pictures(root: Path) -> dict[str, Path]:
         below.sort()
         for name in sorted(names):
             if name.lower().endswith(IMAGE_SUFFIXES):
-                files.setdefault(name, Path(folder) / name)
+                files.setdefault(name_of(name), Path(folder) / name)
     return files
 
 
