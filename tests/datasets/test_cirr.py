@@ -109,7 +109,7 @@ def test_what_is_wrong_in_clip4cirs_layout_is_told_at_its_place(root):
     with pytest.raises(ConfigError) as caught:
         build("cirr", root)
     assert f"- {root}/dev: 1 of 8 images of val, such as dev/{DEV[2]}.png" in str(caught.value)
-    assert f"- {root}/captions/cap.rc2.train.json\n" in str(caught.value)
+    assert f"- {root}/cirr/captions/cap.rc2.train.json\n" in str(caught.value)
     edit(root / "cirr/captions/cap.rc2.val.json", lambda v: v[3].update(reference="dev-0"))
     with pytest.raises(DataError, match=r"cirr/captions/cap.rc2.val.json: entry 3: .* not in cirr/image_splits/split"):
         CIRR.read(root, "val")

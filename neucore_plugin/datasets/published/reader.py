@@ -72,7 +72,8 @@ class Reader:
     def annotation(self, root: str | Path, file: str) -> Path:
         """The path of one of `files`: where it is found, else where it belongs."""
         places = [Path(root, folder, file) for folder in self.annotation_folders]
-        return next((place for place in places if place.is_file()), places[0])
+        beside = (place for place in places if place.parent.is_dir())  # where other files of its kind lie
+        return next((place for place in places if place.is_file()), next(beside, places[0]))
 
     def image_folder(self, root: str | Path, split: str) -> str:
         """Where the images of a split are, else where they belong."""
