@@ -1,56 +1,120 @@
-"""Reading pictures safely: any file a user may have becomes an upright RGB picture, or one error that names it."""
+"""Reading pictures safely: any file a user may have becomes an upright RGB picture, or one error that names it.
+
+Also which files are pictures: `find_images`. What comes out never depends on threads or on Pillow's own switches.
+"""
 
 import contextlib
+import importlib
 import io
 import os
+import re
+import struct
 import threading
-from collections.abc import Iterable
+import types
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from neucore_plugin.common.errors import DataError, ImageError
+from neucore_plugin.common.errors import DataError, ImageError, first_few
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what a folder is searched for
-MAX_PIXELS = 64_000_000  # four times a 16-megapixel photograph; decoded as RGB it takes 192 MB
+MAX_PIXELS = 200_000_000  # what phones make at most; decoded and as RGB it takes 1.6 GB
+WHOLE_PIXELS = 64_000_000  # a larger JPEG is decoded at a half, a quarter or an eighth of its sides
+_STRIP = 4_000_000  # pixels converted at a time
+_TEXT = 1 << 20  # bytes of a text in a PNG that may say how the picture is turned
 
 Picture = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image
 
+# ---- reading --------------------------------------------------------------------------------------------------------
 
-def load_image(source: Picture, *, plain: bool = False) -> Image.Image:
-    """Read a picture (path, bytes, binary file, or one that Pillow opened) as RGB, fully decoded and upright (EXIF).
 
-    Transparent parts become white; of an animation the first frame is taken. The size in the header is checked before
-    any pixel is decoded. Raises ImageError, which names the file and the remedy.
+def load_image(source: Picture, *, plain: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture (path, bytes, binary file, or one of Pillow's) as RGB, fully decoded and upright (EXIF).
+
+    Equal pictures give equal pixels, however they are given. Transparent parts become white; of an animation the first
+    frame is taken; grey of 16 bits is divided by 257, other deep grey ends at its maximum. Of a JPEG with more than
+    WHOLE_PIXELS pixels a half, a quarter or an eighth of each side is decoded. The caller's picture or open file stays
+    as it is. Raises ImageError, which names the file and the remedy; also where a file is cut, whatever Pillow's
+    LOAD_TRUNCATED_IMAGES says.
 
     plain: Pillow's own `convert("RGB")`, as most published code reads pictures: not turned by EXIF, transparency
         dropped, grey of 16 bits clipped. `load_for` gives it where a processor has an attribute `plain`.
+    max_pixels: more than that (in the header) are refused before any pixel is decoded.
     """
     name = _name(source)
     try:
-        if isinstance(source, Image.Image):
-            return _upright_rgb(source, name, plain)
-        with _stream(source, name) as stream, Image.open(stream) as image:  # reads the header only
-            return _upright_rgb(image, name, plain)
-    except ImageError:
+        return _load(source, name, plain, max_pixels)
+    except Warning:  # made an error by the process's filters; Pillow warns of harmless oddities
+        with _one_at_a_time, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _load(source, name, plain, max_pixels)
+
+
+def load_for(processor: Any, source: Picture) -> Image.Image:
+    """`load_image` as a processor of images wants it: its `plain` and `max_pixels`, where it has them."""
+    plain, limit = getattr(processor, "plain", False), getattr(processor, "max_pixels", MAX_PIXELS)
+    return load_image(source, plain=plain, max_pixels=limit)
+
+
+def check_images(paths: Iterable[str | os.PathLike], processor: Any = None) -> list[tuple[Path, str]]:
+    """Read every picture once, as `processor` would, and return [(path, reason)] of those that fail, in order.
+
+    Run before training: a bad file is then known at the start, not hours later. Threads share the work: decoding leaves
+    the interpreter's lock.
+    """
+    files = [Path(path) if isinstance(path, str) else path for path in paths]
+
+    def reason(path: Any) -> str:
+        try:
+            load_for(processor, path).close()
+        except ImageError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        reasons = pool.map(reason, files)
+        bar = tqdm(reasons, total=len(files), desc="checking images", unit="image")
+        return [(path, text) for path, text in zip(files, bar, strict=True) if text]
+
+
+def _load(source: Picture, name: str, plain: bool, max_pixels: int) -> Image.Image:
+    try:
+        with _as_we_read(max_pixels):
+            if isinstance(source, Image.Image):
+                data = _unread(source, name)
+                if data is None:
+                    return _rgb(source, name, plain, max_pixels)
+                source = data
+            with _stream(source, name) as stream:
+                stream.seek(0)
+                start, texts = stream.read(32), {}
+                if start.startswith(_PNG):
+                    stream, texts = _png_without_texts(stream)
+                try:
+                    opened = Image.open(stream, formats=_formats())  # reads the header only
+                except UnidentifiedImageError as error:
+                    text = f"{name} is no image that Pillow can read{_hint(start)}: replace it, or remove it"
+                    raise ImageError(text) from error
+                with opened as image:
+                    image.info.update(texts)
+                    return _rgb(image, name, plain, max_pixels)
+    except (ImageError, Warning):
         raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is no image that Pillow can read: replace it, or remove it") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(name, f"more than {Image.MAX_IMAGE_PIXELS:,}") from error
+    except Image.DecompressionBombError as error:
+        found = re.search(r"\d+", str(error))
+        raise _too_large(name, int(found[0]) if found else max_pixels + 1, max_pixels) from error
     except MemoryError as error:
         raise ImageError(f"{name} does not fit into memory: shrink it") from error
     except Exception as error:  # each decoder reports damage in its own way (OSError, SyntaxError, zlib.error, ...)
         raise ImageError(f"{name} is truncated or damaged ({error}): fetch it again, or remove it") from error
-
-
-def load_for(processor: Any, source: Picture) -> Image.Image:
-    """`load_image` as a processor of images wants it: with its attribute `plain`, where it has one."""
-    return load_image(source, plain=getattr(processor, "plain", False))
 
 
 def _name(source: Picture) -> str:
@@ -59,24 +123,41 @@ def _name(source: Picture) -> str:
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     if isinstance(source, bytes | bytearray | memoryview):
-        return f"image data of {len(source):,} bytes"
+        return f"image data of {memoryview(source).nbytes:,} bytes"
+    if not hasattr(source, "read"):
+        text = f"an image is given as {type(source).__name__}: give a path, its bytes, a binary file, or a picture of "
+        raise ImageError(text + "Pillow (Image.fromarray makes one of an array)")
     if not hasattr(source, "seek"):
         return str(source)  # an image of a shard says where it lies
     return str(getattr(source, "name", "image stream"))
 
 
+def _unread(image: Image.Image, name: str) -> bytes | None:
+    """The bytes of a file that Pillow opened and has not decoded yet, so that it is read as the file would be."""
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.tell():
+        return None
+    if image.fp is None or image.fp.closed:
+        raise ImageError(f"{name} was closed before it was read: call its load() first, or give the path of its file")
+    with _one_at_a_time:  # threads may share a picture
+        place = image.fp.tell()
+        image.fp.seek(0)
+        data = image.fp.read()
+        image.fp.seek(place)
+    return data
+
+
 def _stream(source: Picture, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
     if isinstance(source, bytes | bytearray | memoryview):
-        if not len(source):
+        if not memoryview(source).nbytes:
             raise ImageError("image data of 0 bytes: nothing to read")
-        return io.BytesIO(source)
+        return io.BytesIO(bytes(source))
     if not isinstance(source, str | os.PathLike):
-        if not hasattr(source, "read"):
-            raise ImageError(f"an image is given as {type(source).__name__}: give a path, bytes or a binary file")
-        if hasattr(source, "seek"):
+        if isinstance(source, io.TextIOBase):
+            raise ImageError(f"{name} is opened as text: open it as binary, with mode 'rb'")
+        if hasattr(source, "seek") and (not hasattr(source, "seekable") or source.seekable()):
             return contextlib.nullcontext(source)  # the caller closes it
         try:
-            return io.BytesIO(source.read())  # an image of a shard
+            return io.BytesIO(source.read())  # an image of a shard, a pipe, an answer of a server
         except DataError as error:
             raise ImageError(f"{name} cannot be read: {error}") from error
     path = Path(source)
@@ -94,93 +175,303 @@ def _stream(source: Picture, name: str) -> contextlib.AbstractContextManager[Bin
         raise ImageError(f"{name} cannot be opened ({error}): check its name and permissions") from error
 
 
-def _too_large(name: str, pixels: str) -> ImageError:
-    return ImageError(f"{name} has {pixels} pixels, the limit is {MAX_PIXELS:,} (decompression bomb?): shrink it first")
+def _too_large(name: str, pixels: int, limit: int) -> ImageError:
+    return ImageError(
+        f"{name} has {pixels:,} pixels, the limit is {limit:,} (decompression bomb?): shrink it first, or raise "
+        "max_pixels (of the processor cir_image; --max-pixels of `neucore search`)"
+    )
 
 
-def _upright_rgb(image: Image.Image, name: str, plain: bool) -> Image.Image:
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_TURNS = ("XML:com.adobe.xmp", "Raw profile type exif")  # texts in which Pillow looks for the orientation
+
+
+def _png_without_texts(stream: BinaryIO) -> tuple[BinaryIO, dict[str, str]]:
+    """The chunks of a PNG that make its picture (of an animation the first), and texts that may say how it is turned.
+
+    Pillow refuses a whole file for the length of a text or a colour profile that nobody asked for.
+    """
+    end = stream.seek(0, os.SEEK_END)
+    place = stream.seek(len(_PNG))
+    kept, texts, kind = io.BytesIO(_PNG), {}, b""
+    kept.seek(0, os.SEEK_END)
+    while kind != b"IEND":
+        head = stream.read(8)
+        size, kind = struct.unpack(">I4s", head) if len(head) == 8 else (end, b"")
+        place += size + 12
+        if place > end:
+            raise OSError("it ends before its end mark")
+        if kind in _PNG_KEPT:
+            kept.write(head + stream.read(size + 4))
+        elif kind in _PNG_TEXTS:
+            texts.update(_png_text(kind, stream.read(min(size, _TEXT))))
+        stream.seek(place)
+    kept.seek(0)
+    return kept, texts
+
+
+def _png_text(kind: bytes, body: bytes) -> Iterator[tuple[str, str]]:
+    key, _, text = body.partition(b"\0")
+    if (name := key.decode("latin-1")) in _TURNS:
+        packed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
+        text = {b"tEXt": text, b"zTXt": text[1:], b"iTXt": text[2:].split(b"\0", 2)[-1]}[kind]
+        with contextlib.suppress(zlib.error):
+            yield name, (zlib.decompressobj().decompress(text, _TEXT) if packed else text).decode("utf-8", "replace")
+
+
+# ---- to RGB ---------------------------------------------------------------------------------------------------------
+
+
+def _rgb(image: Image.Image, name: str, plain: bool, max_pixels: int) -> Image.Image:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _too_large(name, f"{width * height:,}")
+    if (pixels := width * height) > max_pixels:
+        raise _too_large(name, pixels, max_pixels)
     if width < 1 or height < 1:
         raise ImageError(f"{name} is {width} x {height} pixels: there is nothing to see")
-    with _whole_files_only:
-        image.load()
+    if pixels > WHOLE_PIXELS:
+        scale = next((part for part in (2, 4) if pixels <= WHOLE_PIXELS * part**2), 8)
+        image.draft(None, (max(1, width // scale), max(1, height // scale)))  # formats other than JPEG pass it over
+    image.load()
     if plain:
-        return _plain_rgb(image)
-    deep = 257.0 if image.format == "PNG" or image.mode.startswith("I;16") else None
-    with contextlib.suppress(Exception):  # damaged EXIF data: the picture itself is whole
-        image = ImageOps.exif_transpose(image)
-    return _to_rgb(image, deep)
+        page = image.copy()
+        page.info = {}  # a transparent colour of a palette would be warned of
+        page = page.convert("RGB")
+    else:
+        page = _turned(_flat(image), image)
+    page.info = {}  # a turn that is still told would be made again by the next reader
+    return page
 
 
-def _plain_rgb(image: Image.Image) -> Image.Image:
-    image = image.copy()
-    image.info = {}  # a turn or a transparent colour that is still known would be applied by the next reader
-    return image.convert("RGB")
+def _flat(image: Image.Image) -> Image.Image:
+    """RGB on white, strip by strip: the numbers in between are several times as large as the picture."""
+    deep = image.mode.startswith("I") or image.mode == "F"
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image.copy()
+    white = _white(image) if deep else 0.0
+    page = Image.new("RGB", image.size)
+    for top, part in _strips(image):
+        page.paste(_grey(part, white) if deep else _on_white(part), (0, top))
+    return page
 
 
-class _WholeFilesOnly:
-    """Holds Pillow's switch for cut files off while any thread decodes.
-
-    The host turns it on for the whole process when it is imported; a cut file would then become a half grey picture.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._outside_value = threading.Lock(), 0, False
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._outside_value, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                ImageFile.LOAD_TRUNCATED_IMAGES = self._outside_value
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-_whole_files_only = _WholeFilesOnly()
+def _on_white(part: Image.Image) -> Image.Image:
+    if part.mode in ("La", "RGBa"):
+        part = part.convert(part.mode.upper())
+    if not part.has_transparency_data:
+        return part.convert("RGB")
+    layer = part.convert("RGBA")
+    page = Image.new("RGBA", layer.size, (255, 255, 255, 255))  # white, like the drawings' and catalogues' paper
+    return Image.alpha_composite(page, layer).convert("RGB")
 
 
-def _to_rgb(image: Image.Image, deep: float | None) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _deep_grey_to_rgb(image, deep)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        page = Image.new("RGBA", layer.size, (255, 255, 255, 255))  # white, like the drawings' and catalogues' paper
-        return Image.alpha_composite(page, layer).convert("RGB")
-    return image.convert("RGB")  # a copy where it is RGB already
+def _white(image: Image.Image) -> float:
+    """The value that becomes white: Pillow clips grey above 255. An unknown range ends at its maximum."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return 65535.0
+    largest = 0.0
+    for _, part in _strips(image):
+        values = np.asarray(part)
+        largest = max(largest, float(values[np.isfinite(values)].max(initial=0)))
+    ranges = (1.0, 255.0) if image.mode == "F" else (255.0, 65535.0)
+    return next((end for end in ranges if largest <= end), largest)
 
 
-def _deep_grey_to_rgb(image: Image.Image, deep: float | None) -> Image.Image:
-    """Pillow clips grey values above 255 to white. 16 bits are divided by 257; unknown ranges end at their maximum."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    largest = float(values.max())
-    if deep is None:
-        deep = 1 / 255 if image.mode == "F" and largest <= 1.0 else max(largest / 255.0, 1.0)
-    grey = np.clip(values / deep, 0, 255).round().astype(np.uint8)
+def _grey(part: Image.Image, white: float) -> Image.Image:
+    values = np.asarray(part).astype(np.float64)
+    grey = np.clip(np.nan_to_num(values) / (white / 255), 0, 255).round().astype(np.uint8)
+    if isinstance(clear := part.info.get("transparency"), int):
+        grey[values == clear] = 255
     return Image.fromarray(grey).convert("RGB")
 
 
-def check_images(paths: Iterable[str | os.PathLike]) -> list[tuple[Path, str]]:
-    """Read every picture once and return [(path, reason)] of those that fail, in the given order.
+def _turned(page: Image.Image, image: Image.Image) -> Image.Image:
+    """The page as the EXIF data of its image want it."""
+    try:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = image.getexif()[ExifTags.Base.Orientation]
+        page.info = {"exif": exif.tobytes()}
+        return ImageOps.exif_transpose(page)
+    except Warning:
+        raise
+    except Exception:  # none, or damaged: the picture itself is whole
+        return page
 
-    Run before training: a bad file is then known at the start, not hours later. Threads share the work: decoding leaves
-    the interpreter's lock.
+
+# ---- Pillow's switches ----------------------------------------------------------------------------------------------
+
+# Pillow keeps two settings of the whole process that decide what is read: the host's import allows cut files, and
+# other code may change either at any moment, in any thread. So each is replaced, once, by a value that looks at the
+# thread: while a picture is read here it is ours, everywhere else it is what was set.
+
+_one_at_a_time = threading.Lock()
+
+
+class _Reading(threading.local):
+    limit: int | None = None  # the pixel limit of the picture that this thread reads
+
+
+_reading = _Reading()
+
+
+@contextlib.contextmanager
+def _as_we_read(max_pixels: int) -> Iterator[None]:
+    before, _reading.limit = _reading.limit, max_pixels
+    try:
+        yield
+    finally:
+        _reading.limit = before
+
+
+class _CutFilesAllowed:
+    """Stands for LOAD_TRUNCATED_IMAGES: a cut file would become a half grey picture."""
+
+    def __init__(self, outside: Any) -> None:
+        self.outside = outside
+
+    def value(self) -> Any:
+        return self.outside if _reading.limit is None else False
+
+    def __bool__(self) -> bool:
+        return bool(self.value())
+
+
+class _PixelLimit:
+    """Stands for MAX_IMAGE_PIXELS: Pillow warns of more than that, and refuses more than twice as much."""
+
+    def __init__(self, outside: Any) -> None:
+        self.outside = outside
+
+    def value(self) -> Any:
+        return self.outside if _reading.limit is None else _reading.limit
+
+    def __rmul__(self, times: int) -> float:
+        if _reading.limit is not None:
+            return _reading.limit
+        return float("inf") if self.outside is None else times * self.outside
+
+    def __lt__(self, pixels: int) -> bool:
+        return _reading.limit is None and self.outside is not None and self.outside < pixels
+
+    def __str__(self) -> str:
+        return str(self.value())
+
+
+def _replace(module: types.ModuleType, name: str, kind: type) -> None:
+    held = kind(getattr(module, name))
+    seen = property(lambda _: held.value(), lambda _, value: setattr(held, "outside", value))
+    vars(module)[name] = held  # what the module's own functions find
+    module.__class__ = type(type(module).__name__, (type(module),), {name: seen})  # what all others find, and set
+
+
+_replace(ImageFile, "LOAD_TRUNCATED_IMAGES", _CutFilesAllowed)
+_replace(Image, "MAX_IMAGE_PIXELS", _PixelLimit)
+
+# ---- which files are pictures ---------------------------------------------------------------------------------------
+
+# Told apart by Pillow, but never decoded: films and measurements; EPS would start an interpreter of programs.
+_NOT_READ = ("EPS", "MPEG")
+# What Pillow reads with another package alone: suffixes, and marks within the first bytes.
+_PACKAGES = {
+    "pillow-heif": ((".heic", ".heif", ".hif"), (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")),
+    "a Pillow with AVIF": ((".avif", ".avifs"), (b"ftypavif", b"ftypavis")),
+    "pillow-jxl-plugin": ((".jxl",), (b"JXL ",)),
+}
+LeftOut = Counter[str]  # files and folders that are no pictures to us, by the reason
+
+
+def image_suffixes() -> frozenset[str]:
+    """Of the files that the installed Pillow reads, in lower case, with the dot; also with a plug-in of its."""
+    read = {*_formats(), "MPO"}  # several views in a JPEG
+    return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in read)
+
+
+def find_images(folder: str | Path) -> tuple[list[Path], LeftOut]:
+    """All pictures in a folder or below, sorted; and how much else lies there, by the reason.
+
+    Hidden files and folders, and those that macOS adds (._NAME, __MACOSX), are no pictures. Linked folders are
+    followed, after all others; a folder that is reached twice is read once.
     """
-    files = [Path(path) if isinstance(path, str) else path for path in paths]
-
-    def reason(path: Any) -> str:
+    suffixes, found, left_out = image_suffixes(), [], Counter()
+    folders, links, read = [Path(folder)], [], set()
+    while folders or links:
+        place = folders.pop() if folders else links.pop()
         try:
-            load_image(path).close()
-        except ImageError as error:
-            return str(error)
-        return ""
+            status = os.stat(place)
+            if (key := (status.st_dev, status.st_ino)) in read:
+                left_out["linked folders that are read elsewhere"] += 1
+                continue
+            read.add(key)
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            left_out[f"folders that cannot be read ({error.strerror})"] += 1
+            continue
+        below = []
+        for entry in entries:
+            if is_hidden(entry.name):
+                left_out["hidden"] += 1
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append(Path(entry.path))
+            elif not entry.is_file():
+                left_out["links that lead nowhere" if entry.is_symlink() else "no files"] += 1
+            elif (suffix := os.path.splitext(entry.name)[1].lower()) in suffixes:
+                below.append(Path(entry.path))
+            else:
+                left_out[_reason(suffix)] += 1
+        found += below
+        if not folders:
+            links.sort(reverse=True)
+    return sorted(found), left_out
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        reasons = pool.map(reason, files)
-        bar = tqdm(reasons, total=len(files), desc="checking images", unit="image")
-        return [(path, text) for path, text in zip(files, bar, strict=True) if text]
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is none of the user's: hidden, or added by macOS."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def told(left_out: LeftOut) -> str:
+    """What was left out, such as `left out: 2 hidden, 1 .txt`; empty where it was nothing."""
+    parts = [f"{count:,} {reason}" for reason, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))]
+    return f"left out: {first_few(parts, 8)}" if parts else ""
+
+
+def _reason(suffix: str) -> str:
+    package = next((package for package, (suffixes, _) in _PACKAGES.items() if suffix in suffixes), None)
+    return f"{suffix or 'without suffix'}{f' (install {package})' if package else ''}"
+
+
+def _hint(start: bytes) -> str:
+    """What the first bytes of a file say that Pillow does not know."""
+    if start.startswith(b"\x00\x05\x16\x07"):
+        return " (macOS's notes on another file, AppleDouble)"
+    package = next((name for name, (_, marks) in _PACKAGES.items() if any(mark in start for mark in marks)), None)
+    return f" without {package} (install it)" if package else ""
+
+
+def _formats() -> list[str]:
+    """Formats of the installed Pillow that are decoded; those that look at the first bytes before the others."""
+    _plugins()
+    Image.init()
+    forms = [
+        form
+        for form in Image.ID
+        if form not in _NOT_READ
+        and not (isinstance(Image.OPEN[form][0], type) and issubclass(Image.OPEN[form][0], ImageFile.StubImageFile))
+    ]
+    return sorted(forms, key=lambda form: Image.OPEN[form][1] is None)
+
+
+@lru_cache(maxsize=1)
+def _plugins() -> None:
+    """Packages that teach Pillow further formats, where they are installed."""
+    with contextlib.suppress(Exception):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    with contextlib.suppress(Exception):
+        importlib.import_module("pillow_jxl")
