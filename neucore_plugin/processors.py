@@ -11,6 +11,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.common.images import MAX_PIXELS, Picture, load_for
 from neucore_plugin.common.text import clean_caption
 from neucore_plugin.config.data import AUGMENTS, FITS
 from neucore_plugin.host.registration import register_processor
@@ -18,15 +19,25 @@ from neucore_plugin.host.registration import register_processor
 
 @register_processor("cir_image")
 class ImageProcessor(BaseProcessor):
-    """PIL image -> normalised pixels [3, image_size, image_size].
+    """A picture, of any mode -> normalised pixels [3, image_size, image_size].
 
     Args:
         image_size: side in pixels. mean, std: of the three channels, for values in [0, 1].
         fit: "pad" to a square on white (the paper's), "crop" the middle, or "stretch".
         augment: "none", or "crop_flip": resize to 8/7, random crop, random horizontal flip (the paper's training).
+        max_pixels: pictures of more are refused.
+    Raises: ConfigError; of a picture that cannot be read ImageError.
     """
 
-    def __init__(self, image_size: int = 224, mean=(0.5,) * 3, std=(0.5,) * 3, fit="pad", augment="none") -> None:
+    def __init__(
+        self,
+        image_size: int = 224,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        fit="pad",
+        augment="none",
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         super().__init__()
         if fit not in FITS or augment not in AUGMENTS:
             raise ConfigError(
@@ -34,6 +45,7 @@ class ImageProcessor(BaseProcessor):
                 f"given fit {fit!r}, augment {augment!r}"
             )
         self.image_size, self.mean, self.std, self.fit, self.augment = image_size, tuple(mean), tuple(std), fit, augment
+        self.max_pixels = max_pixels
         steps = [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
         if augment == "crop_flip":
             steps = [transforms.RandomCrop(image_size), transforms.RandomHorizontalFlip(), *steps]
@@ -47,14 +59,16 @@ class ImageProcessor(BaseProcessor):
     @property
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments for evaluation, plain: what a checkpoint keeps."""
-        return {"image_size": self.image_size, "mean": list(self.mean), "std": list(self.std), "fit": self.fit}
+        plain = {"image_size": self.image_size, "mean": list(self.mean), "std": list(self.std), "fit": self.fit}
+        return plain | {"max_pixels": self.max_pixels}
 
     @property
     def fingerprint(self) -> str:
         """Changes with anything that changes the pixels."""
         return f"cir_image:{self.image_size}:{self.mean}:{self.std}:{self.fit}:{self.augment}"
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Picture) -> Tensor:
+        image = load_for(self, image)
         side = self.image_size if self.augment == "none" else round(self.image_size * 8 / 7)
         if self.fit == "pad" and image.width != image.height:
             # Shrunk before it is padded: a square of a panorama's longer side could fill the memory.

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", type=positive, default=10, help="number of results (default 10)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows the results")
+    parser.add_argument(
+        "--max-pixels", type=positive, help="pictures of more pixels are left out (default: as in training)"
+    )
     parser.add_argument("--batch-size", type=positive, default=32, help="images encoded at a time (default 32)")
     parser.add_argument("--module", help="module of your own to import first: it registers the checkpoint's backbone")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -36,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError(f"--folder {arguments.folder} is no folder")
     from neucore_plugin import load_model, register
     from neucore_plugin.common.distributed import pick_device
+    from neucore_plugin.common.images import told
     from neucore_plugin.host.importing import before_import
     from neucore_plugin.report import search_page
     from neucore_plugin.retrieval import GalleryIndex
@@ -48,6 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
         except ImportError as error:
             raise ConfigError(f"--module {arguments.module}: {error}; install it, or put it on PYTHONPATH") from error
     model = load_model(arguments.checkpoint, device=pick_device(arguments.device))
+    if arguments.max_pixels is not None:
+        model.image_processor.max_pixels = arguments.max_pixels
     log = logging.getLogger("neucore_plugin.retrieval")
     level = log.level
     log.setLevel(logging.ERROR)  # what could not be read is printed below
@@ -59,7 +65,11 @@ def run(arguments: argparse.Namespace) -> None:
         log.setLevel(level)
     for failure in index.failures:
         print(visible(f"left out {failure.name}: {failure.reason}"), file=sys.stderr)
-    hits = index.search(arguments.image, arguments.text, k=min(arguments.k, max(1, len(index) - 1)))
+    if index.left_out:
+        print(f"{arguments.folder}: {told(index.left_out)}", file=sys.stderr)
+    hits = index.search(arguments.image, arguments.text, k=None)[: arguments.k]
+    if not hits:
+        raise DataError(f"--folder {arguments.folder} holds no image but the reference; give one with others")
     if arguments.json:
         rows = [{"rank": hit.rank, "name": hit.name, "score": hit.score, "path": name_of(hit.path)} for hit in hits]
         print_json(rows)

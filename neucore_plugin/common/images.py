@@ -20,7 +20,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -274,6 +273,8 @@ def _on_white(part: Image.Image) -> Image.Image:
 
 def _white(image: Image.Image) -> float:
     """The value that becomes white: Pillow clips grey above 255. An unknown range ends at its maximum."""
+    import numpy as np  # here, as checks of configs import this module for its limit, and are light
+
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         return 65535.0
     largest = 0.0
@@ -285,6 +286,8 @@ def _white(image: Image.Image) -> float:
 
 
 def _grey(part: Image.Image, white: float) -> Image.Image:
+    import numpy as np
+
     values = np.asarray(part).astype(np.float64)
     grey = np.clip(np.nan_to_num(values) / (white / 255), 0, 255).round().astype(np.uint8)
     if isinstance(clear := part.info.get("transparency"), int):
@@ -384,6 +387,7 @@ _PACKAGES = {
     "a Pillow with AVIF": ((".avif", ".avifs"), (b"ftypavif", b"ftypavis")),
     "pillow-jxl-plugin": ((".jxl",), (b"JXL ",)),
 }
+LOOKED_FOR = ".bmp, .gif, .jpeg, .jpg, .png, .tif, .webp and what else Pillow reads"
 LeftOut = Counter[str]  # files and folders that are no pictures to us, by the reason
 
 
@@ -409,25 +413,24 @@ def find_images(folder: str | Path) -> tuple[list[Path], LeftOut]:
                 left_out["linked folders that are read elsewhere"] += 1
                 continue
             read.add(key)
-            entries = sorted(os.scandir(place), key=lambda entry: entry.name, reverse=True)
+            names = os.listdir(place)
         except OSError as error:
             left_out[f"folders that cannot be read ({error.strerror})"] += 1
             continue
-        below = []
-        for entry in entries:
-            if is_hidden(entry.name):
+        for path in (Path(place, name) for name in names):
+            suffix = path.suffix.lower()
+            if is_hidden(path.name):
                 left_out["hidden"] += 1
-            elif entry.is_dir():
-                (links if entry.is_symlink() else folders).append(Path(entry.path))
-            elif not entry.is_file():
-                left_out["links that lead nowhere" if entry.is_symlink() else "no files"] += 1
-            elif (suffix := os.path.splitext(entry.name)[1].lower()) in suffixes:
-                below.append(Path(entry.path))
+            elif os.path.isdir(path):
+                (links if path.is_symlink() else folders).append(path)
+            elif not os.path.isfile(path):
+                left_out["links that lead nowhere" if path.is_symlink() else "no files"] += 1
+            elif suffix in suffixes:
+                found.append(path)
             else:
                 left_out[_reason(suffix)] += 1
-        found += below
-        if not folders:
-            links.sort(reverse=True)
+        folders.sort(reverse=True)
+        links.sort(reverse=True)
     return sorted(found), left_out
 
 

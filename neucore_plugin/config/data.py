@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt
 from pydantic import Field, PlainValidator, ValidationInfo, create_model
 
+from neucore_plugin.common.images import MAX_PIXELS
 from neucore_plugin.config.encoders import HALF
 from neucore_plugin.config.kinds import THREE, Allowed, NoneTwice, Real, Text
 from neucore_plugin.config.published import PRESETS
@@ -27,6 +28,7 @@ class ImageProcessorSchema(Section):
     augment: Literal[AUGMENTS] = Field(
         "none", description="crop_flip: random crop and horizontal flip, so that nothing is cached"
     )
+    max_pixels: int = Field(MAX_PIXELS, ge=1, description="pictures with more pixels are refused")
 
 
 class CaptionProcessorSchema(Section):

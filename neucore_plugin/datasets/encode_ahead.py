@@ -38,7 +38,7 @@ def encode_ahead(
     for store in stores:
         if cache_features and backbone.freeze_image and store.processor.deterministic:
             store.cache = on_main(lambda store=store: _image_features(backbone.image, store, device, root))
-        elif failures := check_images(list(store.paths.values())):
+        elif failures := check_images(list(store.paths.values()), store.processor):
             raise _bad_images(failures, output_dir)
     if cache_features and backbone.freeze_text:
         texts = sorted({text for dataset in datasets for text in dataset.texts})
@@ -56,7 +56,7 @@ def _image_features(encoder: Any, store: ImageStore, device: torch.device, root:
             pixels = torch.stack([store.processor(load_for(store.processor, store.paths[name])) for name in names])
         except ImageError:
             # One is bad: look at all of them now, so that the user mends them in one go.
-            raise _bad_images(check_images(files), root) from None
+            raise _bad_images(check_images(files, store.processor), root) from None
         out = encoder(pixels.to(device))
         yield from zip(out["tokens"].cpu().numpy(), out["pooled"].cpu().numpy(), strict=True)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from neucore_plugin.common.errors import DataError, nearest
 from neucore_plugin.common.files import expanded
-from neucore_plugin.common.images import IMAGE_SUFFIXES
+from neucore_plugin.common.images import LOOKED_FOR, find_images, told
 from neucore_plugin.common.names import Names, name_of
 from neucore_plugin.datasets.annotations import good_entries, is_whole, read_json, refuse, shown
 from neucore_plugin.datasets.triplets import Gallery, Triplet
@@ -66,11 +66,16 @@ def _is_split(path: Path) -> bool:
 
 
 def images(root: str | Path) -> dict[str, Path]:
-    """Every image below root/images by name, sorted. Raises DataError where there is none."""
+    """Every image below root/images by name, sorted; what else lies there is counted and logged.
+
+    Raises DataError where there is none.
+    """
     folder = expanded(root) / "images"
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    paths, left_out = find_images(folder)
     if not paths:
-        raise DataError(f"{folder}: no images here. Allowed suffixes: {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise DataError(f"{folder}: no images here. Looked for {LOOKED_FOR}; {told(left_out)}".rstrip("; "))
+    if left_out:
+        logging.info("%s: %s", folder, told(left_out))
     return {name_of(path.relative_to(folder).as_posix()): path for path in paths}
 
 

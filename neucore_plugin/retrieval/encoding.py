@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError, first_few
-from neucore_plugin.common.images import IMAGE_SUFFIXES, load_for
+from neucore_plugin.common.images import LOOKED_FOR, LeftOut, find_images, is_hidden, load_for, told
 from neucore_plugin.common.names import name_of
 from neucore_plugin.retrieval.store import DTYPES
 
@@ -67,12 +67,15 @@ def evaluating(model: Any) -> Iterator[None]:
             part.training = True
 
 
-def collect(source: Source, root: Path | None = None) -> tuple[Path | None, list[tuple[str, Path]]]:
-    """Root folder and (name, path) of every image of a source; with `root` given names are relative to it."""
+def collect(source: Source, root: Path | None = None) -> tuple[Path | None, list[tuple[str, Path]], LeftOut]:
+    """Root folder, (name, path) of every image of a source, and what was left out, which is logged too.
+
+    With `root` given names are relative to it.
+    """
     if isinstance(source, Mapping):
         if not source:
             raise DataError("an empty mapping of images; give at least one {name: file}")
-        return root, [(str(name), canonical(path)) for name, path in source.items()]
+        return root, [(str(name), canonical(path)) for name, path in source.items()], LeftOut()
     if isinstance(source, (str, Path)):
         folder = Path(source)
         if not folder.is_dir():
@@ -80,32 +83,32 @@ def collect(source: Source, root: Path | None = None) -> tuple[Path | None, list
             raise DataError(f"image folder {str(source)!r} {what}")
         folder = folder.resolve()
         root = root or folder
-        paths = sorted((relative(path, root), path) for path in _walk(folder))
+        found, left_out = find_images(folder)
+        paths = sorted((relative(path, root), path) for path in found)
         if not paths:
-            raise DataError(f"no images in {str(source)!r} or below; looked for {', '.join(IMAGE_SUFFIXES)}")
-        return root, paths
-    paths = [canonical(path) for path in source]
+            text = f"no images in {str(source)!r} or below; looked for {LOOKED_FOR}; {told(left_out)}"
+            raise DataError(text.rstrip("; "))
+        if left_out:
+            log.warning("%s: %s", source, told(left_out))
+        return root, paths, left_out
+    given = [canonical(path) for path in source]
+    paths = [path for path in given if not is_hidden(path.name)]
+    left_out = LeftOut({"hidden": len(given) - len(paths)} if len(paths) < len(given) else {})
     if not paths:
-        raise DataError("an empty list of images; give at least one file")
+        raise DataError(f"an empty list of images; give at least one file; {told(left_out)}".rstrip("; "))
+    if left_out:
+        log.warning("the given files: %s", told(left_out))
     root = root or Path(os.path.commonpath([path.parent for path in paths]))
     named = [(relative(path, root), path) for path in paths]
     if again := repeated([name for name, _ in named]):
         raise DataError(f"given twice: {first_few(map(repr, again), 5)}; give each image once")
-    return root, named
+    return root, named, left_out
 
 
 def canonical(path: str | Path) -> Path:
     """Absolute path with the links of its folder followed, so that one file has one spelling; its own name is kept."""
     plain = os.path.abspath(path)
     return Path(os.path.realpath(os.path.dirname(plain)), os.path.basename(plain))
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                yield Path(place, name)
 
 
 def encode(

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from neucore_plugin.common.errors import DataError, did_you_mean, first_few
-from neucore_plugin.common.images import Picture, load_for
+from neucore_plugin.common.images import LeftOut, Picture, load_for
 from neucore_plugin.common.names import Listing, Names, name_of, path_of
 from neucore_plugin.retrieval import store
 from neucore_plugin.retrieval.encoding import (
@@ -50,7 +50,8 @@ class GalleryIndex:
     """Encoded images with their names. Make one with `build` or `load`.
 
     names: unique, in gallery order (equal scores are ordered by it). encodings: dict of tensors [G,*], float32 or
-    float16, on the CPU. failures: images that could not be read when the index was built or extended.
+    float16, on the CPU. failures: images that could not be read when the index was built or extended. left_out: files
+    and folders that were no pictures then, counted by the reason; it is not saved.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class GalleryIndex:
     ):
         self.names, self.paths = list(names), [Path(path) for path in paths]
         self.encodings, self.model, self.root = dict(encodings), model, root
-        self.failures = list(failures)
+        self.failures, self.left_out = list(failures), LeftOut()
         self.model_fingerprint = model_fingerprint or _fingerprint(model)
         self._index_names()
 
@@ -90,14 +91,17 @@ class GalleryIndex:
     ) -> "GalleryIndex":
         """Encode every image of `source`.
 
-        source: a folder (searched recursively, hidden files left out, sorted by name; names are relative posix paths),
-        a list of files (kept in order), or {name: file}. dtype float16 halves the store; scores are still computed in
-        float32. Unreadable images are skipped and listed in `failures`; DataError when nothing is left.
+        source: a folder (with those below it and those linked there, hidden files left out, sorted by name; names are
+        relative posix paths), a list of files (kept in order), or {name: file}. dtype float16 halves the store; scores
+        are still computed in float32. Unreadable images are skipped and listed in `failures`; DataError when nothing is
+        left.
         """
-        root, named = collect(source)
+        root, named, left_out = collect(source)
         encodings, good, failures = encode(model, named, batch_size, progress, dtype, workers)
         names, paths = [name for name, _ in good], [path for _, path in good]
-        return cls(names, paths, encodings, model, root, failures)
+        index = cls(names, paths, encodings, model, root, failures)
+        index.left_out = left_out
+        return index
 
     @classmethod
     def load(
@@ -143,7 +147,7 @@ class GalleryIndex:
     def add(self, source: Source, batch_size: int = 32, progress: bool = True, workers: int = 2) -> list[str]:
         """Encode further images and put them at the end; returns their names. DataError for a name already there."""
         model = self._require_model()
-        _, named = collect(source, self.root)
+        _, named, left_out = collect(source, self.root)
         if known := [name for name, _ in named if name in self]:
             names = first_few(map(repr, known), 5)
             raise DataError(f"already in the index: {names}; remove them first to encode them anew")
@@ -155,6 +159,7 @@ class GalleryIndex:
         self.names += [name for name, _ in good]
         self.paths += [path for _, path in good]
         self.failures += failures
+        self.left_out += left_out
         self._index_names()
         return [name for name, _ in good]
 
@@ -193,17 +198,18 @@ class GalleryIndex:
         return load_for(processor, file), self._locate(file)
 
     def search(
-        self, image: Picture | None = None, text: str | None = None, k: int = 10, exclude_reference: bool = True
+        self, image: Picture | None = None, text: str | None = None, k: int | None = 10, exclude_reference: bool = True
     ) -> list[Hit]:
-        """The k best images for a reference (a file, a name in the index, or a picture) and a relative caption.
+        """The k best images, None = all, for a reference and a relative caption.
 
-        Either may be None: then the query is text alone or image alone. The reference itself is left out where it is
-        in the index, unless exclude_reference is off.
+        image: a name in the index, a file, its bytes, an open binary file, or a picture of Pillow. Either may be None:
+        then the query is text alone or image alone. The reference itself is left out where it is in the index, unless
+        exclude_reference is off.
         """
         return self.search_many([(image, text)], k, exclude_reference)[0]
 
     def search_many(
-        self, queries: Sequence[tuple[Picture | None, str | None]], k: int = 10, exclude_reference: bool = True
+        self, queries: Sequence[tuple[Picture | None, str | None]], k: int | None = 10, exclude_reference: bool = True
     ) -> list[list[Hit]]:
         """`search` for many (image, text) pairs, encoded and scored in batches; one list of hits for each, in order."""
         model = self._require_model()
@@ -228,7 +234,7 @@ class GalleryIndex:
                         excluded = [place if exclude_reference else None for _, place in found]
                     texts = [queries[number][1] for number in batch] if with_text else None
                     scores = self.scores(model.encode_query(pixels, texts))
-                    for row, places in enumerate(topk(scores, k, excluded).tolist()):
+                    for row, places in enumerate(_best(scores, k, excluded)):
                         results[batch[row]] = [
                             Hit(rank, self.names[place], float(scores[row, place]), self.paths[place])
                             for rank, place in enumerate(places, start=1)
@@ -259,7 +265,12 @@ class GalleryIndex:
         if len(self._position) != len(self.names):
             names = first_few(map(repr, repeated(self.names)), 5)
             raise DataError(f"a name stands twice in the index: {names}; names must be unique")
-        self._by_path = {os.path.abspath(path): place for place, path in enumerate(self.paths)}
+        folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in self.paths}}
+        self._by_path = {}
+        for place, path in enumerate(self.paths):
+            folder, name = os.path.split(path)
+            self._by_path[os.path.abspath(path)] = place
+            self._by_path.setdefault(os.path.join(folders[folder], name), place)  # through a link to its folder
 
     def _locate(self, path: str | Path) -> int | None:
         """Gallery position of a file, also when it is given by another spelling or through a link to its folder."""
@@ -267,6 +278,17 @@ class GalleryIndex:
             if spelling in self._by_path:
                 return self._by_path[spelling]
         return None
+
+
+def _best(scores: Tensor, k: int | None, excluded: Sequence[int | None]) -> list[list[int]]:
+    """Gallery positions of the k best images of each query; None: of all, the reference left out."""
+    if k is not None:
+        return topk(scores, k, excluded).tolist()
+    lengths = [scores.shape[1] - (place is not None) for place in excluded]
+    return [
+        topk(scores[row : row + 1], length, [excluded[row]])[0].tolist() if length else []
+        for row, length in enumerate(lengths)
+    ]
 
 
 def _fingerprint(model: Any) -> str | None:

@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from neucore_plugin.common.images import image_suffixes, is_hidden
 from neucore_plugin.config.published import FASHIONIQ_CATEGORIES as CATEGORIES
 from neucore_plugin.datasets.annotations import good_entries, read_json, safe_name
 from neucore_plugin.datasets.published.reader import Reader
 from neucore_plugin.datasets.triplets import Triplet
 
-SUFFIXES = (".jpg", ".png", ".jpeg")
+PREFERRED = (".jpg", ".png", ".jpeg")  # of the files of one image; then others that Pillow reads, by name
 
 
 def _parts(split: str) -> list[tuple[str, str]]:
@@ -60,11 +61,12 @@ def _elsewhere(files: dict[tuple[str, str], Path], name: str, root: Path) -> Pat
 def _pictures(folder: Path) -> dict[tuple[str, str], Path]:
     """{(image, category or ""): file}; each folder is listed once."""
     files: dict[tuple[str, str], Path] = {}
+    suffixes, order = image_suffixes(), {suffix: place for place, suffix in enumerate(PREFERRED)}
     for category in ("", *CATEGORIES):
         place = folder / category
         if place.is_dir():
-            listed = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
-            for path in sorted(listed, key=lambda path: SUFFIXES.index(path.suffix.lower())):
+            listed = [path for path in place.iterdir() if path.suffix.lower() in suffixes and not is_hidden(path.name)]
+            for path in sorted(listed, key=lambda path: (order.get(path.suffix.lower(), len(order)), path)):
                 files.setdefault((path.stem, category), path)
     return files
 

@@ -7,12 +7,11 @@ root/**/img_womens_*.jpg           the pictures; annotations give bare names, so
 A triplet belongs to the split whose list names both of its images.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.common.images import IMAGE_SUFFIXES
+from neucore_plugin.common.images import find_images
 from neucore_plugin.common.names import Names, name_of
 from neucore_plugin.datasets.annotations import good_entries, read_json, read_lines, safe_name
 from neucore_plugin.datasets.published.reader import Reader
@@ -46,11 +45,8 @@ def _faults(entry: dict[str, Any]) -> Iterable[str]:
 def _pictures(root: Path) -> dict[str, Path]:
     """{bare file name: path} of all pictures below the root; of equal names the first in sorted order."""
     files: dict[str, Path] = {}
-    for folder, below, names in os.walk(root):
-        below.sort()
-        for name in sorted(names):
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                files.setdefault(name_of(name), Path(folder) / name)
+    for path in sorted(find_images(root)[0], key=lambda path: (path.parent, path.name)):
+        files.setdefault(name_of(path.name), path)
     return files
 
 

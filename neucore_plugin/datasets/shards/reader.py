@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import expanded, sha256_file, sha256_text
-from neucore_plugin.common.images import IMAGE_SUFFIXES
 from neucore_plugin.datasets.annotations import is_whole, read_json
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
@@ -37,7 +36,9 @@ FORMAT = "neucore-shards-1"
 INDEX = "index.json"
 _SHARD = re.compile(r"shard-[0-9]{5,7}\.tar")
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,80}")
-_MEMBER = re.compile(rf"[0-9]{{6,12}}({'|'.join(map(re.escape, (*IMAGE_SUFFIXES, '.img')))})")
+# Of members, as a hint to other readers; others are .img. One list for all machines, whatever their Pillow reads.
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_MEMBER = re.compile(rf"[0-9]{{6,12}}({'|'.join(map(re.escape, (*SUFFIXES, '.img')))})")
 _FIELDS = {field.name for field in dataclasses.fields(Triplet)}
 _TRIPLET = TypeAdapter(Triplet)
 _COUNTS = ("missing_images", "skipped_queries")

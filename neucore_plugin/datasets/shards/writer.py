@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import atomic_write, expanded, lock, open_lock, sha256_file, sha256_text, write_json
-from neucore_plugin.common.images import IMAGE_SUFFIXES
+from neucore_plugin.common.images import is_hidden
 from neucore_plugin.datasets.annotations import read_json
-from neucore_plugin.datasets.shards.reader import FORMAT, INDEX, SPLIT_NAME, open_index, split_sum
+from neucore_plugin.datasets.shards.reader import FORMAT, INDEX, SPLIT_NAME, SUFFIXES, open_index, split_sum
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
 _UNFINISHED = re.compile(r"\.(shard-[0-9]+\.(tar|json)|triplets-.+\.json|index\.json|writing\.json)\..+\.tmp")
@@ -146,7 +146,7 @@ def _plan(
             shards.append([])
             filled = 0
         suffix = Path(path).suffix.lower()
-        shards[-1].append((name, f"{number:06d}{suffix if suffix in IMAGE_SUFFIXES else '.img'}"))
+        shards[-1].append((name, f"{number:06d}{suffix if suffix in SUFFIXES else '.img'}"))
         filled += size
     return shards
 
@@ -163,7 +163,7 @@ def _claim(out: Path, key: str, alone: bool) -> None:
                     f"{out} holds shards of other images, splits or settings; give another --out, or empty it"
                 )
             return
-    if any(not _UNFINISHED.fullmatch(path.name) for path in out.iterdir()):
+    if not all(is_hidden(path.name) for path in out.iterdir()):
         raise DataError(f"{out} is not empty and holds no shards of ours; give another --out")
     write_json(out / "writing.json", {"content": key})
 
