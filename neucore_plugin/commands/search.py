@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     for failure in index.failures:
         print(visible(f"left out {failure.name}: {failure.reason}"), file=sys.stderr)
     if index.left_out:
-        print(f"{arguments.folder}: {told(index.left_out)}", file=sys.stderr)
+        print(visible(f"{arguments.folder}: {told(index.left_out)}"), file=sys.stderr)
     hits = index.search(arguments.image, arguments.text, k=None)[: arguments.k]
     if not hits:
         raise DataError(f"--folder {arguments.folder} holds no image but the reference; give one with others")
