@@ -1,4 +1,4 @@
-"""neucore data emoji | check: make the embedded data set, or see whether a published one is in place."""
+"""neucore data emoji | check: make the embedded data set, or see whether another one is in place."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from neucore_plugin.commands import print_json
 from neucore_plugin.config.published import PUBLISHED
 
-HELP = "prepare the emoji data set, or check a published one"
+HELP = "prepare the emoji data set, or check another one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,13 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     emoji.add_argument("--cache-dir", type=Path, help="where to (default $NEUCORE_CACHE or ~/.cache/neucore)")
     emoji.add_argument("--image-size", type=int, default=224, help="side in pixels (default 224)")
     check = actions.add_parser("check", help="is a data set in place: counts, missing images, what to fetch and where")
-    check.add_argument("name", choices=PUBLISHED, help="the data set")
+    check.add_argument("name", choices=(*PUBLISHED, "folder"), help="the data set")
     check.add_argument("--root", type=Path, help="its root folder (default: its variable, such as NEUCORE_CIRR_ROOT)")
+    check.add_argument("--open", action="store_true", help="also decode every picture, and name those that fail")
     check.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 1 where `check` finds that something is missing."""
+    """0, or 1 where `check` finds that something is missing or wrong."""
     if arguments.action == "emoji":
         from neucore_plugin.config.loading import dataset_defaults
         from neucore_plugin.datasets.emoji.drawings import prepare
@@ -33,9 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         print(prepare(arguments.cache_dir, size))
         return 0
-    from neucore_plugin.datasets.published.catalogue import check
+    from neucore_plugin.datasets.check import check
 
-    report = check(arguments.name, arguments.root)
+    report = check(arguments.name, arguments.root, arguments.open)
     if arguments.json:
         print_json(report)
     else:
@@ -49,19 +50,30 @@ def _lines(report: dict[str, Any]) -> list[str]:
         f"{report['title']} below {report['root']}",
         f"{'split':<{wide}}  {'queries':>8}  {'gallery':>8}  images missing",
     ]
-    problems = []
+    problems, notices = [], []
     for split, row in report["splits"].items():
-        if row["annotations_missing"] or row["error"]:
-            lines.append(f"{split:<{wide}}  {'–':>8}  {'–':>8}  {'damaged' if row['error'] else 'no annotations'}")
-            problems += [row["error"]] if row["error"] else [f"missing: {file}" for file in row["annotations_missing"]]
-            continue
-        lines.append(f"{split:<{wide}}  {row['queries']:>8,}  {row['gallery']:>8,}  {row['images_missing']:>14,}")
-        if row["images_missing"]:
+        queries, gallery, state = (
+            f"{row[key]:,}" if key in row else "–" for key in ("queries", "gallery", "images_missing")
+        )
+        if row["annotations_missing"]:
+            state = "incomplete" if "queries" in row else "no annotations"
+        state = "damaged" if row["error"] else state
+        lines.append(f"{split:<{wide}}  {queries:>8}  {gallery:>8}  {state:>14}")
+        problems += [row["error"]] if row["error"] else []
+        problems += [f"missing: {file}" for file in row["annotations_missing"]]
+        if row.get("images_missing"):
             examples = ", ".join(row["missing_examples"])
             place = row["image_folder"]
             problems.append(
                 f"missing: {row['images_missing']:,} images of {split}, such as {examples}; they belong below {place}"
             )
+        if row.get("images_unreadable"):
+            problems.append(f"{row['images_unreadable']:,} images of {split} cannot be read, such as")
+            problems += [f"  {reason}" for reason in row["unreadable"]]
+        if 0 < row.get("skipped_queries", 0) < row["queries"]:
+            problems.append(f"`missing: skip` leaves {row['skipped_queries']:,} queries of {split} out")
+        notices += [f"{split}: {notice}" for notice in row["notices"]]
+    lines += notices
     if report["complete"]:
         return [*lines, "complete"]
     return [*lines, "", *dict.fromkeys(problems), "", "where it comes from:", report["sources"]]

@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--missing",
         choices=("error", "skip"),
         default="error",
-        help="skip: leave images without a file out, with the queries that need them; the shards keep the counts",
+        help="skip: leave images that have no file or cannot be read out, with the queries that need them; the shards "
+        "keep the counts",
     )
     parser.add_argument("--verify", action="store_true", help="read every byte of the shards in --out and check them")
 
@@ -34,6 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     from neucore_plugin.datasets.published import catalogue
     from neucore_plugin.datasets.shards.reader import verify
     from neucore_plugin.datasets.shards.writer import write_shards
+    from neucore_plugin.datasets.triplets import left_out_text
 
     if arguments.verify:
         print(f"{arguments.out}: {verify(arguments.out):,} images, all as they were written")
@@ -67,6 +69,6 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print(f"{index}: {len(paths):,} images, {', '.join(splits)}")
     for split, row in left_out.items():
-        print(f"{split}: {row['missing_images']:,} images have no file, {row['skipped_queries']:,} queries left out")
+        print(f"{split}: {left_out_text(row)}")
     print(f"train from them: --options datasets.{arguments.name}.data_type=shards ", end="")
     print(f"datasets.{arguments.name}.build_info.root={arguments.out}")

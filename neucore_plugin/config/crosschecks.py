@@ -64,6 +64,8 @@ def _encoder(path: str, encoder: Mapping[str, Any], started: bool, tables: Table
 def _dataset(name: str, dataset: Mapping[str, Any], image: Mapping[str, Any]) -> Conflicts:
     path = f"datasets.{name}"
     root = (dataset["build_info"] or {}).get("root")
+    if root is None and name == "folder":
+        yield f"{path}.build_info.root", "got null; allowed: the path of your folder"
     if root is not None and name not in PUBLISHED and not expanded(root).is_dir():
         yield f"{path}.build_info.root", f"folder {root!r} does not exist; give the data set's root folder"
     for side, processor in (dataset["vis_processor"] or {}).items():

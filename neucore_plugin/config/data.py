@@ -93,7 +93,7 @@ class EmojiInfoSchema(InfoSchema):
 
 
 class FolderInfoSchema(InfoSchema):
-    root: Text = Field(description="your folder: images/** and a JSON file a split")
+    root: Text | None = Field(None, description="your folder, never null: images/** and a JSON file a split")
 
 
 class DatasetSchema(Section):
@@ -124,7 +124,8 @@ class PublishedInfoSchema(InfoSchema):
 
     root: Text | None = Field(None, description="its folder; null: its environment variable, such as NEUCORE_CIRR_ROOT")
     missing: Literal["error", "skip"] = Field(
-        "error", description="images without a file stop the run; skip: their queries are left out, and counted"
+        "error",
+        description="images without a file or unreadable stop the run; skip: they are left out with their queries",
     )
 
 

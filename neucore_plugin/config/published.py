@@ -37,7 +37,9 @@ class Protocol:
     soft: R@K is the largest weight (`Triplet.soft`) among the top K, 0 where none of them has a positive one.
     subset_top: with soft, R_subset@K counts the group members alone that stand in the top `subset_top` of the whole
         gallery; None = all.
+    recall_at: the K of R@K.
     precision_at: mAP@K over all right answers; R@K then counts the target alone.
+    by_aspect: the metric that the log also gives for each kind of query; "" for none.
     select: the metrics whose mean selects the best checkpoint; () = R@1 and R@10, in groups R@5 and R_subset@1.
     """
 
@@ -49,7 +51,9 @@ class Protocol:
     strip: str = ""
     soft: bool = False
     subset_top: int | None = None
+    recall_at: tuple[int, ...] = (1, 5, 10, 50)
     precision_at: tuple[int, ...] = ()
+    by_aspect: str = ""
     select: tuple[str, ...] = ()
 
     @property
@@ -74,6 +78,12 @@ STANDARD = Protocol("standard")
 _CIRR = {"select": ("R@5", "R_subset@1")}
 _FASHION = {"select": ("R@10", "R@50")}
 _RECALLS = {"select": ("R@1", "R@10", "R@50")}
+_CIRCO = {
+    "recall_at": (1, 5, 10, 25, 50),
+    "precision_at": (5, 10, 25, 50),
+    "by_aspect": "mAP@10",
+    "select": ("mAP@5", "mAP@10", "mAP@25", "mAP@50"),
+}
 PRESETS = {  # the first of a data set is its default
     "cirr": _table(
         Protocol("hard", "a hit is target_hard, as in CLIP4Cir", **_CIRR),
@@ -90,7 +100,8 @@ PRESETS = {  # the first of a data set is its default
     "shoes": _table(Protocol("shoes", **_RECALLS)),
     "fashion200k": _table(Protocol("fashion200k", "a hit is any image of the target's caption", **_RECALLS)),
     "circo": _table(
-        Protocol("circo", precision_at=(5, 10, 25, 50), select=("mAP@5", "mAP@10", "mAP@25", "mAP@50")),
+        Protocol("circo", "as in CIRCO's own evaluation", remove_reference=False, **_CIRCO),
+        Protocol("circo_removed", "as in CoVR", **_CIRCO),
     ),
 }
 PUBLISHED = tuple(PRESETS)

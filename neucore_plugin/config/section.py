@@ -58,10 +58,10 @@ class Problems:
         self.bad.add(key)
 
     def add_conflicts(self, found: Iterable[tuple[str, str]]) -> None:
-        """Note (key, text) pairs; not those that are about, or name, a key whose value has been replaced."""
+        """Note (key, text) pairs; not those that are in, or name, a key whose value has been replaced."""
         for key, text in list(found):
             named = (bad for bad in self.bad if "." in bad and re.search(rf"\b{re.escape(bad)}\b", text))
-            if key not in self.bad and not any(named):
+            if not any(f"{key}.".startswith(f"{bad}.") for bad in self.bad) and not any(named):
                 self.lines.append(f"{key}: {text}")
 
     def name(self, key: str, given: Any, known: Iterable[str], what: str) -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import OmegaConf
@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.files import atomic_write, cache_dir
+from neucore_plugin.config.data import DatasetSchema
 from neucore_plugin.config.loading import dataset_defaults
 from neucore_plugin.config.published import PUBLISHED, SPLITS
 from neucore_plugin.config.sections import dataset_types
@@ -18,9 +19,10 @@ from neucore_plugin.datasets.emoji import drawings
 from neucore_plugin.datasets.emoji import splits as emoji
 from neucore_plugin.datasets.published import catalogue
 from neucore_plugin.datasets.shards import reader as shards
-from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
+from neucore_plugin.datasets.triplets import LEFT_OUT, Gallery, ImageStore, Triplet, TripletDataset, left_out_text
 from neucore_plugin.host.registration import register_builder
 
+DATA_TYPES = get_args(DatasetSchema.model_fields["data_type"].annotation)
 Content = tuple[dict[str, Any], dict[str, tuple[list[Triplet], Gallery]]]
 
 
@@ -30,9 +32,11 @@ class TripletBuilder(BaseDatasetBuilder):
     `build_datasets` returns {split: TripletDataset}, and {"split@preset": TripletDataset} for every protocol after the
     first; only splits whose name starts with "train" load target images. `data_type: shards` reads what `neucore
     shards` wrote instead. `wanted`: the splits that a run names; None = all that can be trained on or evaluated.
+    The host's `load_dataset(name, vis_path=..., data_type=...)` gives the root, or the folder of shards.
     """
 
     name = ""
+    place = "root"  # the key of build_info that says where the images are
     train_dataset_cls = eval_dataset_cls = TripletDataset
     credit: str | None = None
     wanted: Sequence[str] | None = None
@@ -40,16 +44,27 @@ class TripletBuilder(BaseDatasetBuilder):
     def __init__(self, cfg: Any = None) -> None:
         """cfg: a section of `datasets`, or a part of one: the schema has the rest. Raises ConfigError."""
         given = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-        super().__init__(OmegaConf.create(dataset_defaults(self.name, given)))
+        config = OmegaConf.create(dataset_defaults(self.name, given))
+        for kind in DATA_TYPES:  # where `load_dataset` writes its vis_path
+            config.build_info[kind] = {"storage": None}
+        super().__init__(config)
 
     def build_datasets(self) -> dict[str, TripletDataset]:
         self.build_processors()
         info = OmegaConf.to_container(self.config.build_info)
+        storage = {kind: info.pop(kind)["storage"] for kind in DATA_TYPES}
+        data_type = next((kind for kind in DATA_TYPES if storage[kind]), self.config.data_type)
+        if storage[data_type]:
+            info["root" if data_type == "shards" else self.place] = str(storage[data_type])
         self.left_out: dict[str, dict[str, Any]] = {}
-        if self.config.get("data_type") == "shards":
-            return self.build(info, *self._read_shards(info))
-        distributed.on_main(lambda: self.prepare(info))  # it writes files: one process does it, the others wait
-        return self.build(info, *self.read(info))
+        if data_type == "shards":
+            paths, splits = self._read_shards(info)
+        else:
+            distributed.on_main(lambda: self.prepare(info))  # it writes files: one process does it, the others wait
+            paths, splits = self.read(info)
+        if any("files" in row for row in self.left_out.values()):
+            self._list_bad()
+        return self.build(info, paths, splits)
 
     def prepare(self, info: dict[str, Any]) -> None:
         """Make what the data set needs on disk; nothing by default."""
@@ -65,59 +80,19 @@ class TripletBuilder(BaseDatasetBuilder):
                 "`neucore shards` wrote"
             )
         paths, splits, self.left_out = shards.read_shards(info["root"], self.name)
-        return paths, {s: found for s, found in splits.items() if self.wanted is None or s in self.wanted}
+        splits = {s: found for s, found in splits.items() if self.wanted is None or s in self.wanted}
+        if info.get("missing") == "skip":
+            splits, bad = catalogue.skip_bad(self.name, splits)
+            for split, row in bad.items():  # beside what lacked when they were written
+                before = self.left_out.get(split, {})
+                self.left_out[split] = row | {key: row[key] + before.get(key, 0) for key in LEFT_OUT}
+            paths = _images(splits)
+        return paths, splits
 
-    def build(
-        self, info: dict[str, Any], paths: dict[str, Any], splits: dict[str, tuple[list[Triplet], Gallery]]
-    ) -> dict[str, TripletDataset]:
-        """One data set a split and protocol."""
-        stores = {side: ImageStore(paths, self.vis_processors[side]) for side in ("train", "eval")}
-        chosen = protocols.presets(self.name, info.get("protocol"))
-        datasets = {}
-        for split, (triplets, gallery) in splits.items():
-            side = "train" if split.startswith("train") else "eval"
-            limit = info.get(f"max_{side}")
-            for protocol in chosen if side == "eval" else chosen[:1]:
-                name = split if protocol is chosen[0] else f"{split}@{protocol.name}"
-                asked = protocols.queries(protocol, triplets[:limit], side == "train", info.get("joiner", "and"))
-                dataset = datasets[name] = TripletDataset(
-                    self.name,
-                    name,
-                    asked,
-                    gallery,
-                    stores[side],
-                    captions=self.text_processors[side],
-                    train=side == "train",
-                    protocol=protocol,
-                    answers=any(triplet.targets for triplet in asked),
-                )
-                dataset.credit = self.credit
-                if self.name == "fashioniq" and side == "eval":
-                    dataset.family = f"{split.split('_')[0]}_mean"
-                dataset.left_out = self.left_out.get(split, {})
-                logging.info("%s: %s holds %d queries, gallery %d", self.name, name, len(dataset), len(gallery.ids))
-                if side == "eval" and self.name in PUBLISHED:
-                    logging.info("%s: %s: protocol %s: %s", self.name, name, protocol.name, protocol.summary)
-        return datasets
-
-
-class PublishedBuilder(TripletBuilder):
-    """A data set as published, below build_info.root or its environment variable (see `datasets/published/`).
-
-    Raises one ConfigError with every annotation file and image folder that is missing; with `missing: skip` absent
-    images are left out with the queries that need them, counted and listed in a file.
-    """
-
-    def read(self, info: dict[str, Any]) -> Content:
-        splits = [s for s in catalogue.READERS[self.name].splits if s in (self.wanted or self.SPLITS)]
-        _, found, self.left_out = catalogue.load(self.name, info.get("root"), splits, info.get("missing", "error"))
-        if self.left_out:
-            self._list_missing()
-        return {name: path for _, gallery in found.values() for name, path in gallery.files.items()}, found
-
-    def _list_missing(self) -> None:
-        files = sorted({file for row in self.left_out.values() for file in row.pop("files")})
+    def _list_bad(self) -> None:
+        """Write the bad image files into a list, and tell what they cost."""
         listing = cache_dir() / f"missing-images-{self.name}.txt"
+        files = sorted({file for row in self.left_out.values() for file in row.get("files", ())})
 
         def write() -> None:
             with atomic_write(listing, "w") as stream:
@@ -125,11 +100,57 @@ class PublishedBuilder(TripletBuilder):
 
         distributed.on_main(write)
         for split, row in self.left_out.items():
-            row["listed_in"] = str(listing)
-            logging.warning(
-                "%s: %s lacks %d images; %d queries are skipped (the files: %s)",
-                *(self.name, split, row["missing_images"], row["skipped_queries"], listing),
+            if row.pop("files", None):
+                row["listed_in"] = str(listing)
+                logging.warning("%s: %s: %s (the files: %s)", self.name, split, left_out_text(row), listing)
+
+    def build(
+        self, info: dict[str, Any], paths: dict[str, Any], splits: dict[str, tuple[list[Triplet], Gallery]]
+    ) -> dict[str, TripletDataset]:
+        """One data set a split and protocol."""
+        stores = {side: ImageStore(paths, self.vis_processors[side]) for side in ("train", "eval")}
+        for store in stores.values():
+            store.checked = info.get("missing") == "skip"
+        chosen = protocols.presets(self.name, info.get("protocol"))
+        datasets = {}
+        for split, (triplets, gallery) in splits.items():
+            side = "train" if protocols.is_train(split) else "eval"
+            content = triplets[: info.get(f"max_{side}")], gallery
+            made = protocols.build(
+                *(self.name, split, content, stores[side], chosen, info.get("joiner", "and")),
+                captions=self.text_processors[side],
             )
+            for name, dataset in made.items():
+                dataset.credit = self.credit
+                if self.name == "fashioniq" and side == "eval":
+                    dataset.family = f"{split.split('_')[0]}_mean"
+                dataset.left_out = self.left_out.get(split, {})
+                logging.info("%s: %s holds %d queries, gallery %d", self.name, name, len(dataset), len(gallery.ids))
+                if side == "eval" and self.name in PUBLISHED:
+                    used = dataset.protocol
+                    logging.info("%s: %s: protocol %s: %s", self.name, name, used.name, used.summary)
+                for notice in dataset.notices:
+                    logging.warning("%s: %s: %s", self.name, name, notice)
+            datasets |= made
+        return datasets
+
+
+class PublishedBuilder(TripletBuilder):
+    """A data set as published, below build_info.root or its environment variable (see `datasets/published/`).
+
+    Raises one ConfigError with every annotation file and image folder that is missing; with `missing: skip` images that
+    have no file or cannot be read are left out with the queries that need them, counted and listed in a file.
+    """
+
+    def read(self, info: dict[str, Any]) -> Content:
+        splits = [s for s in catalogue.READERS[self.name].splits if s in (self.wanted or self.SPLITS)]
+        _, found, self.left_out = catalogue.load(self.name, info.get("root"), splits, info.get("missing", "error"))
+        return _images(found), found
+
+
+def _images(splits: dict[str, tuple[list[Triplet], Gallery]]) -> dict[str, Any]:
+    """The images of all galleries by name."""
+    return {name: path for _, gallery in splits.values() for name, path in gallery.files.items()}
 
 
 for _reader in catalogue.READERS.values():
@@ -154,6 +175,7 @@ class EmojiBuilder(TripletBuilder):
     """The embedded default: OpenMoji drawings (see `datasets/emoji/`)."""
 
     name = "emoji"
+    place = "cache_dir"
     SPLITS = SPLITS["emoji"]
     credit = drawings.CREDIT
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = dataset_types("emoji")
@@ -177,6 +199,11 @@ class FolderBuilder(TripletBuilder):
 
     def read(self, info: dict[str, Any]) -> Content:
         root = info["root"]
+        if not root:
+            raise ConfigError(
+                "datasets.folder.build_info.root is null; give the path of your folder there, or as in "
+                'load_dataset("folder", vis_path=FOLDER)'
+            )
         known = folder.images(root)
         splits = [s for s in folder.splits(root, self.wanted or ()) if self.wanted is None or s in self.wanted]
         return known, {split: folder.load_split(root, split, known) for split in splits}

@@ -38,7 +38,7 @@ def encode_ahead(
     for store in stores:
         if cache_features and backbone.freeze_image and store.processor.deterministic:
             store.cache = on_main(lambda store=store: _image_features(backbone.image, store, device, root))
-        elif failures := check_images(list(store.paths.values()), store.processor):
+        elif not store.checked and (failures := check_images(list(store.paths.values()), store.processor)):
             raise _bad_images(failures, output_dir)
     if cache_features and backbone.freeze_text:
         texts = sorted({text for dataset in datasets for text in dataset.texts})

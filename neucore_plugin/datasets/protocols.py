@@ -1,11 +1,11 @@
 """What the evaluation presets of `config/published.py` do to the queries of a split. Knows no host and no model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from neucore_plugin.common.errors import ConfigError, nearest
 from neucore_plugin.config.published import PRESETS, STANDARD, Protocol
-from neucore_plugin.datasets.triplets import Triplet
+from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 
 
 def queries(protocol: Protocol, triplets: Sequence[Triplet], train: bool = False, joiner: str = "and") -> list[Triplet]:
@@ -47,3 +47,37 @@ def presets(dataset: str, names: Sequence[str] | None) -> list[Protocol]:
         if name not in known:
             raise ConfigError(f"datasets.{dataset}.build_info.protocol: no preset {name!r}.{nearest(str(name), known)}")
     return [known[name] for name in names or list(known)[:1]]
+
+
+def is_train(split: str) -> bool:
+    """Whether a split is trained on: its name begins with train."""
+    return split.startswith("train")
+
+
+def build(
+    name: str,
+    split: str,
+    content: tuple[Sequence[Triplet], Gallery],
+    images: ImageStore,
+    chosen: Sequence[Protocol],
+    joiner: str = "and",
+    captions: Callable[[str], str] = str,
+) -> dict[str, TripletDataset]:
+    """The data sets of one split: by the first protocol as {split: ...}, by each further one as {split@preset: ...}; a
+    split to train on has the first alone. Raises DataError for what can neither be trained on nor evaluated.
+
+    joiner: see `queries`. captions: the text processor.
+    """
+    train = is_train(split)
+    datasets = {}
+    for protocol in chosen[:1] if train else chosen:
+        title = split if protocol is chosen[0] else f"{split}@{protocol.name}"
+        asked = queries(protocol, content[0], train, joiner)
+        datasets[title] = TripletDataset(
+            *(name, title, asked, content[1], images),
+            captions=captions,
+            train=train,
+            protocol=protocol,
+            answers=any(triplet.targets for triplet in asked),
+        )
+    return datasets

@@ -1,8 +1,8 @@
 """Triplets, galleries and the map-style data sets over them. Knows no host and no model."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Triplet:
     back. `change` names the kind of change, for the report. `members`: the group of similar images that the query was
     written for (CIRR), reference included; where all queries of a split have one, evaluation also ranks the group
     alone. `soft`: graded answers, (image, weight). `captions`: the captions of a pair that has several (FashionIQ).
+    `aspects`: further kinds that the query belongs to (CIRCO's semantic aspects).
     """
 
     query_id: str
@@ -35,6 +36,17 @@ class Triplet:
     members: tuple[str, ...] = ()
     soft: tuple[tuple[str, float], ...] = ()
     captions: tuple[str, ...] = ()
+    aspects: tuple[str, ...] = ()
+
+
+LEFT_OUT = ("missing_images", "unreadable_images", "skipped_queries")  # counts of what bad images cost a split
+
+
+def left_out_text(counts: Mapping[str, Any]) -> str:
+    """The counts of LEFT_OUT as a sentence."""
+    missing, unreadable, queries = (counts.get(key, 0) for key in LEFT_OUT)
+    parts = [f"{missing:,} images have no file"] * bool(missing) + [f"{unreadable:,} cannot be read"] * bool(unreadable)
+    return f"{', '.join(parts)}; {queries:,} queries are left out"
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class ImageStore:
 
     def __init__(self, paths: Mapping[str, Path], processor: Callable[[Any], torch.Tensor]) -> None:
         self.paths, self.processor = dict(paths), processor
+        self.checked = False  # whether every image was read already, so that none is bad
         self.cache: FeatureCache | None = None
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
@@ -127,6 +140,9 @@ class TripletDataset(Dataset):
     target_pooled [Di]; with cached texts also words [L,Dt] and sentence [Dt]. The target image is loaded for training
     only.
 
+    A triplet whose reference is the target teaches nothing: training leaves it out. Where the protocol removes the
+    reference from the ranking, evaluation counts it as a miss. `notices` tells how many there are.
+
     Args:
         concepts: one tuple of lemmas a triplet.
         train: load target images as well.
@@ -154,8 +170,11 @@ class TripletDataset(Dataset):
             )
         self.name, self.split, self.train = name, split, train
         self.protocol, self.answers = protocol, answers
+        self.notices: list[str] = []  # what a user should know of the split, a line each
+        if train:
+            triplets, concepts = self._to_learn(triplets, concepts)
         self.family: str | None = None  # splits of one family, such as FashionIQ's categories, are averaged
-        self.left_out: dict[str, Any] = {}  # what missing images cost: counts and the file that lists them
+        self.left_out: dict[str, Any] = {}  # what bad images cost: counts and the file that lists them
         self.triplets, self.gallery, self.images = list(triplets), gallery, images
         self.texts = [captions(triplet.caption) for triplet in self.triplets]
         self.concepts = list(concepts) if concepts is not None else [()] * len(self.triplets)
@@ -164,6 +183,22 @@ class TripletDataset(Dataset):
         self._key = {image: index for index, image in enumerate(images.paths)}
         self._position = {image: index for index, image in enumerate(gallery.ids)}
         self._check()
+
+    def _to_learn(self, triplets: Sequence[Triplet], concepts: Any) -> tuple[list[Triplet], Any]:
+        """Triplets, and their concepts where given, without those whose reference is the target: they teach nothing.
+        Where another image is as right, it becomes the target."""
+        others = [tuple(x for x in t.targets if x != t.reference) for t in triplets]
+        kept = [place for place, t in enumerate(triplets) if others[place] or not t.targets]
+        if count := len(triplets) - len(kept):
+            text = f"{count:,} of {len(triplets):,} pairs have their reference as target; training leaves them out"
+            if not kept:
+                raise DataError(f"{self.name}: split {self.split!r}: {text}, so nothing is left to learn from")
+            self.notices.append(text)
+        learnt = [
+            replace(t, targets=others[place]) if t.targets[:1] == (t.reference,) else t
+            for place, t in ((place, triplets[place]) for place in kept)
+        ]
+        return learnt, concepts if concepts is None else [concepts[place] for place in kept]
 
     def _check(self) -> None:
         named = {t.reference for t in self.triplets} | {x for t in self.triplets for x in t.targets if self.train}
@@ -186,11 +221,34 @@ class TripletDataset(Dataset):
             "has {count} targets outside its gallery (as {example}); the gallery must come from the split's own image "
             "list",
         )
-        self._refuse(
-            [t.query_id for t in self.triplets if not set(t.targets) & self._position.keys() - {t.reference}],
-            "has {count} queries with no right answer but their own reference, which is removed from the ranking, such "
-            "as {example}; correct their targets",
+        missed = self._without_answer(
+            [t.targets[:1] if self.protocol.precision_at else t.targets for t in self.triplets]
         )
+        if missed:
+            self.notices.append(
+                f"{len(missed):,} of {len(self.triplets):,} queries have their reference as target, which the protocol "
+                "removes from the ranking; they count as misses"
+            )
+        if all(t.members for t in self.triplets):
+            alone = self._without_answer([set(t.targets) & set(t.members) for t in self.triplets])
+            self._refuse(
+                [self.triplets[place].query_id for place in alone if place not in missed],
+                "has {count} queries without a right answer in their group, such as {example}",
+            )
+        ranked = self.candidates()
+        self._refuse(
+            ["it"] if len(self._position if ranked is None else ranked) < 2 else [],
+            "has a gallery of fewer than two images, in which nothing can be ranked",
+        )
+
+    def _without_answer(self, answers: Iterable[Iterable[str]]) -> set[int]:
+        """Places of the queries of whose `answers` the protocol ranks none."""
+        own = self.protocol.remove_reference
+        return {
+            place
+            for place, (t, named) in enumerate(zip(self.triplets, answers, strict=True))
+            if not (set(named) & self._position.keys()) - ({t.reference} if own else set())
+        }
 
     def _refuse(self, wrong: Sequence[str], problem: str) -> None:
         if wrong:

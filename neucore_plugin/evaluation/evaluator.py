@@ -25,8 +25,8 @@ class Evaluator:
     """Ranks the gallery of a data set by a model's scores; all processes of a group call it together.
 
     The gallery is the split's own list; the reference takes no place in the ranking; ties go to the image that comes
-    first in the gallery; a query's rank is that of its best-placed right answer. The data set's protocol may say
-    otherwise (see `datasets/protocols.py`).
+    first in the gallery; a query's rank is that of its best-placed right answer; where only the reference is right, the
+    query is a miss. The data set's protocol may say otherwise (see `datasets/protocols.py`).
 
     Args:
         score_chunk: queries scored at a time. batch_size: queries encoded at a time for a submission.
@@ -63,8 +63,8 @@ class Evaluator:
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Gallery positions of the `count` best images of each query, and of the `in_group` best of its group.
 
-        The reference takes no place. Groups are empty lists where the data set has none. DataError for a gallery that
-        is too small.
+        The reference takes a place where the protocol ranks it; in a group never. Groups are empty lists where the data
+        set has none. DataError for a gallery that is too small.
         """
         if len(dataset.gallery.ids) <= count:
             raise DataError(f"a gallery of {len(dataset.gallery.ids)} images cannot give {count} images a query")
@@ -75,10 +75,10 @@ class Evaluator:
         for samples in _progress(loader, f"ranking {dataset.split}"):
             indices = samples["index"].tolist()
             scores = model.score(_encode_queries(model, samples), gallery, chunk=self.score_chunk).cpu()
-            excluded = [dataset.reference_position(index) for index in indices]
-            whole += topk(scores, count, excluded).tolist()
+            references = [dataset.reference_position(index) for index in indices]
+            whole += topk(scores, count, references if dataset.protocol.remove_reference else None).tolist()
             for row, index in enumerate(indices):
-                members = sorted(set(dataset.member_positions(index)) - {excluded[row]})
+                members = sorted(set(dataset.member_positions(index)) - {references[row]})
                 order = sorted(members, key=lambda place: (-float(scores[row, place]), place))
                 groups.append(order[:in_group])
         return whole, groups

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from neucore_plugin.common.errors import DataError
 
-RECALL_AT = (1, 5, 10, 50)
 SUBSET_AT = (1, 2, 3)
 
 
-def recall_at(ranks: Sequence[int], ks: Sequence[int] = RECALL_AT, name: str = "R") -> dict[str, float]:
+def recall_at(ranks: Sequence[int], ks: Sequence[int], name: str = "R") -> dict[str, float]:
     """{"R@1": percent of queries whose rank (from 1) is at most 1, ...}; `name` is the part before the @."""
     if not ranks:
         raise DataError("recall needs the rank of one query at least; none is given")
@@ -19,7 +18,7 @@ def recall_at(ranks: Sequence[int], ks: Sequence[int] = RECALL_AT, name: str = "
 
 
 def soft_recall_at(
-    graded: Sequence[Sequence[tuple[int, float]]], ks: Sequence[int] = RECALL_AT, name: str = "R"
+    graded: Sequence[Sequence[tuple[int, float]]], ks: Sequence[int], name: str = "R"
 ) -> dict[str, float]:
     """{"R@1": percent, ...}: the mean over queries of the largest weight among the top k, 0 where none is there.
 

@@ -23,8 +23,9 @@ SHOWN = 10  # retrieved images kept a query, for the report
 class QueryRanks:
     """Of one query. Ranks count from 1; places are gallery positions, best first.
 
-    rank: of the best-placed right answer, or of the target alone where the protocol has mAP. subset_rank: the same
-    within the query's group; None where not every query of the split has one. soft: (rank, rank in the group, weight)
+    rank: of the best-placed right answer, or of the target alone where the protocol has mAP; `MISS` where that is the
+    reference, which the protocol does not rank. subset_rank: the same within the query's group; None where not every
+    query of the split has one. soft: (rank, rank in the group, weight)
     of each graded answer. best: as many places as mAP wants. top, top_scores: for the report.
     """
 
@@ -59,10 +60,12 @@ class Evaluated:
 
     @cached_property
     def per_change(self) -> dict[str, dict[str, float]]:
-        """{kind of change: metrics of the model's own row}; empty where the data set names no kinds."""
+        """{kind of change: metrics of the model's own row}; empty where the data set names no kinds. A query counts for
+        each of its kinds."""
         places: dict[str, list[int]] = {}
         for place, triplet in enumerate(self.dataset.triplets):
-            places.setdefault(triplet.change, []).append(place)
+            for change in dict.fromkeys((triplet.change, *triplet.aspects)):
+                places.setdefault(change, []).append(place)
         return {change: self._summary(self.title, places[change]) for change in sorted(places) if change}
 
     def metrics(self) -> dict[str, Any]:
@@ -89,20 +92,23 @@ class Evaluated:
         grouped = found[0].subset_rank is not None
         ranks = [query.rank for query in found]
         if protocol.soft:
-            values = soft_recall_at([[(rank, weight) for rank, _, weight in query.soft] for query in found])
+            graded = [[(rank, weight) for rank, _, weight in query.soft] for query in found]
+            values = soft_recall_at(graded, protocol.recall_at)
             in_group = [
                 [(place, weight) for rank, place, weight in query.soft if rank <= (protocol.subset_top or rank)]
                 for query in found
             ]
             values |= soft_recall_at(in_group, SUBSET_AT, "R_subset") if grouped else {}
         else:
-            values = recall_at(ranks)
+            values = recall_at(ranks, protocol.recall_at)
             values |= recall_at([query.subset_rank for query in found], SUBSET_AT, "R_subset") if grouped else {}
         if protocol.precision_at:
             targets = [self.dataset.target_positions(place) for place in places]
             ks = [k for k in protocol.precision_at if k <= len(found[0].best)]
             values |= mean_average_precision([query.best for query in found], targets, ks)
-        return {**values, "median_rank": float(statistics.median(ranks)), "queries": len(ranks)}
+        last = len(self.dataset.gallery.ids)  # a miss lies behind all others
+        median = statistics.median(min(rank, last) for rank in ranks)
+        return {**values, "median_rank": float(median), "queries": len(ranks)}
 
 
 class Ranking:

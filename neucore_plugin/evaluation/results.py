@@ -11,9 +11,11 @@ import torch
 from neucore_plugin.common.files import atomic_write, locked, read_json, sha256_text, write_json
 from neucore_plugin.common.images import load_for
 from neucore_plugin.config.published import STANDARD
+from neucore_plugin.datasets.triplets import LEFT_OUT
 from neucore_plugin.evaluation.ranking import Evaluated
 from neucore_plugin.report import check_results, table_lines, write_report
 from neucore_plugin.report.charts import row_label
+from neucore_plugin.retrieval.ranks import MISS
 
 EXAMPLES = 4  # queries shown a split
 
@@ -26,8 +28,7 @@ def with_means(evaluated: Mapping[str, Evaluated]) -> dict[str, dict[str, dict[s
         dataset = found.dataset
         name = dataset.protocol.name
         extra = {} if name == STANDARD.name else {"protocol": name}
-        if dataset.left_out.get("skipped_queries") or dataset.left_out.get("missing_images"):
-            extra |= {key: dataset.left_out[key] for key in ("missing_images", "skipped_queries")}
+        extra |= {key: dataset.left_out[key] for key in LEFT_OUT if key in dataset.left_out}
         results[split] = {row: {**values, **extra} for row, values in found.table.items()}
         if dataset.family:
             families.setdefault(f"{dataset.family}@{name}", []).append(split)
@@ -41,7 +42,7 @@ def with_means(evaluated: Mapping[str, Evaluated]) -> dict[str, dict[str, dict[s
 
 def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean of the metrics, sum of the counts."""
-    counts = ("queries", "missing_images", "skipped_queries")
+    counts = ("queries", *LEFT_OUT)
     mean: dict[str, Any] = {}
     for key, value in rows[0].items():
         if isinstance(value, str):
@@ -70,11 +71,14 @@ def write_results(
         **provenance,
         "protocols": {split: {"name": p.name, "summary": p.summary} for split, p in protocols.items()},
         "left_out": {split: found.dataset.left_out for split, found in evaluated.items()},
+        "notices": {split: found.dataset.notices for split, found in evaluated.items()},
     }
     per_change = {split: found.per_change for split, found in evaluated.items()}
     run_folder, shared_folder = Path(run_folder), Path(shared_folder)
     lines = [f"protocol {protocol.name}: {protocol.summary}" for protocol in dict.fromkeys(protocols.values())]
-    logging.info("\n".join(["results, percent", *lines, *table_lines(results)]))
+    lines += [f"{split}: {notice}" for split, found in evaluated.items() for notice in found.dataset.notices]
+    aspects = [line for split, found in evaluated.items() for line in _aspect_lines(split, found)]
+    logging.info("\n".join(["results, percent", *lines, *table_lines(results), *aspects]))
     files = [run_folder / "evaluation.json", run_folder / "results.json"]
     write_json(files[0], {"results": results, "per_change": per_change, **provenance})
     write_json(files[1], results)
@@ -97,6 +101,13 @@ def write_results(
     files += _copied(copied, shared_folder)
     logging.info("written:\n%s", "\n".join(f"  {path}" for path in files))
     return files
+
+
+def _aspect_lines(split: str, found: Evaluated) -> list[str]:
+    """The protocol's metric for each kind of query, in one line."""
+    metric = found.dataset.protocol.by_aspect
+    values = [f"{kind} {row[metric]:.2f}" for kind, row in found.per_change.items() if metric in row]
+    return [f"{split}: {metric} by aspect: {', '.join(values)}"] if values else []
 
 
 def show_finished(run_folder: str | Path, shared_folder: str | Path) -> None:
@@ -142,7 +153,7 @@ def _example(found: Evaluated, index: int, model: Any) -> dict[str, Any]:
         "reference": reference,
         "caption": dataset.texts[index],
         "change": triplet.change,
-        "rank": ranks.rank,
+        "rank": None if ranks.rank == MISS else ranks.rank,
         "targets": list(triplet.targets),
         "target": {"id": ids[right[0]], "path": paths[right[0]]},
         "retrieved": [

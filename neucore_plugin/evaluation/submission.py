@@ -1,10 +1,12 @@
 """Files for the test servers of CIRR and CIRCO: writing them, and checking any such file before it is uploaded.
 
 CIRR (rc2): {"version": "rc2", "metric": "recall", "12063": [50 names], ...}, and "recall_subset" with the 3 best of the
-other members of a query's group; 5 MB at most. CIRCO: {"0": [50 image ids], ...}. Knows neither torch nor lavis.
+other members of a query's group; 5 MB at most; the reference takes no place. CIRCO: {"0": [50 image ids], ...}, as
+numbers or as texts; its own example files and evaluation rank the reference too. Knows neither torch nor lavis.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 from neucore_plugin.common.errors import DataError, first_few
 from neucore_plugin.common.files import atomic_write
+from neucore_plugin.datasets.annotations import is_whole
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
 LENGTHS = {"recall": 50, "recall_subset": 3, "circo": 50}
@@ -130,22 +133,30 @@ def _problems(
     return problems
 
 
+def _name(kind: str, image: Any) -> str | None:
+    """An image of a ranking by its name in the gallery; None for what is none. CIRCO's ids are numbers or texts."""
+    if kind != "circo":
+        return image if isinstance(image, str) else None
+    if isinstance(image, str) and re.fullmatch("[0-9]{1,18}", image):
+        image = int(image)
+    return str(image) if is_whole(image) else None
+
+
 def _ranking_problems(kind: str, ranking: Any, triplet: Triplet | None, known: set[str] | None) -> list[str]:
-    wanted = int if kind == "circo" else str
-    good = isinstance(ranking, list) and all(isinstance(x, wanted) and not isinstance(x, bool) for x in ranking)
-    if not good:
-        return [f"needs a list of {'image ids (whole numbers)' if kind == 'circo' else 'image names'}"]
+    names = [_name(kind, image) for image in ranking] if isinstance(ranking, list) else [None]
+    if None in names:
+        what = "image ids (whole numbers, or such as text)" if kind == "circo" else "image names"
+        return [f"needs a list of {what}"]
     problems = []
-    if len(ranking) != LENGTHS[kind]:
-        problems.append(f"has {len(ranking)} images; exactly {LENGTHS[kind]} are wanted")
-    if repeated := [image for image, n in Counter(ranking).items() if n > 1]:
+    if len(names) != LENGTHS[kind]:
+        problems.append(f"has {len(names)} images; exactly {LENGTHS[kind]} are wanted")
+    if repeated := [name for name, n in Counter(names).items() if n > 1]:
         problems.append(f"{repeated[0]!r} stands twice")
-    names = [str(image) for image in ranking]
     if kind != "circo" and (suffixed := [name for name in names if name.endswith((".png", ".jpg", ".jpeg"))]):
         problems.append(f"{suffixed[0]!r} carries a suffix; names stand without one")
     elif known is not None and (unknown := [name for name in names if name not in known]):
         problems.append(f"{unknown[0]!r} is no image of the gallery")
-    if triplet is not None and triplet.reference in names:
+    if kind != "circo" and triplet is not None and triplet.reference in names:
         problems.append(f"holds its own reference {triplet.reference!r}")
     if kind == "recall_subset" and triplet is not None and (out := [n for n in names if n not in triplet.members]):
         problems.append(f"{out[0]!r} is no member of the query's group")

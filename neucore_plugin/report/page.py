@@ -43,11 +43,11 @@ def write_report(
     """Write the report; returns the pictures that could not be shown (an empty frame stands for each).
 
     results: {split: {row: {"R@1": percent, ..., "median_rank": .., "queries": n}}}; per_change: {split: {change: ...}}.
-    examples: dicts with split, query_id, reference (path), caption, change, rank, targets (ids), retrieved (dicts of
-    id, path, score, correct), target (dict of id, path) and maps: None or dicts of concept, reference [h,w] and
-    candidate [h,w] in [0,1], the candidate being the first retrieved picture. settings: nested mapping, shown as a
-    table. fit: how the image processor makes pictures square ("pad", "crop" or "stretch"), so that maps lie where they
-    belong.
+    examples: dicts with split, query_id, reference (path), caption, change, rank (None: not ranked), targets (ids),
+    retrieved (dicts of id, path, score, correct), target (dict of id, path) and maps: None or dicts of concept,
+    reference [h,w] and candidate [h,w] in [0,1], the candidate being the first retrieved picture. settings: nested
+    mapping, shown as a table. fit: how the image processor makes pictures square ("pad", "crop" or "stretch"), so that
+    maps lie where they belong.
     """
     pictures = _Pictures(fit)
     order = [*results, *(per_change or {})]
@@ -176,8 +176,8 @@ def _tile(rank: int, item: Mapping[str, Any], pictures: _Pictures) -> dict[str, 
 def _example(example: Mapping[str, Any], pictures: _Pictures) -> dict[str, Any]:
     retrieved = list(example["retrieved"])
     shown = [_tile(rank, item, pictures) for rank, item in enumerate(retrieved, start=1)]
-    rank, target = int(example["rank"]), example.get("target")
-    beyond = rank > len(shown) and target is not None
+    rank, target = example["rank"], example.get("target")
+    beyond = target is not None and (rank is None or rank > len(shown))
     first = retrieved[0] if retrieved else None
     maps = [
         {

@@ -17,6 +17,8 @@ from neucore_plugin.common.errors import DataError
 _CHUNK_QUERIES = 256
 _CHUNK_CELLS = 1 << 24  # elements of one temporary: 64 MB in float32, however large the gallery is
 
+MISS = torch.iinfo(torch.int64).max  # the rank of what takes no place: beyond every K
+
 Positions = Sequence[Sequence[int]]
 Excluded = Sequence["int | None"] | None
 
@@ -24,21 +26,20 @@ Excluded = Sequence["int | None"] | None
 def target_ranks(
     scores: Tensor, targets: Positions, excluded: Excluded = None, members: Positions | None = None
 ) -> Tensor:
-    """1-based rank [Q] (int64, on the CPU) of each query's best-placed right answer.
+    """1-based rank [Q] (int64, on the CPU) of each query's best-placed right answer; `MISS` where the only one is the
+    image that is excluded.
 
     scores [Q,G]; targets: gallery positions of the right answers of each query, one or more; excluded: gallery position
     of each query's reference or None; members: rank these alone (CIRR's subset).
-    DataError: NaN scores, positions outside the gallery, or a query with no right answer left. The gallery comes from
+    DataError: NaN scores, positions outside the gallery, or a query with no right answer at all. The gallery comes from
     the split file, so a target it lacks is a broken split; counting it as a miss would lower the numbers in silence.
     """
     ranks = image_ranks(scores, targets, excluded, members)  # [Q,R]
-    if len(unanswered := (ranks == 0).all(1).nonzero()):
-        where = "in the gallery" if members is None else "among its group members"
-        raise DataError(
-            f"query {int(unanswered[0])} has no right answer {where} (the reference does not count); "
-            "mend the split or leave the query out"
-        )
-    return ranks.masked_fill(ranks == 0, scores.shape[1] + 1).amin(1)
+    for query in (ranks == 0).all(1).nonzero().flatten().tolist():
+        if excluded is None or set(targets[query]) != {excluded[query]}:
+            where = "in the gallery" if members is None else "among its group members"
+            raise DataError(f"query {query} has no right answer {where}; mend the split or leave the query out")
+    return ranks.masked_fill(ranks == 0, MISS).amin(1)
 
 
 def image_ranks(

@@ -153,7 +153,7 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
         ("datasets.emoji.vis_processor.eval.fit", "pads", 'eval.fit: got "pads"; allowed: one of crop, pad, stretch'),
         ("datasets.emoji.vis_processor.eval.image_size", 64, "efficientnet_lite0 takes 224; leave it out"),
         ("datasets.emoji.vis_processor.eval.mean", [0.4, 0.4, 0.4], "efficientnet_lite0 takes [0.5, 0.5, 0.5]"),
-        ("datasets.folder", {}, "datasets.folder.build_info.root: got null; allowed: a text that is not empty"),
+        ("datasets.folder", {}, "datasets.folder.build_info.root: got null; allowed: the path of your folder"),
         ("datasets.folder", {"build_info": 3}, "datasets.folder.build_info: got 3; allowed: a mapping with the keys"),
         ("datasets.folder.build_info.root", "no/where", "build_info.root: folder 'no/where' does not exist"),
         ("run.runner", "runner_circ", "run.runner: 'runner_circ' is no known runner. Did you mean 'runner_cir'?"),

@@ -233,7 +233,7 @@ def test_average_precision_counts_all_answers_and_recall_the_target():
     # ranking of the 7 others: 3 6 1 2 4 5 7; answers 1 (the target), 6, 7
     query = Triplet("1", "image-00", "t", ("image-01", "image-06", "image-07"))
     scores = torch.tensor([[9.0, 5.0, 4.0, 7.0, 3.0, 2.0, 6.0, 1.0]])
-    data = dataset([query], PRESETS["circo"]["circo"], NAMES[:8])
+    data = dataset([query], PRESETS["circo"]["circo_removed"], NAMES[:8])
     found = Evaluated(data, {"neucore": Ranking(data)(scores, [0])})
     values = found.table["neucore"]
     assert found.rows["neucore"][0].rank == 3  # of the target, although another answer stands before it

@@ -12,6 +12,7 @@ from shapes import write_tiny
 from neucore_plugin import cli, launch
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.config.published import FASHIONIQ_CATEGORIES, PUBLISHED
+from neucore_plugin.datasets.check import check
 from neucore_plugin.datasets.published import catalogue
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 
@@ -158,7 +159,7 @@ def test_missing_images_stop_or_are_skipped_when_asked(cirr_root, tmp_path, monk
     assert dataset.left_out["missing_images"] == 2 and dataset.left_out["skipped_queries"] == len(affected)
     listed = Path(dataset.left_out["listed_in"]).read_text().split()
     assert sorted(Path(file).stem for file in listed) == sorted(gone)
-    assert f"val lacks 2 images; {len(affected)} queries are skipped" in caplog.text
+    assert f"val: 2 images have no file; {len(affected)} queries are left out" in caplog.text
 
 
 def test_a_split_that_is_not_wanted_need_not_be_there(cirr_root, tmp_path):
@@ -174,7 +175,7 @@ def test_a_split_that_is_not_wanted_need_not_be_there(cirr_root, tmp_path):
 def test_nothing_left_is_an_error(cirr_root, tmp_path, monkeypatch):
     monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "cache"))
     names = list(json.loads((cirr_root / "image_splits/split.rc2.val.json").read_text()))
-    with pytest.raises(DataError, match="every query needs an image that is missing"):
+    with pytest.raises(DataError, match="every query needs an image that is missing or"):
         build("cirr", copy_without(cirr_root, tmp_path / "empty", names), ["val"], missing="skip")
 
 
@@ -183,9 +184,8 @@ def answers(name: str, targets, gone) -> list[Triplet]:
     gallery = Gallery(tuple("rabcd"), tuple(Path(f"/none/{image}") for image in "rabcd"))
     query = Triplet("1", "r", "x", tuple(targets), "", tuple("rabc"), (("a", 1.0), ("b", 0.5)))
     other = Triplet("2", "r", "y", ("d",))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "absent_images", lambda paths: [path for path in paths if path.name in gone])
-        splits, left_out = catalogue._without_absent(name, {"val": ([query, other], gallery)})
+    absent = [path for path in gallery.paths if path.name in gone]
+    splits, left_out = catalogue.without(name, {"val": ([query, other], gallery)}, absent)
     found, there = splits["val"]
     assert found[-1].query_id == "2" and there.ids == tuple(image for image in "rabcd" if image not in gone)
     assert left_out["val"]["skipped_queries"] == 2 - len(found) and left_out["val"]["missing_images"] == len(gone)
@@ -223,7 +223,7 @@ def test_skipped_queries_are_told_from_shards_as_from_the_folder(cirr_root, tmp_
     for key in ("missing_images", "skipped_queries"):
         assert by_shards.left_out[key] == by_folder.left_out[key] > 0
     skipped = by_folder.left_out["skipped_queries"]
-    assert f"val: 2 images have no file, {skipped} queries left out" in capsys.readouterr().out
+    assert f"val: 2 images have no file; {skipped} queries are left out" in capsys.readouterr().out
     listed = json.loads((out / "triplets-val.json").read_text())["left_out"]["files"]
     assert len(listed) == 2 and all(file.startswith("img_raw/dev/") for file in listed)
     with pytest.raises(DataError, match="holds shards of 'cirr', not of 'shoes'"):
@@ -256,7 +256,7 @@ def test_check_without_a_root_and_of_an_unknown_name(monkeypatch, capsys):
     assert cli.main(["data", "check", "shoes"]) == 2
     assert "NEUCORE_SHOES_ROOT" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"Did you mean 'shoes'"):
-        catalogue.check("shoe", "x")
+        check("shoe", "x")
 
 
 def test_each_published_data_set_has_its_parts():

@@ -267,7 +267,7 @@ def test_what_was_left_out_is_remembered(data, tmp_path, caplog):
     left_out = {"val": {"missing_images": 3, "skipped_queries": 5, "files": ["a.png"]}}
     writer.write_shards(tmp_path / "out", "x", paths, splits, progress=False, left_out=left_out)
     *_, found = reader.read_shards(tmp_path / "out")
-    assert "val was written without 3 images that had no file, and without the 5 queries" in caplog.text
+    assert "when val was written: 3 images have no file; 5 queries are left out" in caplog.text
     listing = str(tmp_path / "out" / "triplets-val.json")
     expected = {"val": {"missing_images": 3, "skipped_queries": 5, "listed_in": listing}}
     assert found == expected

@@ -191,7 +191,8 @@ def test_result_files_and_page(dataset, tmp_path):
 def test_tables_show_subset_columns_only_where_they_are(tmp_path):
     def table(*subset_ranks):
         queries = [QueryRanks(rank, group) for rank, group in zip((1, 7), subset_ranks, strict=True)]
-        return Evaluated(SimpleNamespace(protocol=STANDARD), {"neucore": queries}).table
+        data = SimpleNamespace(protocol=STANDARD, gallery=SimpleNamespace(ids=NAMES))
+        return Evaluated(data, {"neucore": queries}).table
 
     plain, grouped = table(None, None), table(2, 1)
     assert "R_subset" not in "\n".join(table_lines({"val": plain}))

@@ -70,9 +70,13 @@ def test_good_circo_file_and_the_forms_that_are_written(tmp_path):
         (subset, lambda c: c["12064"].append(NAMES[8]), "has 4 images; exactly 3 are wanted"),
         (recall, lambda c: (c.pop("12063"), c.pop("12064")), "holds no query"),
         (circo, lambda c: c["0"].pop(), "query '0': has 49 images"),
-        (circo, lambda c: c["0"].__setitem__(0, "7"), "needs a list of image ids (whole numbers)"),
+        (circo, lambda c: c["0"].__setitem__(0, "7.5"), "needs a list of image ids (whole numbers, or such as text)"),
+        (circo, lambda c: c["0"].__setitem__(0, "-7"), "needs a list of image ids"),
+        (circo, lambda c: c["0"].__setitem__(0, "٧"), "needs a list of image ids"),
+        (circo, lambda c: c["0"].__setitem__(0, None), "needs a list of image ids"),
+        (circo, lambda c: c["0"].__setitem__(0, "3"), "'3' stands twice"),
         (circo, lambda c: c["0"].__setitem__(0, True), "needs a list of image ids"),
-        (circo, lambda c: c["0"].__setitem__(0, 3), "3 stands twice"),
+        (circo, lambda c: c["0"].__setitem__(0, 3), "'3' stands twice"),
     ],
 )
 def test_each_problem_is_told_and_nothing_is_written(tmp_path, base, change, message):

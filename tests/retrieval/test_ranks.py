@@ -5,7 +5,7 @@ import torch
 
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.retrieval import ranks
-from neucore_plugin.retrieval.ranks import target_ranks, topk
+from neucore_plugin.retrieval.ranks import MISS, target_ranks, topk
 
 
 def ranking(row, left_out=None, among=None):
@@ -84,6 +84,13 @@ def test_worked_example():
     assert target_ranks(scores, [(3,)], [1], [(4, 3, 2, 1)]).tolist() == [2]  # of a group: 2, 3, 4 remain
 
 
+def test_an_only_right_answer_that_is_excluded_is_a_miss_at_every_k():
+    scores = torch.tensor([[0.9, 0.5, 0.1]] * 4)
+    assert target_ranks(scores, [(0,), (0, 2), (2,), (0,)], [0, 0, 0, None]).tolist() == [MISS, 2, 2, 1]
+    assert target_ranks(scores[:1], [(0,)], [0], [(0, 1)]).tolist() == [MISS]
+    assert MISS > 10**12
+
+
 def test_infinite_scores_keep_their_order():
     low, high = -torch.inf, torch.inf
     scores = torch.tensor([[low, low, high, 0.0], [low, low, low, low]])
@@ -113,7 +120,7 @@ BAD = [
     (lambda: target_ranks(torch.zeros(1, 4), [(-1,)]), "gallery position -1"),
     (lambda: target_ranks(torch.zeros(1, 4), [(1,)], [9]), "excluded names gallery position 9"),
     (lambda: target_ranks(torch.zeros(2, 4), [(1,), ()]), "query 1 has no right answer in the gallery"),
-    (lambda: target_ranks(torch.zeros(1, 4), [(1,)], [1]), "query 0 has no right answer in the gallery"),
+    (lambda: target_ranks(torch.zeros(1, 4), [(1, 2)], [1], [(0, 1)]), "query 0 has no right answer among"),
     (lambda: target_ranks(torch.zeros(2, 4), [(1,)]), "targets: 1 lists for 2 queries"),
     (lambda: target_ranks(torch.zeros(2, 4), [(1,)] * 2, [None]), "excluded: 1 lists for 2 queries"),
     (lambda: target_ranks(torch.zeros(1, 4), [(1,)], None, [(0, 2)]), "no right answer among its group members"),

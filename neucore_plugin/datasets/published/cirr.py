@@ -66,8 +66,6 @@ def _faults(entry: dict[str, Any], split: str, images: str, known: Container[str
     yield from (f"needs the text {key!r}" for key in (*keys, "caption") if not isinstance(entry.get(key), str))
     named = {key: entry[key] for key in keys if isinstance(entry.get(key), str)}
     yield from (f"{key} {name!r} is not in {images}" for key, name in named.items() if name not in known)
-    if len(set(named.values())) < len(named):
-        yield f"reference and target_hard are both {entry['reference']!r}"
     soft = entry.get("target_soft") or {}
     if not isinstance(soft, dict) or not all(isinstance(weight, int | float) for weight in soft.values()):
         yield "target_soft must give a number for each image name"
@@ -95,4 +93,5 @@ the images are those of NLVR2, to be had by the request form at
     (no answer: see "Raw Images" in CIRR's README)
     unpack them so that {root}/img_raw holds train, dev and test1
 a copy as CLIP4Cir lays it out is read as it is: {root}/train, dev and test1, the annotations in {root}/cirr""",
+    queries=lambda split: _files(split)[:1],
 )

@@ -124,4 +124,5 @@ the images are named by the lists of URLs of
     https://github.com/hongwang600/fashion-iq-metadata; 74,381 of 77,684 could still be had when this was written
     put them into {root}/images, as ASIN.jpg or ASIN.png, with or without a folder a category
 (then missing=skip evaluates what is there, and says how much that is)""",
+    queries=lambda split: tuple(_files_of(part, category)[0] for part, category in _parts(split)),
 )

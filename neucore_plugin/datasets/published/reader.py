@@ -23,6 +23,7 @@ class Reader:
     parse: (root, split, problems) -> triplets, and the files of the gallery by name; what is wrong with an entry goes
         to `problems`, a line each.
     where_from: what to fetch from where, and where it belongs; "{root}" stands for the root folder.
+    queries: of a split, those of its `files` that hold its queries alone, which can be counted without the others.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Reader:
     images: Callable[[str], tuple[str, ...]]
     parse: Callable[[Path, str, list[str]], tuple[list[Triplet], dict[str, Path]]]
     where_from: str
+    queries: Callable[[str], tuple[str, ...]]
     annotation_folders: tuple[str, ...] = ("",)
 
     @property

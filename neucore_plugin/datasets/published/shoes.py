@@ -63,4 +63,5 @@ the captions and the two name lists come with
 the images are the Attribute Discovery data set of Tamara Berg
     http://tamaraberg.com/attributesDataset/index.html, an address that is reported dead; READMEs of later work,
     such as AMC (Zhu et al., 2023), link to copies. Unpack the folders womens_* anywhere below {root}""",
+    queries=lambda split: (),  # one file holds those of both
 )

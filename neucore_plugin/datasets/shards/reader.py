@@ -30,7 +30,7 @@ from tqdm import tqdm
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import expanded, sha256_file, sha256_text
 from neucore_plugin.datasets.annotations import is_whole, read_json
-from neucore_plugin.datasets.triplets import Gallery, Triplet
+from neucore_plugin.datasets.triplets import LEFT_OUT, Gallery, Triplet, left_out_text
 
 FORMAT = "neucore-shards-1"
 INDEX = "index.json"
@@ -41,7 +41,6 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _MEMBER = re.compile(rf"[0-9]{{6,12}}({'|'.join(map(re.escape, (*SUFFIXES, '.img')))})")
 _FIELDS = {field.name for field in dataclasses.fields(Triplet)}
 _TRIPLET = TypeAdapter(Triplet)
-_COUNTS = ("missing_images", "skipped_queries")
 REMEDY = "write the shards again with `neucore shards`"
 
 
@@ -96,7 +95,7 @@ def read_shards(
 ) -> tuple[dict[str, ShardImage], Splits, dict[str, dict[str, Any]]]:
     """Images by name; triplets and gallery by split; what missing images cost when the shards were written, by split.
 
-    The last, see `catalogue.load`, is {"missing_images", "skipped_queries", "listed_in"} of the splits that lack some.
+    The last is the counts of LEFT_OUT and "listed_in" of the splits that lack some (see `catalogue.without`).
     No image is read. `name`: the data set that is expected.
     Raises DataError where the index is missing, altered or names places outside its shards, a shard is missing or of
     another size than it was written with, or a split's file does not fit its sum.
@@ -134,10 +133,9 @@ def read_shards(
     splits, left_out = {}, {}
     for split, row in index["splits"].items():
         splits[split], counts = _read_split(root, split, row, images)
-        if any(counts):
-            left_out[split] = dict(zip(_COUNTS, counts, strict=True), listed_in=str(root / f"triplets-{split}.json"))
-            text = "%s: %s was written without %s images that had no file, and without the %s queries that need them"
-            logging.warning(text, root, split, *counts)
+        if any(counts.values()):
+            left_out[split] = {**counts, "listed_in": str(root / f"triplets-{split}.json")}
+            logging.warning("%s: when %s was written: %s", root, split, left_out_text(counts))
     return images, splits, left_out
 
 
@@ -187,7 +185,7 @@ def split_sum(plain: Mapping[str, Any]) -> str:
 
 def _read_split(
     root: Path, split: str, row: Mapping[str, Any], images: Mapping[str, Any]
-) -> tuple[tuple[list[Triplet], Gallery], list[int]]:
+) -> tuple[tuple[list[Triplet], Gallery], dict[str, int]]:
     """Triplets and gallery, and the counts of what was left out."""
     if not SPLIT_NAME.fullmatch(split):
         raise DataError(f"{root / INDEX}: {split[:80]!r} is no name of a split; {REMEDY}")
@@ -196,8 +194,9 @@ def _read_split(
     if split_sum(plain) != row.get("sha256"):
         raise DataError(f"{path}: was altered since it was written; {REMEDY}")
     missing = plain.get("left_out", {})
-    counts = [missing.get(key, 0) for key in _COUNTS] if isinstance(missing, dict) else [None]
-    if not isinstance(plain.get("triplets"), list) or not all(type(count) is int and count >= 0 for count in counts):
+    counts = {key: missing[key] for key in LEFT_OUT if key in missing} if isinstance(missing, dict) else {"": None}
+    good = all(type(count) is int and count >= 0 for count in counts.values())
+    if not isinstance(plain.get("triplets"), list) or not good:
         raise DataError(f"{path}: needs a list 'triplets', and counts of what was left out; {REMEDY}")
     ids = plain.get("gallery")
     if not isinstance(ids, list) or any(not isinstance(name, str) or name not in images for name in ids):

@@ -50,7 +50,7 @@ def write_shards(
         raise DataError(f"max_bytes {max_bytes}, workers {workers}: give at least 1")
     content = {
         split: {
-            "triplets": [dataclasses.asdict(triplet) for triplet in triplets],
+            "triplets": [_plain(triplet) for triplet in triplets],
             "gallery": list(gallery.ids),
             "left_out": dict((left_out or {}).get(split, {})),
         }
@@ -84,6 +84,13 @@ def write_shards(
             "same command again"
         ) from error
     return out / INDEX
+
+
+def _plain(triplet: Triplet) -> dict[str, Any]:
+    plain = dataclasses.asdict(triplet)
+    if not triplet.aspects:  # younger than the format: shards of other data sets stay what they were
+        del plain["aspects"]
+    return plain
 
 
 def _facts(paths: Mapping[str, Path], content: Mapping[str, Any]) -> dict[str, os.stat_result]:
