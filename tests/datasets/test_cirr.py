@@ -93,7 +93,7 @@ def test_clip4cirs_layout_is_read_and_any_mixture(root, annotations, images):
         triplets, gallery = CIRR.read(root, split)
         assert triplets == expected[split][0] and gallery.ids == expected[split][1].ids
         assert all(path.is_file() for path in gallery.paths)
-    report = catalogue.check("cirr", root)
+    report = check("cirr", root)
     assert report["complete"], report
     assert report["splits"]["val"]["image_folder"] == str(root / ("img_raw/dev" if images != "clip4cir" else "dev"))
     assert set(build("cirr", root)) == {"train", "val"}

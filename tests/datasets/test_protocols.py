@@ -16,9 +16,9 @@ from neucore_plugin.datasets.published.cirr import CIRR
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 from neucore_plugin.evaluation.metrics import soft_recall_at
 from neucore_plugin.evaluation.ranking import Evaluated, Ranking
-from neucore_plugin.evaluation.results import with_means
+from neucore_plugin.evaluation.results import _aspect_lines, with_means
 from neucore_plugin.report import table_lines
-from neucore_plugin.retrieval.ranks import image_ranks
+from neucore_plugin.retrieval.ranks import MISS, image_ranks
 
 NAMES = tuple(f"image-{number:02d}" for number in range(30))
 PAIR = Triplet("p", "image-00", "is red and has dots", ("image-01",), captions=("is red", "has dots"))
@@ -240,6 +240,75 @@ def test_average_precision_counts_all_answers_and_recall_the_target():
     assert values["mAP@5"] == pytest.approx(100 * (1 / 2 + 2 / 3) / 3)
     assert "mAP@10" not in values  # this gallery has seven images to rank
     assert values["R@1"] == 0 and values["R@5"] == 100
+
+
+OWN = (
+    Triplet("own", NAMES[3], "x", (NAMES[3],), members=NAMES[:6]),
+    Triplet("first", NAMES[3], "y", (NAMES[3], NAMES[5]), members=NAMES[:6]),
+    Triplet("plain", NAMES[3], "z", (NAMES[4],), members=NAMES[:6]),
+)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "ranks", "in_group", "missed"),
+    [  # scores fall with the place, so the reference, which stands fourth, moves the images behind it
+        (STANDARD, [MISS, 5, 4], [MISS, 5, 4], 1),
+        (PRESETS["shoes"]["shoes"], [MISS, 5, 4], [MISS, 5, 4], 1),
+        (PRESETS["fashioniq"]["tgcir"], [MISS, 2, 1], [MISS, 2, 1], 1),  # of the three images that the queries name
+        (PRESETS["fashioniq"]["clip4cir"], [4, 4, 5], [4, 4, 5], 0),
+        (PRESETS["circo"]["circo"], [4, 4, 5], [4, 4, 5], 0),
+        (PRESETS["circo"]["circo_removed"], [MISS, MISS, 4], [MISS, 5, 4], 2),  # R@K counts the target alone
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_query_whose_target_is_its_reference_is_a_miss_where_that_is_removed(protocol, ranks, in_group, missed):
+    data = dataset(list(OWN), protocol)
+    found = Ranking(data)(-torch.arange(30.0).expand(3, -1), [0, 1, 2])
+    assert [query.rank for query in found] == ranks
+    assert [query.subset_rank for query in found] == in_group
+    text = (
+        "{} of 3 queries have their reference as target, which the protocol removes from the ranking; they count as "
+        "misses"
+    )
+    assert data.notices == ([text.format(missed)] if missed else [])
+    values = Evaluated(data, {"neucore": found}).table["neucore"]
+    assert values["queries"] == 3 and values["R@50"] == pytest.approx(100 * (3 - missed) / 3)
+    if protocol.precision_at:  # the reference stays one of the right answers
+        own = [1 / 4, (1 / 4 + 2 / 6) / 2, 1 / 5] if not missed else [0, (1 / 5) / 2, 1 / 4]
+        assert values["mAP@10"] == pytest.approx(100 * sum(own) / 3)
+
+
+def test_nothing_but_misses_is_a_result_too():
+    data = dataset([OWN[0]], names=NAMES[:4])
+    values = Evaluated(data, {"neucore": Ranking(data)(torch.zeros(1, 4), [0])}).table["neucore"]
+    assert values == {"R@1": 0, "R@5": 0, "R@10": 0, "R@50": 0, "median_rank": 4.0, "queries": 1} | {
+        f"R_subset@{k}": 0 for k in (1, 2, 3)
+    }
+
+
+def test_circo_counts_recall_at_25_and_each_aspect():
+    """A query counts for every aspect it has; a model that puts the images in the order of the gallery."""
+    pairs = [(9, 0, ("negation", "addition")), (9, 14, ("addition",)), (9, 29, ("viewpoint",))]
+    asked = [
+        Triplet(str(n), NAMES[reference], "x", (NAMES[target],), aspects=aspects)
+        for n, (reference, target, aspects) in enumerate(pairs)
+    ]
+    for name, rank in (("circo", 30), ("circo_removed", 29)):
+        data = dataset(asked, PRESETS["circo"][name])
+        found = Evaluated(data, {"neucore": Ranking(data)(-torch.arange(30.0).expand(3, -1), [0, 1, 2])})
+        assert found.rows["neucore"][2].rank == rank
+        own = found.table["neucore"]
+        assert [own[f"R@{k}"] for k in (1, 5, 10, 25, 50)] == pytest.approx([100 / 3] * 3 + [200 / 3, 100])
+        assert {aspect: row["mAP@10"] for aspect, row in found.per_change.items()} == {
+            "addition": 50.0,
+            "negation": 100.0,
+            "viewpoint": 0.0,
+        }
+        assert _aspect_lines("val", found) == ["val: mAP@10 by aspect: addition 50.00, negation 100.00, viewpoint 0.00"]
+        head, line = table_lines({"val": found.table})
+        assert "R@25" in head and " 66.67 " in line
+    assert list(PRESETS["circo"]) == ["circo", "circo_removed"]
+    assert PRESETS["circo"]["circo"].summary.startswith("gallery: the split's own list; reference kept;")
 
 
 def evaluated(protocol, splits, left_out=None):

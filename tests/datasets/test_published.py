@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 from lavis.common.registry import registry
-from published_case import build, write_cirr_to_train_on, write_fashioniq
+from lavis.datasets.builders import load_dataset
+from places import REAL, needs_real
+from published_case import build, pictures, put, write_cirr_to_train_on, write_fashioniq
 from shapes import write_tiny
 
 from neucore_plugin import cli, launch
 from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.common.images import check_images
 from neucore_plugin.config.published import FASHIONIQ_CATEGORIES, PUBLISHED
 from neucore_plugin.datasets.check import check
 from neucore_plugin.datasets.published import catalogue
+from neucore_plugin.datasets.shards.writer import write_shards
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 
 
@@ -230,6 +234,152 @@ def test_skipped_queries_are_told_from_shards_as_from_the_folder(cirr_root, tmp_
         build("shoes", out, ["test"], data_type="shards")
 
 
+def damaged(root: Path, to: Path, names: list[str]) -> Path:
+    """A copy in which the pictures of these names end too early."""
+    for path in copy_without(root, to, []).rglob("*.png"):
+        if path.stem in names:
+            data = path.read_bytes()
+            path.unlink()
+            path.write_bytes(data[: len(data) // 2])
+    return to
+
+
+@pytest.mark.parametrize("kind", ["images", "shards"])
+def test_unreadable_images_are_skipped_as_missing_ones_are(kind, cirr_root, tmp_path, monkeypatch, caplog, cache_root):
+    monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "cache"))
+    queries = json.loads((cirr_root / "captions/cap.rc2.val.json").read_text())
+    cut, gone = queries[0]["reference"], queries[9]["target_hard"]
+    affected = [q for q in queries if {cut, gone} & {q["reference"], q["target_hard"]}]
+    root = damaged(copy_without(cirr_root, tmp_path / "partial", [gone]), tmp_path / "cut", [cut])
+    info = {"missing": "skip"}
+    if kind == "shards":  # written without the missing one, as it was; the other was cut on the way
+        whole = copy_without(cirr_root, tmp_path / "whole", [gone])
+        splits, left_out = catalogue.load("cirr", whole, ["val"], "skip")[1:]
+        images = splits["val"][1].files
+        images[cut] = next(root.rglob(f"{cut}.png"))
+        root = write_shards(tmp_path / "tars", "cirr", images, splits, progress=False, left_out=left_out).parent
+    with caplog.at_level("WARNING"):
+        dataset = build("cirr", root, ["val"], data_type=kind, **info)["val"]
+    assert len(dataset) == 12 - len(affected) and not {cut, gone} & set(dataset.gallery.ids)
+    counts = {"missing_images": 1, "unreadable_images": 1, "skipped_queries": len(affected)}
+    assert counts.items() <= dataset.left_out.items()
+    assert cut in Path(dataset.left_out["listed_in"]).read_text()
+    assert f"val: 1 images have no file, 1 cannot be read; {len(affected)} queries are left out" in caplog.text
+    assert not check_images(dataset.images.paths.values()) and dataset.images.checked
+
+
+def test_a_run_skips_unreadable_images_and_stops_without_the_word(trained_on_cirr, cirr_root, tmp_path, capsys):
+    path, best = trained_on_cirr
+    queries = json.loads((cirr_root / "captions/cap.rc2.val.json").read_text())
+    cut = queries[5]["target_hard"]
+    affected = sum(cut in (q["reference"], q["target_hard"]) for q in queries)
+    root = damaged(cirr_root, tmp_path / "cut", [cut])
+    options = [f"datasets.cirr.build_info.root={root}", f"run.output_dir={tmp_path / 'out'}"]
+    command = ["evaluate", "--cfg-path", str(path), "--checkpoint", str(best), "--options", *options]
+    assert cli.main(command) == 2
+    assert f"{cut}.png is truncated or damaged" in capsys.readouterr().err
+    assert cli.main([*command, "datasets.cirr.build_info.missing=skip"]) == 0
+    row = numbers(tmp_path / "out")["val"]["neucore"]
+    assert (row["queries"], row["unreadable_images"], row["skipped_queries"]) == (12 - affected, 1, affected)
+
+
+# ---- a pair of one image with itself ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shoes_root(tmp_path_factory) -> Path:
+    """18 pairs of train, two of them of one image with itself, and 9 of test with one such."""
+    root = tmp_path_factory.mktemp("published") / "shoes"
+    entries = []
+    for file, kind, count, own in (("train_im_names", "boots", 18, (3, 7)), ("eval_im_names", "flats", 9, (4,))):
+        names = [f"img_womens_{kind}_{number}.jpg" for number in range(count + 1)]
+        put(root / f"{file}.txt", "\n".join(names))
+        pictures(root / f"womens_{kind}/0" / name for name in names)
+        entries += [
+            {
+                "ReferenceImageName": names[n],
+                "ImageName": names[n + (n not in own)],
+                "RelativeCaption": f"{n} red bows",
+            }
+            for n in range(count)
+        ]
+    put(root / "relative_captions_shoes.json", entries)
+    return root
+
+
+TRAIN_NOTICE = "2 of 18 pairs have their reference as target; training leaves them out"
+TEST_NOTICE = (
+    "1 of 9 queries have their reference as target, which the protocol removes from the ranking; they count as misses"
+)
+
+
+def test_such_pairs_are_left_out_of_training_and_missed_in_evaluation(shoes_root, cache_root, tmp_path, caplog):
+    path = configure(tmp_path, cache_root, "shoes", shoes_root, ["shoes"], ["test"], ["test"])
+    with caplog.at_level("INFO"):
+        launch.run(path)
+    row = numbers(tmp_path / "output")["test"]["neucore"]
+    assert row["queries"] == 9 and row["R@50"] == pytest.approx(100 * 8 / 9)  # ten images: all others are found
+    assert f"shoes: train: {TRAIN_NOTICE}" in caplog.text and f"shoes: test: {TEST_NOTICE}" in caplog.text
+    assert "shoes: train holds 16 queries" in caplog.text and "shoes: test holds 9 queries" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["shoes", "folder", "shards"])
+def test_check_tells_what_a_run_tells(kind, shoes_root, tmp_path, capsys):
+    """By the builders of a run: the same notices, the same errors, for a published data set as for one's own."""
+    root = shoes_root
+    if kind == "folder":
+        pairs = json.loads((shoes_root / "relative_captions_shoes.json").read_text())
+        pictures(tmp_path / "mine/images" / pair[key] for pair in pairs for key in ("ImageName", "ReferenceImageName"))
+        keys = {"ReferenceImageName": "reference", "ImageName": "target", "RelativeCaption": "caption"}
+        entries = [{keys[key]: value for key, value in pair.items()} for pair in pairs]
+        root = tmp_path / "mine"
+        put(root / "train.json", entries[:18])
+        put(root / "test.json", entries[18:])
+    if kind == "shards":
+        assert cli.main(["shards", "shoes", "--root", str(root), "--out", str(tmp_path / "tars")]) == 0
+        built = build("shoes", tmp_path / "tars", data_type="shards")
+    else:
+        assert cli.main(["data", "check", kind, "--root", str(root)]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[-3:] == [f"{split}: {text}" for split, text in told(kind).items()] + ["complete"]
+        built = build(kind, root)
+    assert {split: dataset.notices for split, dataset in built.items()} == {
+        "train": [TRAIN_NOTICE],
+        "test": [TEST_NOTICE],
+    }
+    assert (len(built["train"]), len(built["test"])) == (16, 9)
+    if kind == "folder":
+        put(root / "test.json", [entries[18], entries[18] | {"query_id": "test-0"}])  # the name that the first one has
+        assert cli.main(["data", "check", "folder", "--root", str(root)]) == 1
+        assert "folder: split 'test' has query ids that occur more than once" in capsys.readouterr().out
+        with pytest.raises(DataError, match="split 'test' has query ids that occur more than once"):
+            build("folder", root)
+
+
+def told(kind: str) -> dict[str, str]:
+    texts = {"train": TRAIN_NOTICE, "test": TEST_NOTICE}
+    return texts if kind == "shoes" else {split: texts[split] for split in sorted(texts)}
+
+
+def test_where_a_protocol_ranks_the_reference_check_says_so(fashioniq_root, tmp_path):
+    root = copy_without(fashioniq_root, tmp_path / "own", ["cap.dress.val"])
+    pairs = json.loads((fashioniq_root / "captions/cap.dress.val.json").read_text())
+    pairs[2]["target"] = pairs[2]["candidate"]
+    put(root / "captions/cap.dress.val.json", pairs)
+    row = check("fashioniq", root)["splits"]["val_dress"]
+    assert row["queries"] == 6 and row["error"] is None
+    assert [notice.rsplit(" ", 1)[1] for notice in row["notices"]] == ["(neucore)", "(covr)", "(val)", "(tgcir)"]
+    assert row["notices"][0].startswith("2 of 12 queries") and row["notices"][1].startswith("1 of 6 queries")
+
+
+@needs_real("shoes")
+def test_the_real_shoes():
+    report = check("shoes", REAL / "shoes")["splits"]
+    assert report["train"]["notices"] == [TRAIN_NOTICE.replace("2 of 18", "26 of 8,990")]
+    assert report["test"]["notices"] == [TEST_NOTICE.replace("1 of 9", "1 of 1,761")]
+    assert not any(row["error"] for row in report.values())
+
+
 # ---- neucore data check ----------------------------------------------------------------------------------------------
 
 
@@ -249,6 +399,79 @@ def test_check_says_what_is_there_and_what_is_not(cirr_root, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "no annotations" in printed and "https://github.com/Cuberick-Orion/CIRR" in printed
     assert f"belong below {root}/img_raw/dev" in printed
+
+
+def test_check_opens_every_picture_when_asked(cirr_root, shapes_root, tmp_path, capsys):
+    queries = json.loads((cirr_root / "captions/cap.rc2.val.json").read_text())
+    root = damaged(cirr_root, tmp_path / "cut", [queries[0]["reference"], queries[4]["reference"]])
+    assert cli.main(["data", "check", "cirr", "--root", str(root)]) == 0
+    capsys.readouterr()
+    assert cli.main(["data", "check", "cirr", "--root", str(root), "--open"]) == 1
+    printed = capsys.readouterr().out
+    assert "2 images of val cannot be read, such as\n  " in printed and "truncated or damaged" in printed
+    left = len(build("cirr", root, ["val"], missing="skip")["val"])
+    assert f"`missing: skip` leaves {12 - left} queries of val out" in printed
+    assert check("cirr", root, open_images=True)["splits"]["train"]["images_unreadable"] == 0
+    mine = copy_without(shapes_root, tmp_path / "mine", ["circle-red"])
+    (mine / "images/circle-red.png").write_bytes(b"GIF89a, or so")
+    assert cli.main(["data", "check", "folder", "--root", str(mine)]) == 0
+    assert cli.main(["data", "check", "folder", "--root", str(mine), "--open", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out.split("complete\n")[-1])
+    assert {split: row["images_unreadable"] for split, row in report["splits"].items()} == dict.fromkeys(
+        ("test", "train", "val"), 1
+    )
+
+
+def test_check_of_ones_own_folder(shapes_root, tmp_path, capsys):
+    assert cli.main(["data", "check", "folder", "--root", str(shapes_root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "complete" and lines[3].split() == ["train", "149", "24", "0"]
+    root = copy_without(shapes_root, tmp_path / "mine", ["square-blue"])
+    put(root / "gallery.val.json", ["gone.png"])
+    assert cli.main(["data", "check", "folder", "--root", str(root)]) == 1
+    printed = capsys.readouterr().out
+    assert "damaged" in printed and "no image 'square-blue.png' below" in printed and "root/images/**" in printed
+    for arguments, message in (([], "no root folder: give --root\n"), (["--root", str(tmp_path)], "no images here")):
+        assert cli.main(["data", "check", "folder", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_queries_are_counted_though_the_image_list_is_missing(cirr_root, fashioniq_root, tmp_path, capsys):
+    root = copy_without(cirr_root, tmp_path / "cirr", ["split.rc2.test1", "split.rc2.train"])
+    rows = check("cirr", root)["splits"]
+    assert (rows["train"]["queries"], rows["test1"]["queries"]) == (24, 6) and "gallery" not in rows["train"]
+    root = copy_without(fashioniq_root, tmp_path / "fashioniq", ["split.shirt.val"])
+    assert check("fashioniq", root)["splits"]["val_shirt"]["queries"] == 6
+    put(tmp_path / "circo/annotations/val.json", [{"id": n} for n in range(7)])
+    assert cli.main(["data", "check", "circo", "--root", str(tmp_path / "circo")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["val", "7", "–", "incomplete"] and lines[3].split() == [
+        "test",
+        "–",
+        "–",
+        "no",
+        "annotations",
+    ]
+    put(tmp_path / "circo/annotations/val.json", "{")
+    assert "no valid JSON" in check("circo", tmp_path / "circo")["splits"]["val"]["error"]
+
+
+def test_the_hosts_load_dataset_takes_the_root_as_vis_path(shapes_root, cirr_root, written, monkeypatch, tmp_path):
+    monkeypatch.delenv("NEUCORE_CIRR_ROOT", raising=False)
+    with pytest.raises(ConfigError, match=r"datasets\.folder\.build_info\.root is null; .*vis_path=FOLDER"):
+        load_dataset("folder")
+    for given in (str(shapes_root), shapes_root):
+        assert {split: len(data) for split, data in load_dataset("folder", vis_path=given).items()} == {
+            "test": 21,
+            "train": 149,
+            "val": 22,
+        }
+    assert len(load_dataset("folder", vis_path=str(written), data_type="shards")["train"]) == 149
+    assert set(load_dataset("cirr", vis_path=str(cirr_root))) == {"train", "val"}
+    with pytest.raises(ConfigError, match="CIRR is not complete below"):
+        load_dataset("cirr", vis_path=str(tmp_path))
+    with pytest.raises(DataError, match="no images here"):
+        load_dataset("folder", vis_path=str(tmp_path))
 
 
 def test_check_without_a_root_and_of_an_unknown_name(monkeypatch, capsys):

@@ -11,7 +11,7 @@ from published_case import edit, put
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.config.published import FASHIONIQ_CATEGORIES, PRESETS
 from neucore_plugin.datasets.protocols import queries
-from neucore_plugin.datasets.published import fashion200k
+from neucore_plugin.datasets.published import catalogue, fashion200k
 from neucore_plugin.datasets.published.circo import CIRCO, IMAGES
 from neucore_plugin.datasets.published.fashion200k import FASHION200K
 from neucore_plugin.datasets.published.fashioniq import FASHIONIQ
@@ -232,6 +232,17 @@ def test_fashion200k_training_pairs_are_one_word_apart(fashion200k_root, tmp_pat
         assert len(changed) == 1 and triplet.caption == "replace {} with {}".format(*changed[0])
 
 
+def test_a_pair_of_one_image_with_itself_is_read(fashion200k_root, shoe):
+    """What it counts is decided where training and evaluation begin, for all data sets alike."""
+    put(fashion200k_root / "test_queries.txt", "women/jacket/e/5.jpeg women/jacket/e/5.jpeg")
+    (triplet,), _ = FASHION200K.read(fashion200k_root, "test")
+    assert triplet.targets == (triplet.reference,) == ("women/jacket/e/5.jpeg",)
+    name = "img_womens_flats_1.jpg"
+    edit(shoe / "relative_captions_shoes.json", lambda v: v[1].update(ImageName=name, ReferenceImageName=name))
+    (triplet,), _ = SHOES.read(shoe, "test")
+    assert triplet.targets == (triplet.reference,) == (name,)
+
+
 def test_malformed_fashion200k(fashion200k_root):
     put(fashion200k_root / "labels/top_test_detect_all.txt", "women/x.jpeg 0.9 no tabs\n/etc/x\t1\tcaption\n")
     put(
@@ -288,6 +299,34 @@ def test_malformed_circo(circo_root, change, message):
     with pytest.raises(DataError) as caught:
         CIRCO.read(circo_root, "val")
     assert f"annotations/val.json: {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize("moved", [("list",), ("pictures",), ("list", "pictures"), ()], ids=" ".join)
+def test_circo_in_both_layouts_and_in_mixtures(circo_root, moved):
+    published = circo_root / "COCO2017_unlabeled"
+    if "list" in moved:
+        put(published / "annotations/image_info_unlabeled2017.json", (circo_root / IMAGES).read_text())
+        (circo_root / IMAGES).unlink()
+    pictures = (published if "pictures" in moved else circo_root) / "unlabeled2017"
+    touch(*(pictures / f"{n:012d}.jpg" for n in range(10, 20)))
+    _, gallery = CIRCO.read(circo_root, "val")
+    assert {path.parent for path in gallery.paths} == {pictures} and all(path.is_file() for path in gallery.paths)
+    assert catalogue.load("circo", circo_root, ["val"])[1]["val"][1] == gallery
+    assert CIRCO.image_folder(circo_root, "val") == str(pictures)
+    if moved == ("pictures",):  # a file in each: both are found
+        touch(circo_root / "unlabeled2017/000000000010.jpg")
+        (pictures / "000000000010.jpg").unlink()
+        _, gallery = CIRCO.read(circo_root, "val")
+        assert all(path.is_file() for path in gallery.paths)
+
+
+def test_circo_aspects(circo_root):
+    assert [t.aspects for t in CIRCO.read(circo_root, "val")[0]] == [()]
+    edit(circo_root / "annotations/val.json", lambda v: v[0].update(semantic_aspects=["negation", "addition"]))
+    assert [t.aspects for t in CIRCO.read(circo_root, "val")[0]] == [("negation", "addition")]
+    edit(circo_root / "annotations/val.json", lambda v: v[0].update(semantic_aspects="negation"))
+    with pytest.raises(DataError, match="entry 0: 'semantic_aspects' must be a list of texts, given 'negation'"):
+        CIRCO.read(circo_root, "val")
 
 
 @pytest.mark.parametrize(

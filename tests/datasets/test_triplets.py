@@ -60,6 +60,21 @@ def test_equally_right_targets_are_all_known(shapes):
     assert data.target_positions(1) == (1, 0) and data.reference_position(0) == 2
 
 
+def test_training_leaves_out_pairs_whose_reference_is_the_target(shapes):
+    _, gallery, store = shapes
+    a, b, c = gallery.ids[:3]
+    pairs = [("1", a, (b,)), ("2", b, (b,)), ("3", c, (c, a)), ("4", a, (c, a)), ("5", c, (c, c))]
+    triplets = [Triplet(name, reference, f"text {name}", targets) for name, reference, targets in pairs]
+    lemmas = [(name,) for name, _, _ in pairs]
+    data = TripletDataset("shapes", "train", triplets, gallery, store, concepts=lemmas, train=True)
+    assert data.notices == ["2 of 5 pairs have their reference as target; training leaves them out"]
+    assert [data[n]["query_id"] for n in range(len(data))] == ["1", "3", "4"]
+    assert [data[n]["target_id"] for n in range(3)] == [b, a, c]  # an answer as right takes the reference's place
+    assert [data[n]["concept_words"] for n in range(3)] == [("1",), ("3",), ("4",)]
+    assert data.texts == ["text 1", "text 3", "text 4"]
+    assert TripletDataset("shapes", "train", triplets[:1], gallery, store, train=True).notices == []
+
+
 def test_reference_outside_the_gallery_has_no_position(shapes):
     _, gallery, store = shapes
     small = Gallery(gallery.ids[1:], gallery.paths[1:])
@@ -143,8 +158,11 @@ def test_split_problems_are_known_before_training(shapes):
     with pytest.raises(DataError, match="targets outside its gallery"):
         TripletDataset("shapes", "val", outside, Gallery(gallery.ids[:1], gallery.paths[:1]), store)
     own = [Triplet("q7", gallery.ids[0], "x", (gallery.ids[0],))]
-    with pytest.raises(DataError, match="1 queries with no right answer but their own reference.*such as q7"):
-        TripletDataset("shapes", "val", own, gallery, store)
+    with pytest.raises(DataError, match="1 of 1 pairs have their reference as target.*nothing is left to learn from"):
+        TripletDataset("shapes", "train", own, gallery, store, train=True)
+    alone = Gallery(gallery.ids[:1], gallery.paths[:1])
+    with pytest.raises(DataError, match="a gallery of fewer than two images"):
+        TripletDataset("shapes", "val", own, alone, store)
     with pytest.raises(DataError, match="query ids that occur more than once"):
         TripletDataset("shapes", "train", [triplets[0], triplets[0]], gallery, store)
     with pytest.raises(DataError, match="unique names"):

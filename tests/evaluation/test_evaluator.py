@@ -18,6 +18,7 @@ from neucore_plugin.evaluation.evaluator import Evaluator
 from neucore_plugin.evaluation.ranking import Evaluated, QueryRanks
 from neucore_plugin.evaluation.results import write_results
 from neucore_plugin.report import table_lines, write_report
+from neucore_plugin.retrieval.ranks import MISS
 
 NAMES = tuple(f"image-{number}" for number in range(8))
 FIRST, SECOND = NAMES[:6], NAMES[2:]  # two groups
@@ -173,6 +174,32 @@ def test_rankings_for_a_submission(dataset):
         assert groups[query] == order[:3]
     with pytest.raises(DataError, match="a gallery of 8 images cannot give 50 images a query"):
         evaluator.rank_for_submission(model, dataset, 50, 3)
+
+
+def test_a_miss_by_the_split_is_counted_told_and_shown(dataset, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("neucore_plugin.evaluation.results.EXAMPLES", 5)
+    dataset.triplets[1] = replace(dataset.triplets[1], targets=(dataset.triplets[1].reference,))
+    found = evaluate(TripletDataset("x", "val", dataset.triplets, dataset.gallery, dataset.images))
+    assert found.rows["neucore"][1].rank == found.rows["neucore"][1].subset_rank == MISS
+    assert found.table["neucore"]["queries"] == 5 and found.table["neucore"]["R@50"] == 80
+    (tmp_path / "run").mkdir()
+    with caplog.at_level("INFO"):
+        write_results({"val": found}, TableModel(), tmp_path / "run", tmp_path, {})
+    notice = "1 of 5 queries have their reference as target, which the protocol removes from the ranking; they count"
+    assert f"val: {notice}" in caplog.text
+    assert json.loads((tmp_path / "run/evaluation.json").read_text())["notices"]["val"][0].startswith(notice)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("the target is the reference, which is not ranked") == 1 and page.count("at rank\n") == 4
+
+
+def test_a_submission_ranks_the_reference_where_the_protocol_does(dataset):
+    model = TableModel()
+    for kept in (True, False):
+        dataset.protocol = replace(STANDARD, remove_reference=not kept)
+        whole, groups = Evaluator(256, 2).rank_for_submission(model, dataset, 7, 3)
+        own = [dataset.reference_position(query) for query in range(5)]
+        assert any(place in row for place, row in zip(own, whole, strict=True)) is kept
+        assert not any(place in row for place, row in zip(own, groups, strict=True))
 
 
 def test_result_files_and_page(dataset, tmp_path):

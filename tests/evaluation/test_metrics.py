@@ -10,7 +10,9 @@ from neucore_plugin.evaluation.metrics import SUBSET_AT, mean_average_precision,
 
 def test_recall():
     ranks = [1, 2, 5, 6, 11, 51]
-    assert recall_at(ranks, (1, 5, 10, 50)) == pytest.approx({"R@1": 100 / 6, "R@5": 50.0, "R@10": 400 / 6, "R@50": 500 / 6})
+    assert recall_at(ranks, (1, 5, 10, 50)) == pytest.approx(
+        {"R@1": 100 / 6, "R@5": 50.0, "R@10": 400 / 6, "R@50": 500 / 6}
+    )
     assert recall_at([2], SUBSET_AT, "R_subset") == {"R_subset@1": 0.0, "R_subset@2": 100.0, "R_subset@3": 100.0}
     with pytest.raises(DataError, match="none is given"):
         recall_at([], (1,))

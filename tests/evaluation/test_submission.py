@@ -92,6 +92,23 @@ def test_each_problem_is_told_and_nothing_is_written(tmp_path, base, change, mes
     assert message in str(caught.value) and "made_elsewhere.json: " in str(caught.value)
 
 
+@pytest.mark.parametrize("form", [int, str], ids=["numbers", "texts"])
+def test_circo_files_hold_numbers_or_texts_and_may_hold_the_reference(tmp_path, form):
+    """As the files that its authors give as examples."""
+    names = tuple(str(number) for number in range(1000, 1060))
+    split = ([Triplet(str(n), names[n], "x", ()) for n in range(3)], Gallery(names, tuple(map(Path, names))))
+    content = {str(query): [form(name) for name in names[:50]] for query in range(3)}
+    path = submission.write(tmp_path / "out.json", content, split)
+    assert submission.check(path, split) == "CIRCO, 3 queries"
+    content["2"][0] = form(7)
+    with pytest.raises(DataError, match="query '2': '7' is no image of the gallery"):
+        submission.write(tmp_path / "out.json", content, split)
+    content["2"][0] = form(names[1])
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"query '2': '{names[1]}' stands twice"):
+        submission.check(path)
+
+
 def test_an_id_that_stands_twice_a_file_too_large_and_files_that_are_none(tmp_path):
     path = tmp_path / "out.json"
     text = json.dumps(recall())

@@ -17,7 +17,7 @@ from typing import Any
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.names import Listing
 from neucore_plugin.datasets.annotations import good_entries, is_whole, read_json, safe_name
-from neucore_plugin.datasets.published.reader import Reader
+from neucore_plugin.datasets.published.reader import Listing, Reader
 from neucore_plugin.datasets.triplets import Triplet
 
 IMAGES = "annotations/image_info_unlabeled2017.json"
@@ -45,7 +45,8 @@ def _parse(root: Path, split: str, problems: list[str]) -> tuple[list[Triplet], 
 
 
 def _image_list(root: Path, problems: list[str]) -> dict[str, Path]:
-    listed, pictures = CIRCO.annotation(root, IMAGES), Path(CIRCO.image_folder(root, "val"))
+    listed, usual = CIRCO.annotation(root, IMAGES), Path(CIRCO.image_folder(root, "val"))
+    there, folders = Listing(), dict.fromkeys((usual, *(root / folder for folder in PICTURES)))
     entries = read_json(listed, dict, CIRCO.title).get("images")
     if not isinstance(entries, list):
         raise DataError(f"{listed}: holds no list 'images'; fetch COCO's image_info_unlabeled2017.json again")
@@ -55,7 +56,8 @@ def _image_list(root: Path, problems: list[str]) -> dict[str, Path]:
         if not good or str(entry["id"]) in paths:
             problems.append(f"{IMAGES}: images[{index}]: expected a new id and a file name, given {str(entry)[:80]}")
         else:
-            paths[str(entry["id"])] = pictures / entry["file_name"]
+            places = (folder / entry["file_name"] for folder in folders)
+            paths[str(entry["id"])] = next((p for p in places if p in there), usual / entry["file_name"])
     return paths
 
 
