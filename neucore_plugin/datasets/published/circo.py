@@ -17,7 +17,7 @@ from typing import Any
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.names import Listing
 from neucore_plugin.datasets.annotations import good_entries, is_whole, read_json, safe_name
-from neucore_plugin.datasets.published.reader import Listing, Reader
+from neucore_plugin.datasets.published.reader import Reader
 from neucore_plugin.datasets.triplets import Triplet
 
 IMAGES = "annotations/image_info_unlabeled2017.json"
