@@ -1,6 +1,7 @@
 """neucore data emoji | check: make the embedded data set, or see whether another one is in place."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from neucore_plugin.datasets.check import check
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what the readers tell on the log of a run
     report = check(arguments.name, arguments.root, arguments.open)
     if arguments.json:
         print_json(report)

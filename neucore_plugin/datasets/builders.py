@@ -82,12 +82,15 @@ class TripletBuilder(BaseDatasetBuilder):
         paths, splits, self.left_out = shards.read_shards(info["root"], self.name)
         splits = {s: found for s, found in splits.items() if self.wanted is None or s in self.wanted}
         if info.get("missing") == "skip":
-            splits, bad = catalogue.skip_bad(self.name, splits)
+            splits, bad = catalogue.skip_bad(self.name, splits, self._processor_of)
             for split, row in bad.items():  # beside what lacked when they were written
                 before = self.left_out.get(split, {})
                 self.left_out[split] = row | {key: row[key] + before.get(key, 0) for key in LEFT_OUT}
             paths = _images(splits)
         return paths, splits
+
+    def _processor_of(self, split: str) -> Any:
+        return self.vis_processors["train" if protocols.is_train(split) else "eval"]
 
     def _list_bad(self) -> None:
         """Write the bad image files into a list, and tell what they cost."""
@@ -144,7 +147,8 @@ class PublishedBuilder(TripletBuilder):
 
     def read(self, info: dict[str, Any]) -> Content:
         splits = [s for s in catalogue.READERS[self.name].splits if s in (self.wanted or self.SPLITS)]
-        _, found, self.left_out = catalogue.load(self.name, info.get("root"), splits, info.get("missing", "error"))
+        missing = info.get("missing", "error")
+        _, found, self.left_out = catalogue.load(self.name, info.get("root"), splits, missing, self._processor_of)
         return _images(found), found
 
 

@@ -15,6 +15,7 @@ from neucore_plugin.datasets.published.reader import Reader
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet
 
 Content = tuple[list[Triplet], Gallery]
+Found = tuple[dict[str, dict[str, Any]], dict[str, Content], dict[str, Path]]
 CHECKED = (*catalogue.READERS, "folder")
 
 
@@ -36,10 +37,7 @@ def check(name: str, root: str | Path | None = None, open_images: bool = False) 
         variable = f", or set the environment variable {reader.root_variable}" if reader else ""
         raise ConfigError(f"no root folder: give --root{variable}")
     where = expanded(given)
-    rows, found = _published(reader, where) if reader else _folder(where)
-    images = {image: path for _, gallery in found.values() for image, path in gallery.files.items()}
-    if not reader:
-        images |= folder.images(where)
+    rows, found, images = _published(reader, where) if reader else _folder(where)
     absent = set(catalogue.absent_images(images.values()))
     unreadable = dict(check_images([path for path in images.values() if path not in absent])) if open_images else {}
     for split, content in found.items():
@@ -59,8 +57,8 @@ def check(name: str, root: str | Path | None = None, open_images: bool = False) 
     }
 
 
-def _published(reader: Reader, root: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Content]]:
-    """A row for every split, and the splits that could be read."""
+def _published(reader: Reader, root: Path) -> Found:
+    """A row for every split, the splits that could be read, and their images."""
     rows, found = {}, {}
     for split in reader.splits:
         missing = catalogue.missing_annotations(reader, root, [split])
@@ -75,10 +73,10 @@ def _published(reader: Reader, root: Path) -> tuple[dict[str, dict[str, Any]], d
             row["missing_examples"] = [os.path.relpath(path, root) for path in absent[:3]]
         except DataError as error:
             row["error"] = str(error)
-    return rows, found
+    return rows, found, {image: path for _, gallery in found.values() for image, path in gallery.files.items()}
 
 
-def _folder(root: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Content]]:
+def _folder(root: Path) -> Found:
     """The same of one's own data."""
     known, rows, found = folder.images(root), {}, {}
     for split in folder.splits(root):
@@ -88,7 +86,7 @@ def _folder(root: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Content]]:
             row |= {"queries": len(triplets), "gallery": len(gallery.ids), "images_missing": 0}
         except DataError as error:
             row["error"] = str(error)
-    return rows, found
+    return rows, found, known
 
 
 def _row(missing: list[str], images: str) -> dict[str, Any]:

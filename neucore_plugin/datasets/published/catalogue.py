@@ -1,7 +1,7 @@
 """The published data sets behind one interface: what is missing, and what is left without it. No host, no model."""
 
 import os
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,22 @@ from neucore_plugin.datasets.triplets import Gallery, Triplet
 
 READERS: dict[str, Reader] = {reader.name: reader for reader in (CIRR, FASHIONIQ, SHOES, FASHION200K, CIRCO)}
 Splits = dict[str, tuple[list[Triplet], Gallery]]
+ProcessorOf = Callable[[str], Any]
 
 
 def load(
-    name: str, root: str | Path | None, splits: Sequence[str], missing: str = "error"
+    name: str,
+    root: str | Path | None,
+    splits: Sequence[str],
+    missing: str = "error",
+    processor_of: ProcessorOf = lambda split: None,
 ) -> tuple[Path, Splits, dict[str, dict[str, Any]]]:
     """The root folder (`root`, else the data set's environment variable), the content of its `splits`, and by split
     what missing images cost.
 
     missing: images without a file are an "error"; "skip": they and those that cannot be read are left out, with the
         queries that need them; "ignore": not looked for, as only annotations are wanted.
+    processor_of: the image processor of a split, which says what can be read.
     Raises one ConfigError with everything that is missing, where each part belongs and where it comes from; DataError
     where an annotation file is damaged.
     """
@@ -66,7 +72,7 @@ def load(
         lines += [f"{place}: the images of {', '.join(of)}" for place, of in places.items()]
     if lines or not given:
         raise ConfigError("\n  ".join([head, *(f"- {line}" for line in lines), *reader.sources(where).splitlines()]))
-    return where, *(skip_bad(name, found) if missing == "skip" else (found, {}))
+    return where, *(skip_bad(name, found, processor_of) if missing == "skip" else (found, {}))
 
 
 def missing_annotations(reader: Reader, root: Path, splits: Sequence[str]) -> list[str]:
@@ -81,15 +87,21 @@ def absent_images(paths: Iterable[Path]) -> list[Path]:
     return [path for path in paths if path not in there]
 
 
-def skip_bad(name: str, splits: Splits) -> tuple[Splits, dict[str, dict[str, Any]]]:
-    """The splits without images that have no file or cannot be read, and without the queries that need one; what that
-    costs: see `without`. Every image is read."""
-    everything = {path: None for _, gallery in splits.values() for path in gallery.paths}
-    absent = absent_images(path for path in everything if isinstance(path, Path))  # an image of a shard is there
-    for path in absent:
-        del everything[path]
-    unreadable = distributed.on_main(lambda: [path for path, _ in check_images(everything)])
-    return without(name, splits, absent, unreadable)
+def skip_bad(
+    name: str, splits: Splits, processor_of: ProcessorOf = lambda split: None
+) -> tuple[Splits, dict[str, dict[str, Any]]]:
+    """The splits without images that have no file or that the split's image processor cannot read, and without the
+    queries that need one; what that costs: see `without`. Every image is read."""
+    kept, left_out = {}, {}
+    for split, content in splits.items():
+        paths = content[1].paths
+        absent = set(absent_images(path for path in paths if isinstance(path, Path)))  # an image of a shard is there
+        there = [path for path in paths if path not in absent]
+        failures = distributed.on_main(lambda there=there, split=split: check_images(there, processor_of(split)))
+        found, costs = without(name, {split: content}, absent, [path for path, _ in failures])
+        kept |= found
+        left_out |= costs
+    return kept, left_out
 
 
 def without(
