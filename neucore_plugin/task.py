@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.common.files import features_dir
-from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, cached_concepts
+from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, ReleasedConceptExtractor, cached_concepts
 from neucore_plugin.config.crosschecks import unknown_splits
+from neucore_plugin.config.encoders import reads_raw
 from neucore_plugin.datasets.encode_ahead import encode_ahead
 from neucore_plugin.datasets.triplets import TripletDataset
 from neucore_plugin.evaluation.evaluator import Evaluator
@@ -68,11 +69,19 @@ class ComposedImageRetrievalTask(BaseTask):
         return dataset
 
     def _find_concepts(self, datasets: Sequence[TripletDataset]) -> None:
-        texts = sorted({text for dataset in datasets for text in dataset.texts})
-        extractor = ConceptExtractor(tuple(self.model_config.concepts.pos))
-        concepts = cached_concepts(extractor, texts, features_dir(self.run.cache_dir), distributed.on_main)
-        for dataset in datasets:
-            dataset.concepts = [concepts[text] for text in dataset.texts]
+        pos, folder = tuple(self.model_config.concepts.pos), features_dir(self.run.cache_dir)
+        raw = reads_raw(self.model_config.get("backbone") or {})
+        asked = [(dataset, dataset.repeats if raw else [1] * len(dataset)) for dataset in datasets]
+        concepts = {}
+        for count in sorted({count for _, repeats in asked for count in repeats}):
+            of_count = zip(
+                (text for d, _ in asked for text in d.texts), (n for _, ns in asked for n in ns), strict=True
+            )
+            texts = sorted({text for text, n in of_count if n == count})
+            extractor = ReleasedConceptExtractor(pos, count) if raw else ConceptExtractor(pos)
+            concepts[count] = cached_concepts(extractor, texts, folder, distributed.on_main)
+        for dataset, repeats in asked:
+            dataset.concepts = [concepts[count][text] for text, count in zip(dataset.texts, repeats, strict=True)]
 
     def build_model(self, cfg: Any, datasets: Datasets | None = None) -> Any:
         """The model of the config: from `model.checkpoint` where given, else new with the train splits' concepts."""

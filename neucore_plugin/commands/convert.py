@@ -19,9 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="JSON",
-        help="annotation files of its training split, in their order: the vocabulary is rebuilt from them",
+        help="annotation files of its training split: words and concept classes are rebuilt from them, as they were",
     )
-    parser.add_argument("--vocabulary", type=Path, metavar="PKL", help="the authors' vocabulary pickle; nothing runs")
+    parser.add_argument(
+        "--vocabulary", type=Path, metavar="FILE", help="its words: JSON, or the authors' pickle, of which nothing runs"
+    )
     parser.add_argument("--concepts", type=Path, metavar="JSON", help="a concept vocabulary of ours to be used instead")
     parser.add_argument(
         "--type", help="official_cirr, official_fashioniq or official_shoes (default: as the file says)"

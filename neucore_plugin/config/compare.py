@@ -12,7 +12,9 @@ from neucore_plugin.common.files import sha256_text
 # Settings of the training: the config's are taken.
 _TRAINING = ("loss", "query_dropout", "matching.mask_duplicates", "matching.reference_negatives", "fusion.gumbel")
 _TRAINING += ("matching.learn_temperature", "dropout", "fusion.dropout", "concept_alignment.dropout")
+_TRAINING += ("fusion.attend_padding",)  # of the evaluation, and as free
 _TUNING = ("freeze", "freeze_words", "train_blocks", "layer_decay", "checkpoint_activations", "blocks", "save_weights")
+_TUNING += ("moving_norms",)
 _TRAINING += tuple(f"backbone.{side}.{key}" for side in ("image", "text") for key in _TUNING)
 # Where frozen weights that the checkpoint leaves out are found: the config's are taken where it names a place.
 _PLACES = tuple(f"backbone.{side}.{key}" for side in ("image", "text") for key in ("pretrained", "vit_pretrained"))

@@ -26,6 +26,11 @@ def cross_checks(content: Mapping[str, Any], tables: Tables) -> Conflicts:
     if run.get("runner") in RUNNERS:
         if run["evaluate"] and run["task"] in TASKS and not model.get("checkpoint"):
             yield "model.checkpoint", "is null, but run.evaluate=true needs trained weights; give a checkpoint"
+        if run["keep_optimizer"] and not model.get("checkpoint"):
+            yield (
+                "run.keep_optimizer",
+                "got true; it needs model.checkpoint, the checkpoint_last.pth of an earlier phase",
+            )
         if run["resume"] not in ("never", "auto"):
             yield from _missing("run.resume", run["resume"], "never, auto, or the path of a checkpoint")
         if datasets and all(name in tables.splits for name in datasets):
@@ -68,6 +73,10 @@ def _dataset(name: str, dataset: Mapping[str, Any], image: Mapping[str, Any]) ->
         yield f"{path}.build_info.root", "got null; allowed: the path of your folder"
     if root is not None and name not in PUBLISHED and not expanded(root).is_dir():
         yield f"{path}.build_info.root", f"folder {root!r} does not exist; give the data set's root folder"
+    maps = (dataset["build_info"] or {}).get("features")
+    if name == "cirr" and image and dataset["data_type"] == "images" and (image["name"] == "features") != bool(maps):
+        wants = "feature maps; name their folder" if not maps else "pictures; leave it null"
+        yield f"{path}.build_info.features", f"got {maps!r}, but the image encoder {image['name']} takes {wants}"
     for side, processor in (dataset["vis_processor"] or {}).items():
         if isinstance(processor, Mapping) and processor.get("name") == "cir_image":
             for key, value in pixels_of(image).items():

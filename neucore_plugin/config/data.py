@@ -11,7 +11,7 @@ from neucore_plugin.config.kinds import THREE, Allowed, NoneTwice, Real, Text
 from neucore_plugin.config.published import PRESETS
 from neucore_plugin.config.section import Problems, Section
 
-FITS = ("pad", "crop", "stretch")
+FITS = ("pad", "crop", "stretch", "released")
 AUGMENTS = ("none", "crop_flip")
 
 # --- processors ------------------------------------------------------------------------------------------------------
@@ -24,7 +24,11 @@ class ImageProcessorSchema(Section):
     image_size: int = Field(224, ge=1, description="side in pixels")
     mean: Annotated[list[Annotated[Real, Ge(0)]], THREE] = Field([*HALF[0]], description="mean of the channels")
     std: Annotated[list[Annotated[Real, Gt(0)]], THREE] = Field([*HALF[1]], description="deviation of the channels")
-    fit: Literal[FITS] = Field("pad", description="pad to a square on white, crop the middle, or stretch")
+    fit: Literal[FITS] = Field(
+        "pad",
+        description="pad to a square on white, crop the middle, or stretch; released: as the authors, plain RGB (alpha "
+        "dropped, not turned by EXIF), padded, resized to 8/7, the centre cropped",
+    )
     augment: Literal[AUGMENTS] = Field(
         "none", description="crop_flip: random crop and horizontal flip, so that nothing is cached"
     )
@@ -35,6 +39,7 @@ class CaptionProcessorSchema(Section):
     """Relative captions in one line."""
 
     name: Literal["cir_caption"] = Field("cir_caption", description="cir_caption")
+    clean: bool = Field(True, description="false: the raw caption, as text encoders with captions: released read it")
 
 
 PROCESSOR_SCHEMAS: dict[str, type[Section]] = {"cir_image": ImageProcessorSchema, "cir_caption": CaptionProcessorSchema}
@@ -142,11 +147,27 @@ def _published(name: str, **own: Any) -> type[DatasetSchema]:
     return create_model(f"{title}Schema", __base__=DatasetSchema, __module__=__name__, build_info=build_info)
 
 
-_JOINER = Field("and", description="between a pair's captions; <and>: the released form's mark, for glove_bigru alone")
+_JOINER = Field(
+    None,
+    description="between a pair's captions; <and>: the released form's mark, for glove_bigru alone; null: the mark "
+    "where captions stay raw (cir_caption with clean: false), else and",
+)
+_FEATURES = Field(
+    None,
+    description="folder below the root (patch_feat_res152 in the authors' layout) of feature maps, a .pkl or .npy a "
+    "picture, for the image encoder features; null: pictures are read",
+)
+_ONE_PROCESS = Field(
+    False,
+    description="with captions: released, the second order of a pair repeats its concepts once more, as where one "
+    "process reads both orders: the authors' evaluation in batches of 32",
+)
 
 DATASET_SCHEMAS: dict[str, type[DatasetSchema]] = {
-    "cirr": _published("cirr"),
-    "fashioniq": _published("fashioniq", joiner=(Literal["and", "<and>"], _JOINER)),
+    "cirr": _published("cirr", features=(Text | None, _FEATURES)),
+    "fashioniq": _published(
+        "fashioniq", joiner=(Literal["and", "<and>"] | None, _JOINER), one_process=(bool, _ONE_PROCESS)
+    ),
     "shoes": _published("shoes"),
     "fashion200k": _published("fashion200k"),
     "circo": _published("circo"),

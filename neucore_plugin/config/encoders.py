@@ -111,6 +111,12 @@ class ResNetSchema(EncoderSchema):
     )
     weights: Text | None = Field(None, description="path of a state dict of torchvision's network; null: random")
     image_size: int = Field(224, ge=32, multiple_of=32, description="side of the pictures in pixels")
+    fit: Literal["released"] | None = Field(
+        None, description="released: pictures are read as by the authors (see cir_image); null: as the processor says"
+    )
+    moving_norms: bool = Field(
+        False, description="batch norms follow the batches in training with freeze: true as well, as in their code"
+    )
 
 
 class ClipSchema(TunedSchema):
@@ -257,6 +263,9 @@ class GloveBiGRUSchema(EncoderSchema):
     glove: Text | None = Field(None, description="path of a GloVe text file, or of a .npy matrix; null: random vectors")
     glove_words: Text | None = Field(None, description="words of a .npy, one a line; null: the .txt beside it")
     max_words: int = Field(128, ge=1, description=_WORDS)
+    captions: Literal["default", "released"] = Field(
+        "default", description="released: raw captions become words, concepts and classes as in the authors' code"
+    )
 
 
 class ClipTextSchema(ClipSchema):
@@ -349,9 +358,14 @@ def _clip_size(image: Mapping[str, Any]) -> Any:
     return int(size[1]) if size else {"RN50x4": 288, "RN50x16": 384}.get(name, 224)
 
 
+def reads_raw(backbone: Mapping[str, Any]) -> bool:
+    """Whether the text encoder of a section `model.backbone` takes raw captions, as the released code does."""
+    return (backbone.get("text") or {}).get("captions") == "released"
+
+
 def pixels_of(image: Mapping[str, Any]) -> dict[str, Any]:
-    """What a section `model.backbone.image` says of its pixels: image_size, mean, std, as far as it is known."""
-    pixels = {key: image.get(key) for key in ("image_size", "mean", "std")}
+    """What a section `model.backbone.image` says of its pixels: image_size, mean, std, fit, as far as it is known."""
+    pixels = {key: image.get(key) for key in ("image_size", "mean", "std", "fit")}
     if image.get("name") == "clip" and pixels["image_size"] is None:
         pixels["image_size"] = _clip_size(image)
     schema = BACKBONE_SCHEMAS["image"].get(image.get("name"))

@@ -17,7 +17,7 @@ from neucore_plugin.common.errors import ConfigError, nearest
 from neucore_plugin.config.compare import config_fingerprint
 from neucore_plugin.config.crosschecks import cross_checks
 from neucore_plugin.config.data import DATASET_SCHEMAS, DEFAULT_PROCESSORS, PreprocessSchema
-from neucore_plugin.config.encoders import pixels_of
+from neucore_plugin.config.encoders import pixels_of, reads_raw
 from neucore_plugin.config.kinds import shortened
 from neucore_plugin.config.model import BackboneSchema, NeucoreSchema
 from neucore_plugin.config.run import RUNNERS, TASKS, RunSchema
@@ -35,7 +35,13 @@ def _preprocess(augment: str = "none", *, _root_: Any) -> DictConfig:
     backbone = BackboneSchema.model_validate(OmegaConf.to_container(given, resolve=True)).model_dump()
     image = {**DEFAULT_PROCESSORS["vis_processor"]["eval"], **pixels_of(backbone["image"])}
     sides = {"train": {**image, "augment": augment}, "eval": image}
-    return OmegaConf.create({"vis_processor": sides, "text_processor": DEFAULT_PROCESSORS["text_processor"]})
+    captions = merge({"text_processor": DEFAULT_PROCESSORS["text_processor"]}, _caption_defaults(backbone))
+    return OmegaConf.create({"vis_processor": sides, **captions})
+
+
+def _caption_defaults(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """`text_processor` of both sides, for the text encoder of a section `model.backbone`."""
+    return {"text_processor": {side: {"clean": not reads_raw(backbone)} for side in ("train", "eval")}}
 
 
 # The host's load_model_and_preprocess reads a model type's file by itself, with OmegaConf.
@@ -169,7 +175,10 @@ def load_config(
         header = section_of(source, model) if isinstance(source, str) else None
         if header:
             given = {key: value for key, value in model.items() if key not in ("arch", "model_type", "method")}
-            content["model"] = merge(header["config"], given)
+            stored = (
+                stored_section(header["config"]) if header["config"].get("arch") in MODEL_SCHEMAS else header["config"]
+            )
+            content["model"] = merge(stored, given)
             eval_pixels = header.get("image_processor") or {}
     return Config(check(content, tables or package_tables(), str(path), eval_pixels), str(path))
 
@@ -190,10 +199,11 @@ def check(
     if "model" in content:
         result["model"], preprocess = _model(problems, content["model"], tables)
     if "datasets" in content:
-        image = (result["model"].get("backbone") or {}).get("image")
+        backbone = result["model"].get("backbone") or {}
+        image = backbone.get("image")
         pixels = pixels_of(image) if isinstance(image, Mapping) else {}
-        pixels = {"train": pixels, "eval": {**pixels, **(eval_pixels or {})}}
-        result["datasets"] = _datasets(problems, content["datasets"], tables, pixels)
+        read = {"vis_processor": {"train": pixels, "eval": {**pixels, **(eval_pixels or {})}}}
+        result["datasets"] = _datasets(problems, content["datasets"], tables, {**read, **_caption_defaults(backbone)})
     if "run" in content:
         result["run"] = _run(problems, content["run"], tables)
     if preprocess := merge(preprocess, content.get("preprocess") or {}):
@@ -208,6 +218,18 @@ def model_defaults(section: Mapping[str, Any]) -> dict[str, Any]:
     tables = package_tables()
     problems = Problems(tables.processors, MODEL_SCHEMAS)
     model, _ = _model(problems, {"arch": "neucore", **section}, tables)
+    problems.raise_all("the model section")
+    return model
+
+
+def stored_section(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section that a checkpoint holds, completed and checked. Raises ConfigError.
+
+    A key that it lacks is younger than it and gets the schema's default, which means what was before, not its type's.
+    """
+    problems = Problems(package_tables().processors, MODEL_SCHEMAS)
+    schema = MODEL_SCHEMAS.get(section.get("arch", "neucore"), NeucoreSchema)
+    model = _completed(problems, "model", merge({"backbone": _encoders()}, {"arch": "neucore", **section}), schema)
     problems.raise_all("the model section")
     return model
 
@@ -248,9 +270,13 @@ def _model(problems: Problems, given: Any, tables: Tables) -> tuple[dict[str, An
         return {**merge(section, given), "model_type": model_type}, defaults.get("preprocess") or {}
     if section.get("arch") not in (None, arch):  # the file of another model of ours is shared
         section = _shared(section, schema)
-    encoders = BackboneSchema().model_dump(include={"image": {"name"}, "text": {"name"}})
-    merged = {**merge(merge({"backbone": encoders}, section), given), "model_type": model_type}
+    merged = {**merge(merge({"backbone": _encoders()}, section), given), "model_type": model_type}
     return _completed(problems, "model", merged, schema), defaults.get("preprocess") or {}
+
+
+def _encoders() -> dict[str, Any]:
+    """The names of the default encoders, as a section `model.backbone`."""
+    return BackboneSchema().model_dump(include={"image": {"name"}, "text": {"name"}})
 
 
 def _shared(section: Mapping[str, Any], schema: type[Section]) -> dict[str, Any]:
@@ -263,10 +289,8 @@ def _shared(section: Mapping[str, Any], schema: type[Section]) -> dict[str, Any]
     return kept
 
 
-def _datasets(
-    problems: Problems, given: Any, tables: Tables, pixels: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Checked section `datasets`; `pixels`: what the processors' sides get where the file does not say otherwise."""
+def _datasets(problems: Problems, given: Any, tables: Tables, read: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Checked section `datasets`; `read`: what the processors' sides get where the file does not say otherwise."""
     if not isinstance(given, Mapping) or not given:
         problems.add("datasets", f"got {shortened(given)}; allowed: a mapping of at least one data set")
         return {}
@@ -284,14 +308,14 @@ def _datasets(
             defaults = (read_yaml(files[kind]).get("datasets") or {}).get(name) or {}
         checked[name] = merge(defaults, section or {})
         if name in DATASET_SCHEMAS:
-            checked[name] = _dataset(problems, name, checked[name], pixels)
+            checked[name] = _dataset(problems, name, checked[name], read)
     return checked
 
 
 def _dataset(
-    problems: Problems, name: str, given: Mapping[str, Any], pixels: Mapping[str, Mapping[str, Any]]
+    problems: Problems, name: str, given: Mapping[str, Any], read: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    defaults = merge({"build_info": {}, **DEFAULT_PROCESSORS}, {"vis_processor": pixels} if pixels else {})
+    defaults = merge({"build_info": {}, **DEFAULT_PROCESSORS}, read)
     return _completed(problems, f"datasets.{name}", merge(defaults, given), DATASET_SCHEMAS[name])
 
 

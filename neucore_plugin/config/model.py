@@ -57,6 +57,11 @@ class FusionSchema(Section):
     head_dim: int = Field(64, ge=1, description="width of a head")
     mlp_ratio: Real = Field(2.0, gt=0, description="width of a block's MLP over its tokens'")
     dropout: Probability = Field(0.0, description="dropout in the blocks")
+    attend_padding: bool = Field(
+        False,
+        description="queries attend the padding of their batch, as in the authors' evaluation in batches of 32: "
+        "results then depend on batch-mates; false: each query as if alone",
+    )
     generator_linears: int = Field(2, ge=1, description="linear layers that generate a block's norms from the words")
     instruction_linears: int = Field(2, ge=1, description="linear layers that give the mixture's instruction weights")
 

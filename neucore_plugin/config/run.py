@@ -39,6 +39,12 @@ class RunSchema(Section):
     )
     # --- optimiser: AdamW
     weight_decay: Real = Field(0.01, ge=0, description="of matrices; biases and norms have none")
+    decay_all: bool = Field(False, description="weight_decay of biases and norms too, as in the released code")
+    keep_optimizer: bool = Field(
+        False,
+        description="AdamW goes on with its state in model.checkpoint, a checkpoint_last.pth; weights that were frozen "
+        "there begin anew",
+    )
     beta2: Real = Field(0.999, gt=0, lt=1, description="AdamW's second moment")
     accum_grad_iters: int = Field(1, ge=1, description="batches whose gradients make one step")
     clip_grad_norm: Real | None = Field(None, gt=0, description="largest norm of the gradient; null: any")

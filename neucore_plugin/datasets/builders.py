@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.files import atomic_write, cache_dir
+from neucore_plugin.common.text import AND
 from neucore_plugin.config.data import DatasetSchema
 from neucore_plugin.config.loading import dataset_defaults
 from neucore_plugin.config.published import PUBLISHED, SPLITS
@@ -112,6 +113,7 @@ class TripletBuilder(BaseDatasetBuilder):
     ) -> dict[str, TripletDataset]:
         """One data set a split and protocol."""
         stores = {side: ImageStore(paths, self.vis_processors[side]) for side in ("train", "eval")}
+        one_process = bool(info.get("one_process"))
         for store in stores.values():
             store.checked = info.get("missing") == "skip"
         chosen = protocols.presets(self.name, info.get("protocol"))
@@ -119,12 +121,11 @@ class TripletBuilder(BaseDatasetBuilder):
         for split, (triplets, gallery) in splits.items():
             side = "train" if protocols.is_train(split) else "eval"
             content = triplets[: info.get(f"max_{side}")], gallery
-            made = protocols.build(
-                *(self.name, split, content, stores[side], chosen, info.get("joiner", "and")),
-                captions=self.text_processors[side],
-            )
+            captions = self.text_processors[side]
+            joiner = info.get("joiner") or ("and" if getattr(captions, "clean", True) else AND)
+            made = protocols.build(self.name, split, content, stores[side], chosen, joiner, captions)
             for name, dataset in made.items():
-                dataset.credit = self.credit
+                dataset.credit, dataset.one_process = self.credit, one_process
                 if self.name == "fashioniq" and side == "eval":
                     dataset.family = f"{split.split('_')[0]}_mean"
                 dataset.left_out = self.left_out.get(split, {})
@@ -147,8 +148,8 @@ class PublishedBuilder(TripletBuilder):
 
     def read(self, info: dict[str, Any]) -> Content:
         splits = [s for s in catalogue.READERS[self.name].splits if s in (self.wanted or self.SPLITS)]
-        missing = info.get("missing", "error")
-        _, found, self.left_out = catalogue.load(self.name, info.get("root"), splits, missing, self._processor_of)
+        given = info.get("root"), splits, info.get("missing", "error"), self._processor_of, info.get("features")
+        _, found, self.left_out = catalogue.load(self.name, *given)
         return _images(found), found
 
 

@@ -14,6 +14,7 @@ from neucore_plugin.common.errors import DataError, ImageError, first_few
 from neucore_plugin.common.files import write_json
 from neucore_plugin.common.images import check_images, load_for
 from neucore_plugin.datasets.feature_cache import FeatureCache, build_cache, content_fingerprints
+from neucore_plugin.datasets.feature_maps import check_files
 from neucore_plugin.datasets.triplets import ImageStore, TripletDataset
 
 Features = Iterator[tuple[np.ndarray, np.ndarray]]  # of each item: tokens [n,D], pooled [P]
@@ -36,9 +37,10 @@ def encode_ahead(
     """
     stores = {id(dataset.images): dataset.images for dataset in datasets}.values()
     for store in stores:
-        if cache_features and backbone.freeze_image and store.processor.deterministic:
+        kept = cache_features and backbone.freeze_image and store.processor.deterministic
+        if kept and not store.holds_maps:  # those are features already, in full precision
             store.cache = on_main(lambda store=store: _image_features(backbone.image, store, device, root))
-        elif not store.checked and (failures := check_images(list(store.paths.values()), store.processor)):
+        elif not store.checked and (failures := check_files(list(store.paths.values()), store.processor)):
             raise _bad_images(failures, output_dir)
     if cache_features and backbone.freeze_text:
         texts = sorted({text for dataset in datasets for text in dataset.texts})

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from neucore_plugin.common.errors import ConfigError, nearest
+from neucore_plugin.common.text import AND
 from neucore_plugin.config.published import PRESETS, STANDARD, Protocol
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 
@@ -11,13 +12,15 @@ from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, Tripl
 def queries(protocol: Protocol, triplets: Sequence[Triplet], train: bool = False, joiner: str = "and") -> list[Triplet]:
     """The triplets with the texts that a protocol asks. Training never takes captions apart.
 
-    joiner: what stands between two captions of a pair: "and", left out beside an empty caption; or a mark, which stays.
+    joiner: what stands between two captions of a pair: "and", left out beside an empty caption; or the mark AND,
+        which stays, between captions as they are.
     A pair with an empty caption is a pair: both orders of it are asked.
     """
     text = "concat" if train and protocol.text == "separate" else protocol.text
     asked = []
     for triplet in triplets:
-        captions = [caption.strip(protocol.strip) for caption in triplet.captions]
+        captions = [caption if joiner == AND else caption.strip() for caption in triplet.captions]
+        captions = [caption.strip(protocol.strip) for caption in captions]
         if not captions:
             asked.append(triplet)
         elif len(captions) == 1 or text == "concat":
@@ -32,7 +35,7 @@ def queries(protocol: Protocol, triplets: Sequence[Triplet], train: bool = False
 
 
 def _joined(captions: Sequence[str], joiner: str) -> str:
-    kept = captions if joiner != "and" else [caption for caption in captions if caption.strip()]
+    kept = captions if joiner == AND else [caption for caption in captions if caption.strip()]
     return f" {joiner} ".join(kept)
 
 

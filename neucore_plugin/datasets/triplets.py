@@ -15,6 +15,7 @@ from neucore_plugin.common.files import sha256_text
 from neucore_plugin.common.images import load_for
 from neucore_plugin.config.published import STANDARD, Protocol
 from neucore_plugin.datasets.feature_cache import FeatureCache
+from neucore_plugin.datasets.feature_maps import is_map, read_map
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,17 @@ class ImageStore:
         """{"tokens": [N,Di], "pooled": [Di]} from the cache, else {"image": [3,H,W]}. Raises ImageError."""
         if self.cache is not None:
             return {"tokens": self.cache.tokens(name), "pooled": self.cache.pooled(name)}
-        return {"image": self.processor(load_for(self.processor, self.paths[name]))}
+        return {"image": self.pixels(name)}
+
+    def pixels(self, name: str) -> torch.Tensor:
+        """[3,H,W], or the map of a file of feature maps [W,h,w]. Raises ImageError."""
+        path = self.paths[name]
+        return torch.from_numpy(read_map(path)) if is_map(path) else self.processor(load_for(self.processor, path))
+
+    @property
+    def holds_maps(self) -> bool:
+        """Whether its files are feature maps in place of pictures."""
+        return any(map(is_map, self.paths.values()))
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -174,6 +185,7 @@ class TripletDataset(Dataset):
         if train:
             triplets, concepts = self._to_learn(triplets, concepts)
         self.family: str | None = None  # splits of one family, such as FashionIQ's categories, are averaged
+        self.one_process = False  # whether the authors' code would read both orders of a pair in one process
         self.left_out: dict[str, Any] = {}  # what bad images cost: counts and the file that lists them
         self.triplets, self.gallery, self.images = list(triplets), gallery, images
         self.texts = [captions(triplet.caption) for triplet in self.triplets]
@@ -283,6 +295,12 @@ class TripletDataset(Dataset):
         return sample
 
     collater = staticmethod(collate)
+
+    @property
+    def repeats(self) -> list[int]:
+        """How often the released form's concepts other than nouns stand in each query: twice, in training once more."""
+        second = [self.one_process and triplet.query_id.endswith("/b") for triplet in self.triplets]
+        return [2 + (self.train or again) for again in second]
 
     def target_positions(self, index: int) -> tuple[int, ...]:
         """Gallery positions of a query's right answers."""

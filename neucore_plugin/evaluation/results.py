@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from neucore_plugin.common.files import atomic_write, locked, read_json, sha256_text, write_json
-from neucore_plugin.common.images import load_for
 from neucore_plugin.config.published import STANDARD
 from neucore_plugin.datasets.triplets import LEFT_OUT
 from neucore_plugin.evaluation.ranking import Evaluated
@@ -143,9 +142,8 @@ def _example(found: Evaluated, index: int, model: Any) -> dict[str, Any]:
     right = dataset.target_positions(index)
     reference = dataset.images.paths[triplet.reference]
     with torch.inference_mode():
-        files = (reference, paths[ranks.top[0]])
-        processor = model.image_processor
-        pixels = [processor(load_for(processor, path))[None].to(model.device) for path in files]
+        shown = (triplet.reference, ids[ranks.top[0]])
+        pixels = [dataset.images.pixels(name)[None].to(model.device) for name in shown]
         maps = model.concept_maps(pixels[0], [dataset.texts[index]], pixels[1])[0]
     return {
         "split": dataset.split,

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import CheckpointError, ConfigError, nearest
-from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
+from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, ReleasedConceptExtractor
 from neucore_plugin.config.compare import reconciled
-from neucore_plugin.config.loading import model_defaults
+from neucore_plugin.config.loading import model_defaults, stored_section
 from neucore_plugin.models.backbones import SIDES, Backbone, build_backbone
-from neucore_plugin.models.backbones.resnet_gru import word_list
+from neucore_plugin.models.backbones.resnet_gru import released_classes, word_list
 from neucore_plugin.models.backbones.tuning import rate_scales
 from neucore_plugin.models.inputs import Pairs, Query, drawn, projection, with_stand_ins
 from neucore_plugin.models.matching import Matching
@@ -94,8 +94,11 @@ class CirModel(BaseModel):
         for name, reads in stand_ins.items():
             setattr(self, name, nn.Parameter(torch.randn(embed_dim) * 0.02) if reads in query_reads else None)
         self.matching_loss = MatchingLoss(**matching_loss)
-        self.image_processor = ImageProcessor(image.image_size, image.mean, image.std)
-        self.caption_processor = CaptionProcessor()
+        self.image_processor = ImageProcessor(
+            image.image_size, image.mean, image.std, getattr(image, "fit", None) or "pad"
+        )
+        self.raw_captions = getattr(text, "captions", "default") == "released"
+        self.caption_processor = CaptionProcessor(clean=not self.raw_captions)
         self._extractor: ConceptExtractor | None = None
         self.config = copy.deepcopy(dict(config))
         for side, encoder in (self.config.get("backbone") or {}).items():
@@ -189,6 +192,9 @@ class CirModel(BaseModel):
         elif concept_words is None:
             concept_words = self.extract_concepts(texts)
         text = self.text_features(texts, text_features if has_text else None)
+        if not has_text:
+            gone = torch.ones(count, dtype=torch.bool, device=self.device)
+            text = with_stand_ins(text, gone, self.absent_word, self.absent_sentence)
         return self.compose(Query(reference, text, concept_words))
 
     def score(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
@@ -228,7 +234,8 @@ class CirModel(BaseModel):
     def extract_concepts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
         """Concepts of relative captions, as lemmas of the configured parts of speech."""
         if self._extractor is None:
-            self._extractor = ConceptExtractor(self.concept_pos)
+            kind = ReleasedConceptExtractor if self.raw_captions else ConceptExtractor
+            self._extractor = kind(self.concept_pos)
         return self._extractor([self.caption_processor(text) for text in texts])
 
     def read_pairs(self, samples: Mapping[str, Any], negatives: bool = False) -> Pairs:
@@ -340,8 +347,11 @@ class CirModel(BaseModel):
         if source:
             return cls.from_checkpoint(source, wanted=config)
         vocabulary = vocabulary or ConceptVocabulary(())
-        words = None
-        if config["backbone"]["text"]["name"] == "glove_bigru":
+        words, text = None, config["backbone"]["text"]
+        if text["name"] == "glove_bigru" and text["captions"] == "released":
+            words = word_list(captions, rule="released")
+            vocabulary = ConceptVocabulary(released_classes(words, vocabulary.words))
+        elif text["name"] == "glove_bigru":
             words = word_list(map(CaptionProcessor(), captions), vocabulary.words)
         model = cls.from_section(build_backbone(config["backbone"], words), vocabulary, config)
         model.trained = bool(len(vocabulary))  # with a vocabulary it is about to be
@@ -362,7 +372,7 @@ class CirModel(BaseModel):
         if cls is None or not {"config", "concepts"} <= set(header):
             names = " or ".join(map(repr, known))
             raise CheckpointError(f"{path}: holds a model of architecture {header.get('arch')!r}, not {names}")
-        config = model_defaults(header["config"])
+        config = stored_section(header["config"])
         refuse_strangers(path, config, wanted)
         if wanted is not None:
             config = reconciled(path, config, wanted)

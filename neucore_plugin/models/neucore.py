@@ -119,7 +119,7 @@ class NeucoreModel(CirModel):
         """
         if self.backbone.image.grid is None:
             return [[] for _ in texts]
-        concept_words = self.extract_concepts(texts)
+        concept_words = [tuple(dict.fromkeys(words)) for words in self.extract_concepts(texts)]
         concepts, _ = self.query_concepts(concept_words)
         images = (self.image_features(["tokens"], side)["tokens"] for side in (pixels, candidates))
         sides = [self.alignment.encode(tokens) for tokens in images]
@@ -139,8 +139,9 @@ class NeucoreModel(CirModel):
     def concept_labels(self, words: Sequence[Sequence[str]]) -> Tensor:
         """Multi-hot labels [B,C] of the vocabulary's concepts."""
         labels = torch.zeros(len(words), len(self.vocabulary), device=self.device)
+        class_of = getattr(self.backbone.text, "class_of", str)
         for row, concepts in enumerate(words):
-            found = [index for word in concepts if (index := self.vocabulary.index(word)) is not None]
+            found = [index for word in concepts if (index := self.vocabulary.index(class_of(word))) is not None]
             labels[row, found] = 1.0
         return labels
 

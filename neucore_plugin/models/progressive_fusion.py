@@ -178,10 +178,11 @@ class ProgressiveFusion(nn.Module):
             x <- sum_s weight_s Executor_s(x; e_s), with the weights of `InstructionWeights`.
         released: the authors' numbers ("mixture" alone): padding enters the norms, and concepts get no gradient.
         gumbel, instruction_linears: of InstructionWeights. generator_linears: linear layers that generate the norms.
+        attend_padding: in evaluation, padding words are attended as zeros, as in the released code's batches.
 
     >>> fusion = ProgressiveFusion(
     ...     dim=8, mode="progressive", steps=3, layers=1, module_depth=1, heads=2, head_dim=4, mlp_ratio=2.0,
-    ...     dropout=0.0, released=False, gumbel=False, generator_linears=2, instruction_linears=2)
+    ...     dropout=0.0, released=False, gumbel=False, generator_linears=2, instruction_linears=2, attend_padding=False)
     >>> concepts, concept_mask = torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
     >>> words, word_mask = torch.randn(2, 7, 8), torch.ones(2, 7, dtype=torch.bool)
     >>> tokens, foreground, sentence = torch.randn(2, 16, 8), torch.randn(2, 8), torch.randn(2, 8)
@@ -208,6 +209,7 @@ class ProgressiveFusion(nn.Module):
         gumbel: bool,
         generator_linears: int,
         instruction_linears: int,
+        attend_padding: bool,
     ):
         super().__init__()
         if mode not in MODES:
@@ -215,7 +217,7 @@ class ProgressiveFusion(nn.Module):
         if released and mode != "mixture":
             raise ConfigError(f'fusion.mode is {mode!r}, but the released form needs "mixture"')
         check_positive(dim=dim, steps=steps, layers=layers)
-        self.dim, self.mode, self.released = dim, mode, released
+        self.dim, self.mode, self.released, self.attend_padding = dim, mode, released, attend_padding
         self.attend = AttendedEntities(dim=dim, steps=steps)
         self.instructions = None
         if mode == "mixture":
@@ -242,7 +244,7 @@ class ProgressiveFusion(nn.Module):
 
         reference_tokens [B,N,D] (encoded), reference_fg [B,D], concepts [B,K,D] (projected; K may be 0),
         concept_mask [B,K], words [B,L,D], word_mask [B,L], sentence [B,D]. `alone`: a query's result is that of the
-        query by itself, in the released form too, where padding otherwise enters the norms.
+        query by itself, in the released form too, where padding otherwise enters the norms; but for `attend_padding`.
         """
         check_shape("reference tokens [B,N,D]", reference_tokens, None, None, self.dim)
         batch, count, _ = reference_tokens.shape
@@ -254,6 +256,8 @@ class ProgressiveFusion(nn.Module):
         if self.released:
             concepts = concepts.detach()
 
+        if alone and self.attend_padding:
+            words, word_mask = words * word_mask[..., None], torch.ones_like(word_mask)
         entities, word_weights = self.attend(sentence, words, word_mask)  # [B,S,D], [B,S,L]
         x = torch.cat([reference_fg[:, None], reference_tokens, concepts], dim=1)  # [B,M,D]
         mask = F.pad(concept_mask.bool(), (1 + count, 0), value=True)  # [B,M]

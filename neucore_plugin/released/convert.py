@@ -1,7 +1,7 @@
 """An authors' checkpoint and its vocabulary -> a checkpoint of ours that needs nothing else."""
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neucore_plugin.common.errors import CheckpointError, ConfigError, DataError
-from neucore_plugin.common.files import read_json
-from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
+from neucore_plugin.common.errors import CheckpointError, ConfigError
+from neucore_plugin.concepts import ConceptVocabulary, ReleasedConceptExtractor
 from neucore_plugin.config.loading import model_defaults
 from neucore_plugin.models.backbones import build_backbone
-from neucore_plugin.models.backbones.resnet_gru import NETWORKS, SPECIALS, word_list
+from neucore_plugin.models.backbones.resnet_gru import NETWORKS, SPECIALS, released_classes, word_list
 from neucore_plugin.models.neucore import NeucoreModel
-from neucore_plugin.processors import CaptionProcessor
+from neucore_plugin.released.captions import FILES, training_captions
 from neucore_plugin.released.names import cnn_of, converted_state, grouped, is_cnn, settings_from
-from neucore_plugin.released.vocabulary_pickle import read_vocabulary_pickle
+from neucore_plugin.released.vocabulary import read_vocabulary
 from neucore_plugin.weights import checkpoint
 from neucore_plugin.weights.files import misfits, read, state_of
 
@@ -101,13 +100,7 @@ def convert_state(
             f"{', '.join(f'{name} {used[name]}' for name in assumed)}: not in the file's settings but taken from "
             f"{made['model_type']}; no shape tells them, and wrong ones give wrong results: --settings names the right"
         )
-    count = state["txt_enc.embed.weight"].shape[0]
-    if len(words) != count or tuple(words[: len(SPECIALS)]) != SPECIALS:
-        raise CheckpointError(
-            f"the word vocabulary does not belong to this checkpoint: it has {len(words):,} words and begins with "
-            f"{', '.join(words[:5])}; the embedding has {count:,} rows, of which the first are {', '.join(SPECIALS)}. "
-            "Give the captions it was trained on, all of them and in their order, or the authors' vocabulary pickle"
-        )
+    check_words(words, state, made["model_type"])
     model = NeucoreModel.from_section(build_backbone(section["backbone"], words, load=False), concepts, section)
     if any(value.dtype == torch.float64 for value in state.values()):
         model.double()
@@ -125,6 +118,17 @@ def convert_state(
     model.load_state_dict({**own, **new}, strict=True)
     model.trained = True
     return Conversion(model.eval(), unused, notes)
+
+
+def check_words(words: Sequence[str], state: Mapping[str, Tensor], model_type: str) -> None:
+    """Raise CheckpointError where the words cannot be those of the embedding's rows."""
+    count = state["txt_enc.embed.weight"].shape[0]
+    if len(words) != count or tuple(words[: len(SPECIALS)]) != SPECIALS:
+        raise CheckpointError(
+            f"the word vocabulary does not belong to this checkpoint: it has {len(words):,} words and begins with "
+            f"{', '.join(words[:5])}; the embedding has {count:,} rows, of which the first are {', '.join(SPECIALS)}. "
+            f"Give the captions it was trained on ({FILES[model_type]}), or the authors' vocabulary"
+        )
 
 
 def cnn_state(path: str | Path, width: int) -> dict[str, Tensor]:
@@ -146,25 +150,6 @@ def cnn_state(path: str | Path, width: int) -> dict[str, Tensor]:
     return state
 
 
-def captions_of(paths: Iterable[str | Path]) -> list[str]:
-    """All relative captions of annotation files, in order: CIRR's, FashionIQ's, Shoes', or a list of texts."""
-    found: list[str] = []
-    for path in map(Path, paths):
-        before = len(found)
-        for entry in read_json(path, list, "give annotation files with captions"):
-            if isinstance(entry, str):
-                found.append(entry)
-            elif isinstance(entry, dict):
-                texts = entry.get("captions", entry.get("caption", entry.get("RelativeCaption", ())))
-                texts = texts if isinstance(texts, list) else [texts]
-                found += [text for text in texts if isinstance(text, str)]
-        if len(found) == before:
-            raise DataError(
-                f"{path} holds no caption: a list of objects with `caption`, `captions` or `RelativeCaption` is wanted"
-            )
-    return [CaptionProcessor()(caption) for caption in found]
-
-
 def convert(
     source: str | Path,
     output: str | Path,
@@ -178,8 +163,9 @@ def convert(
     """Write `output`, a checkpoint of ours, from the authors' `source`.
 
     Args:
-        captions: annotation files of the training split. vocabulary: the authors' pickle; its order of words counts.
-        concepts: a concept vocabulary of ours as JSON; without it, the pickle's own, or the captions' concepts.
+        captions: annotation files of the training split (see `captions.py`), for words and concept classes.
+        vocabulary: the words, a row each, as JSON or the authors' pickle; then captions give the classes alone.
+        concepts: a concept vocabulary of ours as JSON, to be used as the classes instead.
         settings: the authors' settings where the file itself lacks them.
         cnn: torchvision's state dict of the ResNet whose maps the model was trained on, where `source` holds no CNN:
             the result then takes pictures instead of maps.
@@ -191,32 +177,27 @@ def convert(
         )
     state, given = load_released(source)
     given |= settings or {}
+    types = released_types()
     if cnn is not None:
         if any(is_cnn(name) for name in state):
             raise CheckpointError(f"{source} brings its own CNN; leave out the file {cnn}")
-        settings_from(state, given, model_type, released_types())  # first of all it is told what lacks
+        settings_from(state, given, model_type, types)  # first of all it is told what lacks
         state |= cnn_state(cnn, state["img_enc.proj.weight"].shape[1])
-    texts = captions_of(captions)
-    notes, listed = [], None
-    if vocabulary is not None:
-        words, listed = read_vocabulary_pickle(vocabulary)
-    elif texts:
-        words = word_list(texts)
-        notes.append("words: rebuilt from the captions in order of appearance; only their number could be checked")
-    else:
-        raise DataError("the words of the embedding are needed: give the training captions, or the vocabulary pickle")
+    section = settings_from(state, given, model_type, types)
+    if not captions and vocabulary is None:
+        raise ConfigError(
+            f"the words of the embedding are needed: give --captions ({FILES[section['model_type']]}), or --vocabulary"
+        )
+    texts = training_captions(captions, section["model_type"]) if captions else []
+    words = read_vocabulary(vocabulary) if vocabulary is not None else word_list(texts, rule="released")
+    check_words(words, state, section["model_type"])
     if concepts is not None:
         known = ConceptVocabulary.from_json(concepts)
-    elif listed is not None:
-        known = ConceptVocabulary(listed)
-    elif texts:
-        section = settings_from(state, given, model_type, released_types())
-        pos = model_defaults(section)["concepts"]["pos"]
-        known = ConceptVocabulary.from_captions(ConceptExtractor(tuple(pos))(texts, progress=True), min_count=1)
     else:
-        raise DataError("the vocabulary pickle names no concepts: give the training captions, or a concept vocabulary")
+        extract = ReleasedConceptExtractor(model_defaults(section)["concepts"]["pos"])
+        lemmas = (lemma for found in extract(texts, progress=True) for lemma in found) if texts else ()
+        known = ConceptVocabulary(released_classes(words, lemmas))
     done = convert_state(state, given, words, known, model_type)
-    done.notes += notes
     weights, frozen = checkpoint.model_state(done.model)
     try:
         checkpoint.save({"architecture": done.model.checkpoint_header(), "model": weights, "frozen": frozen}, output)
@@ -227,14 +208,16 @@ def convert(
 
 def report(done: Conversion, output: str | Path) -> list[str]:
     """What a user should know of a conversion, line by line."""
-    config, words = done.model.config, set(done.model.backbone.text.words)
-    fusion, concepts = config["fusion"], done.model.vocabulary.words
-    unknown = sum(1 for word in concepts if word not in words)
+    config, words, concepts = done.model.config, done.model.backbone.text.words, done.model.vocabulary.words
+    fusion = config["fusion"]
+    classes = f"{len(concepts):,} concept classes"
+    if not concepts:
+        classes = "no concept classes: it searches and is evaluated; to train it further, give --captions as well"
     return [
         f"{output}: {config['model_type']}, width {config['embed_dim']}, "
         f"images: {config['backbone']['image']['name']}, {fusion['steps']} instruction types, "
         f"depth {fusion['module_depth']}, layers {fusion['layers']}",
-        f"{len(words):,} words, {len(concepts):,} concepts ({unknown:,} of them read as <unk>)",
+        f"{len(words):,} words, {classes}",
         f"not used: {', '.join(grouped(done.unused)) or 'nothing'}",
         "new, not trained: the stand-ins for a query without image or without text",
         *done.notes,

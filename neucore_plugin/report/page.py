@@ -134,8 +134,10 @@ class _Pictures:
 
 def heat_overlay(image: Image.Image, values: torch.Tensor, size: int = _THUMB, fit: str = "pad") -> Image.Image:
     """A map [h,w] in [0,1] (clamped; NaN counts as 0) over an RGB image made square as `fit` says; side `size`."""
-    if fit == "pad":
+    if fit in ("pad", "released"):
         image = ImageOps.pad(image, (max(image.size),) * 2, color="white")
+    if fit == "released":
+        image = ImageOps.crop(image, image.width // 16)  # the centre, 7/8 of the side
     elif fit == "crop":
         image = ImageOps.fit(image, (min(image.size),) * 2)
     image = image.resize((size, size), Image.Resampling.LANCZOS)

@@ -6,13 +6,14 @@ Knows no host.
 import contextlib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from neucore_plugin.common import distributed
-from neucore_plugin.common.errors import ConfigError, nearest
+from neucore_plugin.common.errors import CheckpointError, ConfigError, nearest
 from neucore_plugin.config.run import RunSchema
 from neucore_plugin.training.batch_norm import running_statistics
 from neucore_plugin.training.precision import Precision
@@ -33,7 +34,7 @@ class Optimisation:
         self, model: nn.Module, run: RunSchema, device: torch.device, round_iters: int, max_iters: int
     ) -> None:
         self.precision = Precision(run.amp, device)
-        groups = parameter_groups(model, run.weight_decay, run.lr_scales)
+        groups = parameter_groups(model, run.weight_decay, run.lr_scales, run.decay_all)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         logging.info("trainable parameters: %s", f"{sum(parameter.numel() for parameter in self._parameters):,}")
         self.optimizer = torch.optim.AdamW(groups, lr=run.init_lr, betas=(0.9, run.beta2))
@@ -71,6 +72,33 @@ class Optimisation:
             "average": self.average.state_dict() if self.average else None,
         }
 
+    def take_over(self, stored: Mapping[str, Any], path: str | Path) -> None:
+        """Go on with AdamW's state of each weight that an earlier phase trained too; the others begin anew.
+
+        stored: what `state_dict` gave then, in a checkpoint. Raises CheckpointError where it does not tell the weights.
+        """
+        state = stored.get("optimizer") or {}
+        groups = state.get("param_groups", ())
+        if not groups or not all("weights" in group for group in groups):
+            raise CheckpointError(
+                f"{path} holds no state of an optimiser, or does not say of which weights it is; run.keep_optimizer "
+                "takes the checkpoint_last.pth of a training of this version. Set it to false to begin with a new one"
+            )
+        known = {
+            name: state["state"][place]
+            for group in groups
+            for name, place in zip(group["weights"], group["params"], strict=True)
+            if place in state["state"]
+        }
+        new, taken = self.optimizer.state_dict(), 0
+        for group in new["param_groups"]:
+            for name, place in zip(group["weights"], group["params"], strict=True):
+                if name in known:
+                    new["state"][place] = known[name]
+                    taken += 1
+        self.optimizer.load_state_dict(new)
+        logging.info("the optimiser goes on with %s: %d of %d weights", path, taken, len(self._parameters))
+
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Undo all steps since `state_dict` gave `stored`; the learning rate follows from the step alone."""
         self.optimizer.load_state_dict(stored["optimizer"])
@@ -80,8 +108,11 @@ class Optimisation:
             self.average.load_state_dict(stored.get("average"))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Optimiser groups {"name", "params", "weight_decay", "lr_scale"} of all trainable parameters, each exactly once.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float], decay_all: bool = False
+) -> list[dict[str, Any]]:
+    """Optimiser groups {"name", "params", "weights", "weight_decay", "lr_scale"} of all trainable parameters, each
+    exactly once; `weights` are their names.
 
     The names come from `model.parameter_groups()` where there is one, whose groups may have an `lr_scale` of their own
     (layer-wise decay) and share a name; parameters it leaves out form the group `other`, and a model without it has the
@@ -89,7 +120,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[s
     not, as in the host.
 
     Args:
-        lr_scales: {group name: factor on the learning rate}; 1 where not given.
+        lr_scales: {group name: factor on the learning rate}; 1 where not given. decay_all: vectors decay too.
     Raises: ConfigError for an unknown name in `lr_scales`, or where nothing is trainable.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -103,10 +134,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[s
     for name, parts in members.items():
         for own_scale, names in parts.items():
             for decays in (True, False):
-                chosen = [trainable[key] for key in names if _decays(key, trainable[key]) == decays]
+                chosen = [key for key in names if (decay_all or _decays(key, trainable[key])) == decays]
                 if chosen:
                     decay, scale = weight_decay if decays else 0.0, lr_scales.get(name, 1.0) * own_scale
-                    groups.append({"name": name, "params": chosen, "weight_decay": decay, "lr_scale": scale})
+                    group = {"name": name, "params": [trainable[key] for key in chosen], "weights": chosen}
+                    groups.append({**group, "weight_decay": decay, "lr_scale": scale})
     return groups
 
 

@@ -26,6 +26,7 @@ from lavis.runners.runner_base import RunnerBase
 
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError, NeucoreError
+from neucore_plugin.common.files import expanded
 from neucore_plugin.common.randomness import seed_everything
 from neucore_plugin.config.run import RunSchema
 from neucore_plugin.host.registration import register_runner
@@ -141,6 +142,9 @@ class RunnerCir(RunnerBase):
         if progress is None:
             if distributed.rank() == 0:
                 self.folder.log({"config": self.plain_config()})
+            if self.run.keep_optimizer:
+                source = expanded(self.config.model_cfg.checkpoint)
+                self.optimisation.take_over(checkpoint.load(source), source)
             # Only now: how much was drawn before depends on what was cached already.
             seed_everything(self.run.seed, distributed.rank())
         self.progress = progress or Progress()

@@ -150,7 +150,11 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
             "cir_img",
             "'cir_img' is no known processor. Did you mean 'cir_image'?",
         ),
-        ("datasets.emoji.vis_processor.eval.fit", "pads", 'eval.fit: got "pads"; allowed: one of crop, pad, stretch'),
+        (
+            "datasets.emoji.vis_processor.eval.fit",
+            "pads",
+            'got "pads"; allowed: one of crop, pad, released, stretch',
+        ),
         ("datasets.emoji.vis_processor.eval.image_size", 64, "efficientnet_lite0 takes 224; leave it out"),
         ("datasets.emoji.vis_processor.eval.mean", [0.4, 0.4, 0.4], "efficientnet_lite0 takes [0.5, 0.5, 0.5]"),
         ("datasets.folder", {}, "datasets.folder.build_info.root: got null; allowed: the path of your folder"),

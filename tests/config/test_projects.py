@@ -41,12 +41,14 @@ def test_the_yamls_say_what_the_paper_and_its_released_form_have():
         assert found["model"]["form"] == "released" and found["model"]["model_type"] == f"official_{dataset}"
         assert section["vis_processor"]["train"]["augment"] == "crop_flip"
         assert section["vis_processor"]["eval"].get("augment", "none") == "none"
-        assert section["build_info"].get("joiner") == ("<and>" if dataset == "fashioniq" else None)
-    plain = loading.load_config(PROJECTS / "train_fashioniq.yaml").to_dict()
-    assert plain["datasets"]["fashioniq"]["build_info"]["joiner"] == "and"
+        assert {side["fit"] for side in section["vis_processor"].values()} == {"released"}
+        assert not any(side["clean"] for side in section["text_processor"].values())
+        assert found["run"]["decay_all"] and found["model"]["fusion"]["dropout"] == 0.1
+    plain = loading.load_config(PROJECTS / "train_fashioniq.yaml").to_dict()["datasets"]["fashioniq"]
+    assert plain["vis_processor"]["eval"]["fit"] == "pad" and plain["text_processor"]["eval"]["clean"]
     papers = loading.load_config(PROJECTS / "train_cirr.yaml").to_dict()
     assert papers["model"]["concepts"]["pos"] == ["NOUN", "ADJ"]
-    with pytest.raises(ConfigError, match=r"joiner: .*allowed: one of .*<and>, and"):
+    with pytest.raises(ConfigError, match=r"joiner: .*allowed: .*<and>, and"):
         loading.load_config(PROJECTS / "train_fashioniq.yaml", ["datasets.fashioniq.build_info.joiner=und"])
 
 

@@ -43,7 +43,7 @@ def fashion(tmp_path) -> Path:
 def test_fashioniq_captions_and_galleries(fashion):
     triplets, gallery = FASHIONIQ.read(fashion, "val_shirt")
     assert [t.caption for t in triplets] == ["is  red and has dots", "is longer", ""]
-    assert [t.captions for t in triplets] == [("is  red", "has dots"), ("", "is longer"), ("", "")]
+    assert [t.captions for t in triplets] == [("is  red ", "has dots"), ("", "is longer\n"), (" ", "")]  # as written
     first = triplets[0]
     assert (first.query_id, first.reference, first.targets, first.change) == ("shirt-val-0", "B1", ("B2",), "shirt")
     assert gallery.ids == ("B1", "B2", "s9")  # the list's order, nothing twice

@@ -52,7 +52,8 @@ class Case:
         self.state = self._state()
         self.names, _ = names.name_map(self.state)
         count = self.state["txt_enc.embed.weight"].shape[0]
-        self.words = [*SPECIALS, *(f"word{row}" for row in range(len(SPECIALS), count))]
+        letters = str.maketrans("0123456789", "abcdefghij")  # words that a caption can spell
+        self.words = [*SPECIALS, *(f"word{row}".translate(letters) for row in range(len(SPECIALS), count))]
         self.model = self._converted()
         self.found: Found = {}
         self.skipped: dict[str, str] = {}

@@ -56,6 +56,7 @@ FUSION = {
     "released": False,
     "gumbel": False,
     "generator_linears": 2,
+    "attend_padding": False,
     "instruction_linears": 2,
 }
 MATCHING = {"terms": TERMS, "temperature": 2.65926, "learn_temperature": True, "released": False}

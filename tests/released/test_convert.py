@@ -13,15 +13,18 @@ import types
 import numpy as np
 import pytest
 import torch
+from places import REAL, needs_real
 from released_reference import ENGINE
 from released_weights import CONCEPTS, OPT, WORDS, converted, tensors
 from torchvision import models as zoo
 
 import neucore_plugin
 from neucore_plugin.common.errors import CheckpointError, ConfigError, DataError
-from neucore_plugin.concepts import ConceptVocabulary
-from neucore_plugin.released import convert, names, vocabulary_pickle
-from neucore_plugin.released.vocabulary_pickle import read_vocabulary_pickle
+from neucore_plugin.concepts import ConceptVocabulary, ReleasedConceptExtractor
+from neucore_plugin.models.backbones.resnet_gru import released_classes, word_list
+from neucore_plugin.released import convert, names, vocabulary
+from neucore_plugin.released.captions import training_captions
+from neucore_plugin.released.vocabulary import read_vocabulary
 from neucore_plugin.weights import checkpoint
 
 
@@ -29,24 +32,26 @@ from neucore_plugin.weights import checkpoint
 def theirs(tmp_path):
     """An authors' file as training writes it, and captions that give its words."""
     torch.save({"args": argparse.Namespace(**OPT), "state_dict": tensors()}, tmp_path / "theirs.pth")
-    (tmp_path / "cap.json").write_text(json.dumps([{"captions": ["red blue dress", "longer"]}, {"caption": "make it"}]))
-    (tmp_path / "rest.json").write_text(json.dumps([{"RelativeCaption": "SLEEVE"}]))
+    texts = {"a.jpg": "red blue dress", "e.jpg": "unseen", "b.jpg": "longer; make it", "c.jpg": "SLEEVE"}
+    entries = [{"ImageName": name, "ReferenceImageName": "d.jpg", "RelativeCaption": x} for name, x in texts.items()]
+    (tmp_path / "cap.json").write_text(json.dumps(entries))
+    (tmp_path / "train_im_names.txt").write_text("b.jpg\na.jpg\nc.jpg\nd.jpg\n")
     return tmp_path / "theirs.pth"
 
 
 def test_a_file_becomes_a_checkpoint_of_its_own(theirs, tmp_path):
-    captions = [tmp_path / "cap.json", tmp_path / "rest.json"]
+    captions = [tmp_path / "cap.json"]
     ConceptVocabulary(CONCEPTS).to_json(tmp_path / "concepts.json")
     done = convert.convert(theirs, tmp_path / "o.pth", captions, concepts=tmp_path / "concepts.json")
     lines = "\n".join(convert.report(done, "o.pth"))
     for part in (
         "official_shoes",
         "5 instruction types, depth 3, layers 2",
-        "12 words, 3 concepts (0 of",
+        "12 words, 3 concept classes",
         "encoder.head",
     ):
         assert part in lines
-    assert "Attention_IS.attention.*.weight (2)" in lines and "only their number could be checked" in lines
+    assert "Attention_IS.attention.*.weight (2)" in lines
     for file in [theirs, *captions, tmp_path / "concepts.json"]:
         file.unlink()
     model = neucore_plugin.load_model(tmp_path / "o.pth")
@@ -56,15 +61,31 @@ def test_a_file_becomes_a_checkpoint_of_its_own(theirs, tmp_path):
 
 
 def test_concepts_come_from_the_captions_where_nothing_else_is_given(theirs, tmp_path):
-    done = convert.convert(theirs, tmp_path / "o.pth", [tmp_path / "cap.json", tmp_path / "rest.json"])
-    assert {"dress", "red"} <= set(done.model.vocabulary.words)
+    """The distinct rows of their lemmas, in order; of lemmas that are no words `<unk>`: "be" of "isnt" is none here."""
+    done = convert.convert(theirs, tmp_path / "o.pth", [tmp_path / "cap.json"])
+    words = done.model.vocabulary.words
+    assert {"dress", "red", "<unk>"} <= set(words) and "SLEEVE" not in words and "sleeve" not in words
+    assert list(words) == sorted(words, key=WORDS.index)
+
+
+def test_a_vocabulary_alone_is_enough(theirs, tmp_path):
+    """It searches; it is not trained before its concept classes are known."""
+    (tmp_path / "v.json").write_text(json.dumps(WORDS))
+    done = convert.convert(theirs, tmp_path / "o.pth", vocabulary=tmp_path / "v.json")
+    assert "no concept classes: it searches" in "\n".join(convert.report(done, "o.pth"))
+    model = neucore_plugin.load_model(tmp_path / "o.pth")
+    assert model.encode_query(torch.zeros(1, 6, 7, 7), ["make it red"])["fused"].shape == (1, 8)
+    with pytest.raises(ConfigError, match="without a concept vocabulary cannot be trained"):
+        model({})
+    both = convert.convert(theirs, tmp_path / "o.pth", [tmp_path / "cap.json"], tmp_path / "v.json")
+    assert "dress" in both.model.vocabulary.words
 
 
 def test_the_command(theirs, tmp_path, capsys):
     command = importlib.import_module("neucore_plugin.commands.convert")
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    files = ["--captions", str(tmp_path / "cap.json"), str(tmp_path / "rest.json")]
+    files = ["--captions", str(tmp_path / "cap.json"), str(tmp_path / "train_im_names.txt")]
     command.run(parser.parse_args([str(theirs), "--out", str(tmp_path / "o.pth"), *files]))
     assert "official_shoes, width 8, images: features" in capsys.readouterr().out
     (tmp_path / "s.json").write_text("[1]")
@@ -170,7 +191,7 @@ def test_heads_that_the_file_does_not_tell_are_reported(tmp_path):
 
 
 def test_a_place_that_cannot_be_written(theirs, tmp_path):
-    files = [tmp_path / "cap.json", tmp_path / "rest.json"]
+    files = [tmp_path / "cap.json"]
     ConceptVocabulary(CONCEPTS).to_json(tmp_path / "concepts.json")
     for output, match in ((tmp_path, "is a folder; give the file"), (theirs / "o.pth", "cannot be written: ")):
         with pytest.raises(ConfigError, match=match):
@@ -198,27 +219,50 @@ def test_words_that_do_not_belong_to_the_embedding(theirs, tmp_path):
     for words in (WORDS[:-1], ["<start>", "<pad>", *WORDS[2:]]):
         with pytest.raises(CheckpointError, match="word vocabulary does not belong .* the embedding has 12 rows"):
             converted(words=words)
-    with pytest.raises(DataError, match="give the training captions, or the vocabulary pickle"):
+    with pytest.raises(ConfigError, match=r"give --captions \(relative_captions_shoes.json, .* or --vocabulary"):
         convert.convert(theirs, tmp_path / "o.pth")
+    (tmp_path / "train_im_names.txt").write_text("a.jpg\nd.jpg\n")
+    with pytest.raises(CheckpointError, match="it has 8 words .* 12 rows, .*relative_captions_shoes.json, with"):
+        convert.convert(theirs, tmp_path / "o.pth", [tmp_path / "cap.json"])
+    assert not (tmp_path / "o.pth").exists()
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_vocabulary_pickles_come_in_as_plain_data(tmp_path, protocol, monkeypatch):
+def test_vocabularys_come_in_as_plain_data(tmp_path, protocol, monkeypatch):
     module = types.ModuleType("their_vocab")
     kind = type("Vocabulary", (), {"__module__": "their_vocab"})
     module.Vocabulary = kind
     monkeypatch.setitem(sys.modules, "their_vocab", module)
     value = kind()
     value.word2idx = {word: row for row, word in enumerate(WORDS)}
-    value.idx2word, value.idx, value.nouns = dict(enumerate(WORDS)), len(WORDS), {"sleeve", "red"}
+    value.idx2word, value.idx = dict(enumerate(WORDS)), len(WORDS)
     (tmp_path / "v.pkl").write_bytes(pickle.dumps(value, protocol))
     monkeypatch.delitem(sys.modules, "their_vocab")  # it is read without their code
-    assert read_vocabulary_pickle(tmp_path / "v.pkl") == (WORDS, ["red", "sleeve"])
+    assert read_vocabulary(tmp_path / "v.pkl") == WORDS
     (tmp_path / "d.pkl").write_bytes(pickle.dumps({word: row for row, word in enumerate(WORDS)}, protocol))
-    assert read_vocabulary_pickle(tmp_path / "d.pkl") == (WORDS, None)
+    assert read_vocabulary(tmp_path / "d.pkl") == WORDS
 
 
-def test_vocabulary_pickles_that_are_refused(tmp_path, monkeypatch):
+def test_vocabularies_as_json(tmp_path):
+    path = tmp_path / "v.json"
+    rows = {word: row for row, word in enumerate(WORDS)}
+    for content in (WORDS, dict(sorted(rows.items())), {"idx": 12, "word2idx": rows}):
+        path.write_text(json.dumps(content))
+        assert read_vocabulary(path) == WORDS
+    for content, match in (
+        ([], "holds no table of words"),
+        (["a", 3], "does not map words to the rows 0 to 1"),
+        (["a", "b", "a"], "does not map words to the rows"),
+        ({"a": 0, "b": True}, "does not map words to the rows"),
+        ({"a": 0, "b": 1.0}, "does not map words to the rows"),
+        ("a", "holds no table of words"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=match):
+            read_vocabulary(path)
+
+
+def test_vocabularys_that_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "v.pkl"
     for content, match in (
@@ -231,13 +275,15 @@ def test_vocabulary_pickles_that_are_refused(tmp_path, monkeypatch):
         (pickle.dumps({"a": 0, "b": 0}), "does not map words"),
         (pickle.dumps({"a": 0})[:-4], "is no pickled vocabulary"),
         (b"", "is no pickled vocabulary"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "refused: it numbers its parts beyond its own size"),
+        (b"\x80\x02)" + b"2\x86" * 60 + b"K\x00}" + b".", "refused: it nests tuples"),
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=match):
-            read_vocabulary_pickle(path)
+            read_vocabulary(path)
     assert not (tmp_path / "HARMED").exists()
     with pytest.raises(DataError, match="cannot read the vocabulary"):
-        read_vocabulary_pickle(tmp_path / "none.pkl")
+        read_vocabulary(tmp_path / "none.pkl")
 
 
 @pytest.mark.parametrize(
@@ -249,9 +295,9 @@ def test_a_pickle_cannot_change_a_class(tmp_path, named):
     path = tmp_path / "v.pkl"
     path.write_bytes("\x80\x02c{}\n{}\n(N}}X\x0b\x00\x00\x00most_commonK\x05stb.".format(*named).encode("latin-1"))
     with pytest.raises(DataError, match="is no pickled vocabulary"):
-        read_vocabulary_pickle(path)
+        read_vocabulary(path)
     assert collections.Counter("aab").most_common(1) == [("a", 2)]
-    held = [vocabulary_pickle.Record, vocabulary_pickle._Table, vocabulary_pickle._Reconstructed]
+    held = [vocabulary.Record, vocabulary._Table, vocabulary._Reconstructed]
     assert not any(hasattr(kind, "most_common") for kind in held)
 
 
@@ -261,14 +307,66 @@ def test_tables_of_collections_are_read(tmp_path, protocol):
     filled = collections.defaultdict(int, rows)
     for table in (collections.OrderedDict(rows), collections.Counter(rows), filled):
         (tmp_path / "v.pkl").write_bytes(pickle.dumps({"word2idx": table}, protocol))
-        assert read_vocabulary_pickle(tmp_path / "v.pkl") == (WORDS, None)
+        assert read_vocabulary(tmp_path / "v.pkl") == WORDS
 
 
-def test_captions_files_that_hold_none(tmp_path):
-    for content in ("{}", "[]", '[{"text": "x"}]', "not json"):
-        (tmp_path / "c.json").write_text(content)
-        with pytest.raises(DataError, match="c.json"):
-            convert.captions_of([tmp_path / "c.json"])
+FASHION = {  # by category: first and second captions of its pairs
+    "toptee": [("is red", "has b sleeves")],
+    "dress": [("is (very) long", "new"), ("", "it's blue")],
+    "shirt": [("is red", "3/4 wide")],
+}
+
+
+def captions(tmp_path, model_type, contents):
+    paths = []
+    for name, content in contents.items():
+        paths.append(tmp_path / name)
+        paths[-1].write_text(content if isinstance(content, str) else json.dumps(content))
+    return training_captions(paths, model_type)
+
+
+def test_captions_come_in_the_released_order(tmp_path):
+    """FashionIQ: whatever the order of the files, category by category, all first captions before all second ones."""
+    files = {f"cap.{c}.train.json": [{"captions": pair} for pair in pairs] for c, pairs in FASHION.items()}
+    expected = ["is (very) long", "", "new", "it's blue", "is red", "3/4 wide", "is red", "has b sleeves"]
+    assert captions(tmp_path, "official_fashioniq", files) == expected
+    texts = ["b  a", "c"]
+    assert captions(tmp_path, "official_cirr", {"any.json": [{"caption": text} for text in texts]}) == texts
+
+
+@needs_real("official", "vocabulary_shoes.json")
+def test_the_real_captions_of_shoes_give_the_released_rows():
+    expected = json.loads((REAL / "official" / "vocabulary_shoes.json").read_text(encoding="utf-8"))
+    texts = training_captions([REAL / "shoes" / "relative_captions_shoes.json"], "official_shoes")
+    words = word_list(texts, rule="released")
+    assert len(texts) == 8990 and words == expected
+    found = ReleasedConceptExtractor(("NOUN", "VERB", "ADJ", "ADV"))(texts)
+    assert len(released_classes(words, (lemma for lemmas in found for lemma in lemmas))) == 883
+
+
+SHOES = [{"ImageName": "a", "RelativeCaption": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "contents", "match"),
+    [
+        ("official_cirr", {"c.json": "{}"}, "expected a JSON list"),
+        ("official_cirr", {"c.json": "[]"}, "c.json holds no caption"),
+        ("official_cirr", {"c.json": ["a text"]}, "entry 0 has no 'caption'.* takes cap.rc2.train.json"),
+        ("official_cirr", {"c.json": [{"caption": "x"}], "d.json": [{"caption": "x"}]}, "2 files are given"),
+        ("official_cirr", {"c.json": SHOES}, "entry 0 has no 'caption'"),
+        ("official_shoes", {"c.json": SHOES}, "train_im_names.txt is missing: it says which"),
+        ("official_shoes", {"c.json": SHOES, "n.txt": "b\n"}, "n.txt names no image of .*c.json"),
+        ("official_shoes", {"c.json": SHOES, "d.json": SHOES, "n.txt": "a"}, "2 files of captions and 1 lists"),
+        ("official_fashioniq", {"cap.dress.train.json": [{"captions": ["a", "b"]}]}, "of shirt and toptee is missing"),
+        ("official_fashioniq", {"cap.dress.val.json": [{"captions": ["a", "b"]}]}, "no further category's training"),
+        ("official_fashioniq", {"captions.json": [{"captions": ["a", "b"]}]}, "no further category's training"),
+        ("official_fashioniq", {f"cap.{c}.train.json": [{"captions": ["a"]}] for c in FASHION}, "has not two captions"),
+    ],
+)
+def test_captions_that_are_not_those_of_the_training(tmp_path, model_type, contents, match):
+    with pytest.raises(DataError, match=match):
+        captions(tmp_path, model_type, contents)
 
 
 def test_names_that_nothing_uses_are_listed_in_groups():

@@ -358,8 +358,11 @@ def test_a_word_vocabulary_comes_from_the_training_captions():
     config = {"arch": "neucore", "model_type": "official_shoes", "embed_dim": 16, "concept_alignment": {"heads": 2}}
     config["backbone"] = {"image": {"name": "features", "width": 6}, "text": {"name": "glove_bigru", "width": 16}}
     model = NeucoreModel.from_config(config, vocabulary=ConceptVocabulary(["be"]), captions=["It is RED.", "is it"])
-    assert model.backbone.text.words == (*SPECIALS, "it", "is", "red", "be")
-    assert model.checkpoint_header()["words"] == [*SPECIALS, "it", "is", "red", "be"]
+    assert model.backbone.text.words == (*SPECIALS, "it", "is", "red")
+    assert model.checkpoint_header()["words"] == [*SPECIALS, "it", "is", "red"] and model.vocabulary.words == ("<unk>",)
+    config["backbone"]["text"]["captions"] = "default"
+    model = NeucoreModel.from_config(config, vocabulary=ConceptVocabulary(["be"]), captions=["It is RED.", "is it"])
+    assert model.backbone.text.words == (*SPECIALS, "it", "is", "red", "be") and model.vocabulary.words == ("be",)
     frozen = {**config["backbone"]["image"], "freeze": False}
     with pytest.raises(ConfigError, match="image.freeze is false, but the encoder has nothing that could be trained"):
         NeucoreModel.from_config({**config, "backbone": {**config["backbone"], "image": frozen}})

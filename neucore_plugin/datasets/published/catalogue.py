@@ -9,9 +9,10 @@ from typing import Any
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.common.files import expanded
-from neucore_plugin.common.images import check_images
 from neucore_plugin.common.names import Listing
 from neucore_plugin.config.published import PRESETS
+from neucore_plugin.datasets.feature_maps import check_files, map_file
+from neucore_plugin.datasets.published import cirr
 from neucore_plugin.datasets.published.circo import CIRCO
 from neucore_plugin.datasets.published.cirr import CIRR
 from neucore_plugin.datasets.published.fashion200k import FASHION200K
@@ -31,6 +32,7 @@ def load(
     splits: Sequence[str],
     missing: str = "error",
     processor_of: ProcessorOf = lambda split: None,
+    features: str | None = None,
 ) -> tuple[Path, Splits, dict[str, dict[str, Any]]]:
     """The root folder (`root`, else the data set's environment variable), the content of its `splits`, and by split
     what missing images cost.
@@ -38,6 +40,7 @@ def load(
     missing: images without a file are an "error"; "skip": they and those that cannot be read are left out, with the
         queries that need them; "ignore": not looked for, as only annotations are wanted.
     processor_of: the image processor of a split, which says what can be read.
+    features: folder below the root of feature maps, which are then meant by images: the tree of the images.
     Raises one ConfigError with everything that is missing, where each part belongs and where it comes from; DataError
     where an annotation file is damaged.
     """
@@ -52,6 +55,8 @@ def load(
         named_by = f"datasets.{name}.build_info.root" if root else f"the environment variable {reader.root_variable}"
         head = f"{reader.title} is not complete below {where} (given by {named_by}); missing:"
         found = {s: reader.read(where, s) for s in splits if not missing_annotations(reader, where, [s])}
+        if features:
+            found = {s: (asked, _mapped(where, features, gallery)) for s, (asked, gallery) in found.items()}
     else:
         head = (
             f"datasets.{name}.build_info.root is null and the environment variable {reader.root_variable} is not set. "
@@ -60,19 +65,29 @@ def load(
         )
     if missing == "error":
         for split, (_, gallery) in found.items():
-            place = reader.image_folder(where, split)
+            place = str(where / features) if features else reader.image_folder(where, split)
             if absent := absent_images(gallery.paths):
                 names = ", ".join(os.path.relpath(path, where) for path in absent[:3])
                 lines.append(f"{place}: {len(absent):,} of {len(gallery.ids):,} images of {split}, such as {names}")
         places: dict[str, list[str]] = {}  # of splits whose galleries are not known
         for split in splits:
-            place = reader.image_folder(where, split)
+            place = str(where / features) if features else reader.image_folder(where, split)
             if split not in found and not (given and Path(place).is_dir()):
                 places.setdefault(place, []).append(split)
         lines += [f"{place}: the images of {', '.join(of)}" for place, of in places.items()]
     if lines or not given:
         raise ConfigError("\n  ".join([head, *(f"- {line}" for line in lines), *reader.sources(where).splitlines()]))
     return where, *(skip_bad(name, found, processor_of) if missing == "skip" else (found, {}))
+
+
+def _mapped(root: Path, features: str, gallery: Gallery) -> Gallery:
+    """The gallery of the pictures' feature maps."""
+    folder, bases = root / features, [root / base for base in cirr.IMAGES]
+    files = {}
+    for name, path in gallery.files.items():
+        base = next(base for base in bases if path.is_relative_to(base))
+        files[name] = map_file(folder / path.relative_to(base))
+    return Gallery.of(files)
 
 
 def missing_annotations(reader: Reader, root: Path, splits: Sequence[str]) -> list[str]:
@@ -97,7 +112,7 @@ def skip_bad(
         paths = content[1].paths
         absent = set(absent_images(path for path in paths if isinstance(path, Path)))  # an image of a shard is there
         there = [path for path in paths if path not in absent]
-        failures = distributed.on_main(lambda there=there, split=split: check_images(there, processor_of(split)))
+        failures = distributed.on_main(lambda there=there, split=split: check_files(there, processor_of(split)))
         found, costs = without(name, {split: content}, absent, [path for path, _ in failures])
         kept |= found
         left_out |= costs

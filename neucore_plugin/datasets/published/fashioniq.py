@@ -90,10 +90,10 @@ def _read_pairs(root: Path, part: str, category: str, known: Container[str], pro
     triplets = []
     entries = read_json(root / file, list, FASHIONIQ.title)
     for index, entry in good_entries(entries, file, partial(_faults, keys=keys, known=known), problems):
-        captions = tuple(map(str.strip, entry["captions"]))  # an empty one stays: protocols count pairs
+        captions = tuple(entry["captions"])  # as they are: an empty one counts, and the released form reads raw ones
         reference, *targets = (entry[key] for key in keys)
         query = f"{category}-{part}-{index}"
-        caption = " and ".join(filter(None, captions))
+        caption = " and ".join(filter(None, map(str.strip, captions)))
         triplets.append(Triplet(query, reference, caption, tuple(targets), category, captions=captions))
     return triplets
 

@@ -29,9 +29,9 @@ def _parse(root: Path, split: str, problems: list[str]) -> tuple[list[Triplet], 
             problems.append(f"{LISTS[split]}: line {number}: expected a file name, given {name!r}")
     known, triplets = set(names), []
     for index, entry in good_entries(read_json(root / CAPTIONS, list, SHOES.title), CAPTIONS, _faults, problems):
-        reference, target, caption = (entry[key].strip() for key in KEYS)
+        reference, target = (entry[key].strip() for key in KEYS[:2])
         if reference in known and target in known:
-            triplets.append(Triplet(str(index), reference, caption, (target,)))
+            triplets.append(Triplet(str(index), reference, entry[KEYS[2]], (target,)))
     files = _pictures(root)
     spelt = Names(files)
     return triplets, {name: files.get(spelt.find(name) or "", root / name) for name in names}

@@ -14,6 +14,7 @@ A text encoder is an `nn.Module` with
 - `words_live` (False where absent): `embed_words` is cheap and its weights may change, so nothing is remembered of it.
 Both have
 - `fingerprint`: a text that changes whenever the output may change (weights, size, pooling),
+- `moving_norms` (False where absent): batch norms follow the batches of a training, though the encoder is frozen,
 - `in_checkpoint` (False where absent): frozen weights travel in our checkpoints, since nobody could fetch them again,
 - and, to be tuned in part, `blocks` (first to last), `tail` (modules or parameters after them), `idle` (parameters in
   them that nothing here uses) and `lora_targets` (last parts of the names of linear layers).
@@ -58,8 +59,8 @@ class Backbone(nn.Module):
 
     @property
     def freeze_image(self) -> bool:
-        """Whether nothing of the image side is trained, so that its features can be cached."""
-        return self.tuning["image"].freeze
+        """Whether nothing of the image side changes in training, so that its features can be cached."""
+        return self.tuning["image"].freeze and not getattr(self.image, "moving_norms", False)
 
     @property
     def freeze_text(self) -> bool:

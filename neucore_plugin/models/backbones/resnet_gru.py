@@ -16,16 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neucore_plugin.common.files import expanded
+from neucore_plugin.common.text import AND as AND_MARK
+from neucore_plugin.common.text import released_words
 from neucore_plugin.models.backbones.encoder import Encoder, TextEncoder, check_pixels, normalisation
 from neucore_plugin.models.backbones.word_vectors import read_word_vectors
 from neucore_plugin.weights.checkpoint import fingerprint
 from neucore_plugin.weights.files import read_state
-from neucore_plugin.weights.pretrained import fit
+from neucore_plugin.weights.pretrained import fit as fit_weights
 
 NETWORKS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "resnet152": 2048}
-SPECIALS = ("<pad>", "<start>", "<and>", "<end>", "<unk>")
+SPECIALS = ("<pad>", "<start>", AND_MARK, "<end>", "<unk>")
 PAD, START, AND, END, UNKNOWN = range(len(SPECIALS))
-_WORD = re.compile(r"<and>|[^\W_]+(?:'[^\W_]+)?")
+_WORD = re.compile(rf"{AND_MARK}|[^\W_]+(?:'[^\W_]+)?")
 
 
 def hold_as_buffers(module: nn.Module) -> None:
@@ -72,6 +74,8 @@ class ResNet(Encoder):
     Args:
         network: one of NETWORKS. image_size: side of the square input, a multiple of 32.
         weights: a state dict of torchvision's network, saved by torch; None means random weights (with a warning).
+        fit: "released" where pictures are made square as the authors do; None as the processor says.
+        moving_norms: the batch norms follow the batches in training though everything is frozen.
         frozen: hold the weights as buffers. load: whether to read `weights`; a checkpoint brings its own.
     """
 
@@ -82,11 +86,15 @@ class ResNet(Encoder):
         network: str,
         weights: str | Path | None,
         image_size: int,
+        fit: str | None,
+        moving_norms: bool,
         frozen: bool = True,
         load: bool = True,
     ) -> None:
         super().__init__()
         from torchvision import models
+
+        self.fit, self.moving_norms = fit, moving_norms
 
         side = image_size // 32
         self.width, self.grid, self.num_tokens, self.image_size = NETWORKS[network], (side, side), side**2, image_size
@@ -97,7 +105,7 @@ class ResNet(Encoder):
             path = expanded(weights)
             state = {name: value for name, value in read_state(path).items() if not name.startswith("fc.")}
             counters = [name for name in self.network.state_dict() if name.endswith("num_batches_tracked")]
-            fit(self.network, state, path, absent=counters, exact=True)  # old files lack the counters
+            fit_weights(self.network, state, path, absent=counters, exact=True)  # old files lack the counters
         elif load:
             warnings.warn(
                 f"model.backbone.image: {network} has random weights; name a file of torchvision's in its `weights`",
@@ -125,13 +133,23 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def word_list(captions: Iterable[str], more: Iterable[str] = ()) -> list[str]:
+SPLITS = {"default": split_words, "released": released_words}  # how a text becomes words
+
+
+def word_list(captions: Iterable[str], more: Iterable[str] = (), rule: str = "default") -> list[str]:
     """The specials, then the captions' words in order of first appearance, then `more` (concept lemmas)."""
     words = dict.fromkeys(SPECIALS)
     for caption in captions:
-        words.update(dict.fromkeys(split_words(caption)))
+        words.update(dict.fromkeys(SPLITS[rule](caption)))
     words.update(dict.fromkeys(more))
     return list(words)
+
+
+def released_classes(words: Sequence[str], lemmas: Iterable[str]) -> list[str]:
+    """The classes of L_c in the released code: the distinct rows of the training's concepts, in their order; a lemma
+    that is no word is `<unk>`, which is a class too."""
+    rows = {word: row for row, word in enumerate(words)}
+    return [words[row] for row in sorted({rows.get(lemma, UNKNOWN) for lemma in lemmas})]
 
 
 class GloveBiGRU(TextEncoder):
@@ -142,6 +160,8 @@ class GloveBiGRU(TextEncoder):
         word_dim: width of the embedding. width: of words and sentence, an even number.
         glove: file of word vectors (see word_vectors.py); None means random ones. glove_words: words of a `.npy`.
         max_words: words kept of a text; a longer one is cut.
+        captions: one of SPLITS. "released": raw texts, never cut, one without a word is `<start> <end>`; words without
+            a vector start as N(0,1); a concept that is no word is `<unk>` as a class too.
         freeze_words: the embedding is not trained. frozen: nothing is. load: whether to read `glove`.
     """
 
@@ -154,6 +174,7 @@ class GloveBiGRU(TextEncoder):
         glove: str | Path | None,
         glove_words: str | Path | None,
         max_words: int,
+        captions: str,
         freeze_words: bool,
         words: Sequence[str] = SPECIALS,
         frozen: bool = False,
@@ -163,10 +184,12 @@ class GloveBiGRU(TextEncoder):
         if tuple(words[: len(SPECIALS)]) != SPECIALS or len(set(words)) != len(words):
             raise ValueError(f"a word vocabulary holds each word once and begins with {', '.join(SPECIALS)}")
         self.words, self.word_width, self.width, self.max_words = tuple(words), word_dim, width, max_words
+        self.captions = captions
         self._rows = {word: row for row, word in enumerate(self.words)}
         self.embedding = nn.Embedding(len(self.words), word_dim)
         self.gru = nn.GRU(word_dim, width // 2, batch_first=True, bidirectional=True)
-        nn.init.xavier_uniform_(self.embedding.weight)
+        if captions == "default":
+            nn.init.xavier_uniform_(self.embedding.weight)
         if glove is not None and load:
             read_word_vectors(glove, glove_words, self._rows, self.embedding.weight.data)
         for part, fixed in ((self.embedding, frozen or freeze_words), (self.gru, frozen)):
@@ -176,15 +199,21 @@ class GloveBiGRU(TextEncoder):
     @property
     def fingerprint(self) -> str:
         """Of the weights as they are now, and the words."""
-        return f"glove_bigru:{self.max_words}:{fingerprint(self.state_dict(), {'words': ' '.join(self.words)})}"
+        rule = "" if self.captions == "default" else f"{self.captions}:"
+        return f"glove_bigru:{rule}{self.max_words}:{fingerprint(self.state_dict(), {'words': ' '.join(self.words)})}"
 
     def rows(self, text: str) -> list[int]:
         """A caption's words as rows of the embedding, between <start> and <end>."""
-        words = [self._rows.get(word, UNKNOWN) for word in split_words(text)]
-        return [START, *words[: self.max_words], END]
+        words = [self._rows.get(word, UNKNOWN) for word in SPLITS[self.captions](text)]
+        return [START, *(words if self.captions == "released" else words[: self.max_words]), END]
+
+    def class_of(self, concept: str) -> str:
+        """The class of L_c that a concept belongs to."""
+        return SPECIALS[UNKNOWN] if self.captions == "released" and concept not in self._rows else concept
 
     def forward(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """texts -> words [B,L,D], mask [B,L], sentence [B,D]; a text without a word is masked, its sentence zero."""
+        """texts -> words [B,L,D], mask [B,L], sentence [B,D]; a text without a word is masked, its sentence zero
+        (not by the released rule)."""
         if not len(texts):
             return self.no_texts(self.embedding.weight)
         rows = [self.rows(text) for text in texts]
@@ -193,6 +222,8 @@ class GloveBiGRU(TextEncoder):
         for place, row in enumerate(rows):
             ids[place, : len(row)] = torch.tensor(row)
         found = self.encode_ids(ids, lengths)
+        if self.captions == "released":
+            return found
         spoken = (lengths > 2).to(found["mask"].device)
         return {
             "words": found["words"] * spoken[:, None, None],

@@ -109,11 +109,18 @@ def add_adapters(encoder: nn.Module, blocks: Iterable[nn.Module], lora: dict[str
 
 
 def settle_modes(encoder: nn.Module, frozen: bool) -> None:
-    """Put into eval mode what holds no trained parameter; parts without parameters (dropout) follow their owner."""
+    """Put into eval mode what holds no trained parameter; parts without parameters (dropout) follow their owner.
+
+    Batch norms of an encoder with `moving_norms` stay as they are.
+    """
     own = list(encoder.parameters())
     frozen = not any(parameter.requires_grad for parameter in own) if own else frozen
     if frozen:
+        norms = getattr(encoder, "moving_norms", False)
+        kept = [part for part in encoder.modules() if norms and isinstance(part, _BatchNorm) and part.training]
         encoder.eval()
+        for part in kept:
+            part.train()
         return
     for child in encoder.children():
         settle_modes(child, frozen)

@@ -22,8 +22,8 @@ def read_word_vectors(path: str | Path, words: str | Path | None, rows: Mapping[
     path = expanded(path)
     if not path.is_file():
         raise DataError(
-            f"no word vectors at {path} (model.backbone.text.glove); give a GloVe text file, such as glove.6B.300d.txt "
-            "of the Stanford NLP group, or a .npy matrix; null means random vectors"
+            f"no word vectors at {path} (model.backbone.text.glove); give a GloVe text file, such as "
+            "glove.840B.300d.txt of the Stanford NLP group, or a .npy matrix; null means random vectors"
         )
     found = _matrix(path, words, rows, into) if path.suffix == ".npy" else _text(path, rows, into)
     if not found:

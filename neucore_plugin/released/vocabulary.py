@@ -1,4 +1,4 @@
-"""A vocabulary out of a pickle that somebody else wrote, without running anything in it. Knows neither torch nor host.
+"""The authors' word vocabulary: as JSON, or out of their pickle without running anything in it. Knows no torch.
 
 Only plain containers come to life; an object of a class named Vocabulary becomes an inert record of its attributes.
 Everything else in the file is refused by its name. A pickle may set attributes of whatever it is handed (BUILD), so it
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.files import read_json
+from neucore_plugin.common.pickles import refuse_bombs
 
 _LARGEST = 256 << 20
 _BUILTINS = {"dict", "list", "set", "frozenset", "tuple", "str", "int", "float", "bool", "object"}
@@ -55,7 +57,7 @@ class _Reconstructed:
 
     def __new__(cls, kind: type, *_: Any) -> Record:
         if kind is not Record:
-            raise pickle.UnpicklingError(f"refused: an object of {kind!r}")
+            raise pickle.UnpicklingError("refused: an object of another class than a vocabulary's")
         return Record()
 
     def __setstate__(self, state: Any) -> None:
@@ -77,34 +79,41 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"refused: it asks for {module}.{name}, which no vocabulary needs")
 
 
-def read_vocabulary_pickle(path: str | Path) -> tuple[list[str], list[str] | None]:
-    """(words in the order of their rows, concepts or None where it names none). Raises DataError."""
+def read_vocabulary(path: str | Path) -> list[str]:
+    """The words in the order of their rows. Raises DataError.
+
+    A `.json` holds them as a list, or as an object word -> row; any other file is the authors' pickle.
+    """
     path = Path(path)
+    if path.suffix.lower() == ".json":
+        value = read_json(path, remedy="give its words as JSON")
+        if isinstance(value, list):
+            value = {word if type(word) is str else None: row for row, word in enumerate(value)}
+    else:
+        value = _unpickled(path)
+    fields = value.fields if isinstance(value, Record) else value
+    table = fields.get("word2idx", fields) if isinstance(fields, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise DataError(
+            f"{path} holds no table of words: a list of words, a table word -> row, or an object with `word2idx` is "
+            "expected"
+        )
+    rows = {word: row for word, row in table.items() if type(word) is str and type(row) is int}
+    if len(rows) != len(table) or sorted(rows.values()) != list(range(len(rows))):
+        raise DataError(f"{path}: its table does not map words to the rows 0 to {len(table) - 1}, each once")
+    return sorted(rows, key=rows.__getitem__)
+
+
+def _unpickled(path: Path) -> Any:
     try:
-        if path.stat().st_size > _LARGEST:
-            raise DataError(f"{path} has {path.stat().st_size:,} bytes; no vocabulary is that large")
-        value = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        if (size := path.stat().st_size) > _LARGEST:
+            raise DataError(f"{path} has {size:,} bytes; no vocabulary is that large")
+        content = path.read_bytes()
+        refuse_bombs(content)
+        return _Unpickler(io.BytesIO(content)).load()
     except OSError as error:
         raise DataError(f"cannot read the vocabulary {path}: {error.strerror}") from error
     except DataError:
         raise
     except Exception as error:  # a damaged pickle raises whatever it likes
         raise DataError(f"{path} is no pickled vocabulary: {str(error)[:200] or type(error).__name__}") from error
-    fields = value.fields if isinstance(value, Record) else value
-    table = fields.get("word2idx", fields) if isinstance(fields, dict) else None
-    if not isinstance(table, dict) or not table:
-        raise DataError(
-            f"{path} holds no table of words: an object with `word2idx`, or a dict word -> row, is expected"
-        )
-    rows = {word: row for word, row in table.items() if type(word) is str and type(row) is int}
-    if len(rows) != len(table) or sorted(rows.values()) != list(range(len(rows))):
-        raise DataError(f"{path}: its table does not map words to the rows 0 to {len(table) - 1}, each once")
-    return sorted(rows, key=rows.__getitem__), _concepts(fields)
-
-
-def _concepts(fields: dict[Any, Any]) -> list[str] | None:
-    for name, value in fields.items():
-        listed = isinstance(value, list | tuple | set | frozenset | dict) and all(type(word) is str for word in value)
-        if isinstance(name, str) and ("noun" in name or "concept" in name) and listed and len(value):
-            return sorted(set(value))
-    return None
