@@ -111,11 +111,10 @@ def _aspect_lines(split: str, found: Evaluated) -> list[str]:
 
 def show_finished(run_folder: str | Path, shared_folder: str | Path) -> None:
     """The table of a finished run on the log, and copies of its results.json and report.html one level up."""
-    files = [Path(run_folder) / name for name in ("results.json", "report.html")]
-    _copied([file for file in files if file.is_file()], Path(shared_folder))
-    stored = Path(run_folder) / "results.json"
+    stored, page = (Path(run_folder) / name for name in ("results.json", "report.html"))
     results = read_json(stored, dict, "evaluate again")
     check_results(results, stored)
+    _copied([file for file in (stored, page) if file.is_file()], Path(shared_folder))
     logging.info("\n".join(["results, percent", *table_lines(results), f"page: {Path(shared_folder) / 'report.html'}"]))
 
 
