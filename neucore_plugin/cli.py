@@ -90,10 +90,8 @@ def guarded(command: Callable[[], Any]) -> int:
         _say("\nstopped")
         return 130
     except UnicodeEncodeError as error:  # a name of a config or an annotation file
-        _say(
-            f"error: {error.object[:200]!r} cannot be the name of a file here: the locale's encoding is "
-            f"{error.encoding}. Set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
-        )
+        remedy = "correct it" if error.encoding == "utf-8" else "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        _say(f"error: {error.object[:200]!r} cannot be a file's name in {error.encoding} ({error.reason}); {remedy}")
         return 2
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from neucore_plugin.common.errors import DataError, ImageError
+from neucore_plugin.common.text import clean_caption
 from neucore_plugin.datasets import folder
 from neucore_plugin.datasets.triplets import Gallery, GalleryDataset, ImageStore, Triplet, TripletDataset
 
@@ -128,12 +130,101 @@ GOOD = {"reference": "circle-red.png", "caption": "blue", "target": "circle-blue
         ([{"caption": "blue", "target": "circle-blue.png"}], "needs the texts 'reference' and 'caption'"),
         ([{**GOOD, "target": []}], "needs 'target', an image name or a list of names"),
         ([GOOD, {**GOOD, "target": "circle-pink.png"}], "entry 1: no image 'circle-pink.png' below"),
+        ([{**GOOD, "reference": {"name": "circle-red.png"}}], "needs the texts 'reference' and 'caption'"),
+        ([{**GOOD, "query_id": ["a"]}], "'query_id' must be a text, given \\['a'\\]"),
+        ([{**GOOD, "query_id": "a"}, {**GOOD, "query_id": "a"}], "entry 1: query_id a stands already in entry 0"),
     ],
 )
 def test_malformed_annotations_name_file_and_entry(tmp_path, shapes_root, entries, message):
     with pytest.raises(DataError, match=message) as caught:
         bad_split(tmp_path, shapes_root, entries)
     assert "train.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "on_disk"),
+    [
+        ("./a.png", "a.png"),
+        ("deep//a.png", "deep/a.png"),
+        ("deep\\a.png", "deep/a.png"),
+        ("a.jpg", "A.JPG"),
+        ("photo", "photo.webp"),
+        ("a.png ", "a.png"),
+        ("caf\u00e9.png", "cafe\u0301.png"),
+        ("Stra\u00dfe.PNG", "strasse.png"),
+        ("\udcff.png", "\udcff.png"),
+        ("\udcff", "\udcff.png"),
+        ("a\nb.png", "a\nb.png"),
+    ],
+)
+def test_an_image_is_found_however_it_is_spelt(tmp_path, written, on_disk):
+    for name in (on_disk, "other.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / name, "PNG")
+    entry = {"reference": written, "caption": "\ud83d", "target": ["other.png", "./other.png"]}
+    (tmp_path / "val.json").write_text(json.dumps([entry]), encoding="utf-8")  # in ASCII, with escapes
+    (tmp_path / "gallery.val.json").write_text(json.dumps([written, "OTHER.png"]), encoding="utf-8")
+    known = folder.images(tmp_path)
+    (triplet,), gallery = folder.load_split(tmp_path, "val", known)
+    assert (triplet.reference, triplet.targets) == (on_disk, ("other.png",))
+    assert gallery.ids == (on_disk, "other.png")
+    data = TripletDataset("folder", "val", [triplet], gallery, ImageStore(known, pixels), captions=clean_caption)
+    assert data[0]["text_input"] == "" and len(data.fingerprint) == 64
+
+
+def test_what_may_mean_several_images_is_told_with_its_entry(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "A.png", "c.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / name)
+    entries = [{"reference": "c", "caption": "x", "target": target} for target in ("a.png", "A.PNG", ["A"])]
+    (tmp_path / "val.json").write_text(json.dumps(entries), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        folder.load_split(tmp_path, "val", folder.images(tmp_path))
+    told = str(caught.value)
+    assert "2 problems" in told and "entry 1: 'A.PNG' may mean 'A.png', 'a.png'" in told and "entry 2: 'A' may" in told
+
+
+def test_json_files_beside_the_splits(tmp_path, shapes_root, caplog):
+    for name in ("images", "train.json", "val.json"):
+        (tmp_path / name).symlink_to(shapes_root / name)
+    foreign = {"package": {"name": "x"}, "labels": ["a", "b"], "coco": [{"image_id": 1, "caption": "a"}], "broken": 3}
+    for name, content in foreign.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content)[: 9 if name != "broken" else 0], encoding="utf-8")
+        (tmp_path / f".{name}.json").write_text("[", encoding="utf-8")
+    (tmp_path / "._train.json").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "holdout.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "folder.json").mkdir()
+    assert folder.splits(tmp_path) == ["holdout", "train", "val"]
+    assert sorted(record.getMessage().split(": ")[0] for record in caplog.records) == [
+        str(tmp_path / f"{name}.json") for name in sorted(foreign)
+    ]
+    assert folder.splits(tmp_path, ["labels"]) == ["holdout", "labels", "train", "val"]  # and reading it tells what is
+
+
+@pytest.mark.parametrize(
+    "name", ["gallery.vall", "galery.val", "gallery-val", "Gallery.val", "gallery", "gallery.test"]
+)
+def test_a_gallery_of_no_split_is_told(tmp_path, shapes_root, name):
+    for part in ("images", "val.json"):
+        (tmp_path / part).symlink_to(shapes_root / part)
+    (tmp_path / f"{name}.json").write_text("[]", encoding="utf-8")
+    for read in (folder.splits, lambda root: folder.load_split(root, "val", folder.images(root))):
+        with pytest.raises(DataError, match=rf"{name}\.json: a gallery, but of no split\..*gallery\.val\.json"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gallery", "message"),
+    [
+        ([{"image": "circle-red.png"}], "entry 0: expected the name of an image, given {'image': 'circle-red.png'}"),
+        (["circle-red.png", "circle-RED.png"], "entry 1: 'circle-RED.png' stands already in entry 0"),
+        ({"images": []}, "expected a JSON list, given dict"),
+    ],
+)
+def test_galleries_that_are_none(tmp_path, shapes_root, gallery, message):
+    with pytest.raises(DataError) as caught:
+        bad_split(tmp_path, shapes_root, [GOOD], gallery)
+    assert "gallery.train.json" in str(caught.value) and message in str(caught.value)
 
 
 def test_missing_parts_of_a_folder_are_named(tmp_path, shapes_root):
