@@ -24,6 +24,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError, ImageError, first_few
+from neucore_plugin.common.names import name_of
 
 MAX_PIXELS = 200_000_000  # what phones make at most; decoded and as RGB it takes 1.6 GB
 WHOLE_PIXELS = 64_000_000  # a larger JPEG is decoded at a half, a quarter or an eighth of its sides
@@ -431,7 +432,7 @@ def find_images(folder: str | Path) -> tuple[list[Path], LeftOut]:
                 left_out[_reason(suffix)] += 1
         folders.sort(reverse=True)
         links.sort(reverse=True)
-    return sorted(found), left_out
+    return sorted(found, key=lambda path: Path(name_of(path))), left_out  # the same order in every locale
 
 
 def is_hidden(name: str) -> bool:

@@ -102,11 +102,8 @@ def _facts(paths: Mapping[str, Path], content: Mapping[str, Any]) -> dict[str, o
     missing = []
     for name, path in paths.items():
         try:
-            name.encode()
             facts[name] = os.stat(path)
-        except UnicodeEncodeError:
-            raise DataError(f"image {name!r}: its name is no text in UTF-8; rename it") from None
-        except OSError:
+        except (OSError, ValueError):  # a ValueError: no name that a file can have
             missing.append(str(path))
             continue
         if not stat.S_ISREG(facts[name].st_mode):
