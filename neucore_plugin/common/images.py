@@ -290,7 +290,7 @@ def _grey(part: Image.Image, white: float) -> Image.Image:
     import numpy as np
 
     values = np.asarray(part).astype(np.float64)
-    grey = np.clip(np.nan_to_num(values) / (white / 255), 0, 255).round().astype(np.uint8)
+    grey = (np.clip(np.nan_to_num(values), 0, white) / (white / 255)).round().astype(np.uint8)
     if isinstance(clear := part.info.get("transparency"), int):
         grey[values == clear] = 255
     return Image.fromarray(grey).convert("RGB")
@@ -404,34 +404,39 @@ def find_images(folder: str | Path) -> tuple[list[Path], LeftOut]:
     Hidden files and folders, and those that macOS adds (._NAME, __MACOSX), are no pictures. Linked folders are
     followed, after all others; a folder that is reached twice is read once.
     """
-    suffixes, found, left_out = image_suffixes(), [], Counter()
+    suffixes, found, left_out = image_suffixes(), [], LeftOut()
     folders, links, read = [Path(folder)], [], set()
     while folders or links:
-        place = folders.pop() if folders else links.pop()
+        place = (
+            folders.pop() if folders else links.pop(links.index(min(links, key=lambda link: (len(link.parts), name_of(link)))))
+        )
         try:
             status = os.stat(place)
             if (key := (status.st_dev, status.st_ino)) in read:
                 left_out["linked folders that are read elsewhere"] += 1
                 continue
             read.add(key)
-            names = os.listdir(place)
+            with os.scandir(place) as listing:
+                entries = list(listing)
         except OSError as error:
             left_out[f"folders that cannot be read ({error.strerror})"] += 1
             continue
-        for path in (Path(place, name) for name in names):
-            suffix = path.suffix.lower()
-            if is_hidden(path.name):
+        for entry in entries:
+            path, suffix = Path(entry.path), os.path.splitext(entry.name)[1].lower()
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself
+                is_folder = is_file = False
+            if is_hidden(entry.name):
                 left_out["hidden"] += 1
-            elif os.path.isdir(path):
-                (links if path.is_symlink() else folders).append(path)
-            elif not os.path.isfile(path):
-                left_out["links that lead nowhere" if path.is_symlink() else "no files"] += 1
+            elif is_folder:
+                (links if entry.is_symlink() else folders).append(path)
+            elif not is_file:
+                left_out["links that lead nowhere" if entry.is_symlink() else "no files"] += 1
             elif suffix in suffixes:
                 found.append(path)
             else:
                 left_out[_reason(suffix)] += 1
-        folders.sort(reverse=True)
-        links.sort(reverse=True)
     return sorted(found, key=lambda path: Path(name_of(path))), left_out  # the same order in every locale
 
 
