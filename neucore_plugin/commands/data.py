@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.commands import print_json
+from neucore_plugin.commands import positive, print_json
 from neucore_plugin.config.published import PUBLISHED
 
 HELP = "prepare the emoji data set, or check another one"
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("name", choices=(*PUBLISHED, "folder"), help="the data set")
     check.add_argument("--root", type=Path, help="its root folder (default: its variable, such as NEUCORE_CIRR_ROOT)")
     check.add_argument("--open", action="store_true", help="also decode every picture, and name those that fail")
+    check.add_argument("--max-pixels", type=positive, help="with --open: pictures of more pixels fail, as in a run")
     check.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
@@ -35,10 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         print(prepare(arguments.cache_dir, size))
         return 0
+    from neucore_plugin.common.images import MAX_PIXELS
     from neucore_plugin.datasets.check import check
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what the readers tell on the log of a run
-    report = check(arguments.name, arguments.root, arguments.open)
+    report = check(arguments.name, arguments.root, arguments.open, arguments.max_pixels or MAX_PIXELS)
     if arguments.json:
         print_json(report)
     else:

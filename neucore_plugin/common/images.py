@@ -178,7 +178,7 @@ def _stream(source: Picture, name: str) -> contextlib.AbstractContextManager[Bin
 def _too_large(name: str, pixels: int, limit: int) -> ImageError:
     return ImageError(
         f"{name} has {pixels:,} pixels, the limit is {limit:,} (decompression bomb?): shrink it first, or raise "
-        "max_pixels (of the processor cir_image; --max-pixels of `neucore search`)"
+        "max_pixels (of the processor cir_image; --max-pixels of `neucore search` and `data check`)"
     )
 
 

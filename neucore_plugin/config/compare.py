@@ -67,15 +67,15 @@ _HARMLESS = frozenset((*_FOLDERS_AND_LOG, *_LOADING, *_PROCESSES))
 
 
 def _essential(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain config without the keys of `run` that are harmless and without cache folders."""
+    """The plain config without the keys of `run` that are harmless, cache folders, and what is refused as too large."""
     kept = {key: value for key, value in config.items() if key != "run"}
     kept["run"] = {key: value for key, value in (config.get("run") or {}).items() if key not in _HARMLESS}
-    return _without_caches(json.loads(json.dumps(kept, default=str)))  # as it stands in run.json
+    return _without_places(json.loads(json.dumps(kept, default=str)))  # as it stands in run.json
 
 
-def _without_caches(value: Any) -> Any:
+def _without_places(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_caches(item) for key, item in value.items() if key != "cache_dir"}
+        return {key: _without_places(item) for key, item in value.items() if key not in ("cache_dir", "max_pixels")}
     return value
 
 

@@ -2,11 +2,12 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from neucore_plugin.common.errors import ConfigError, DataError, nearest
 from neucore_plugin.common.files import expanded
-from neucore_plugin.common.images import check_images
+from neucore_plugin.common.images import MAX_PIXELS, check_images
 from neucore_plugin.config.published import PRESETS
 from neucore_plugin.datasets import folder, protocols
 from neucore_plugin.datasets.annotations import read_json, read_lines
@@ -19,9 +20,12 @@ Found = tuple[dict[str, dict[str, Any]], dict[str, Content], dict[str, Path]]
 CHECKED = (*catalogue.READERS, "folder")
 
 
-def check(name: str, root: str | Path | None = None, open_images: bool = False) -> dict[str, Any]:
+def check(
+    name: str, root: str | Path | None = None, open_images: bool = False, max_pixels: int = MAX_PIXELS
+) -> dict[str, Any]:
     """Counts of every split, what is missing or wrong, and what training and evaluation would tell, as they build the
-    same data sets. No image is opened, unless `open_images`: then every one is decoded.
+    same data sets. No image is opened, unless `open_images`: then every one is decoded that has no more
+    than `max_pixels`.
 
     Returns {"name", "title", "root", "complete", "splits": {split: row}, "sources"}. A row: "annotations_missing" (a
     list), "error" (text or None), "notices" (texts), "image_folder"; where they are known "queries", "gallery",
@@ -39,7 +43,8 @@ def check(name: str, root: str | Path | None = None, open_images: bool = False) 
     where = expanded(given)
     rows, found, images = _published(reader, where) if reader else _folder(where)
     absent = set(catalogue.absent_images(images.values()))
-    unreadable = dict(check_images([path for path in images.values() if path not in absent])) if open_images else {}
+    there = [path for path in images.values() if path not in absent]
+    unreadable = dict(check_images(there, SimpleNamespace(max_pixels=max_pixels))) if open_images else {}
     for split, content in found.items():
         rows[split] |= _build(name, split, content, ImageStore(images, str))
         if open_images:

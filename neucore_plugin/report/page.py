@@ -6,6 +6,7 @@ Pictures are embedded as small PNG or JPEG data; all text passes the template's 
 import base64
 import io
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def search_page(
     """
     pictures = _Pictures("pad")
     retrieved = [{"id": hit.name, "path": hit.path, "score": hit.score} for hit in hits]
-    name = "" if reference is None or isinstance(reference, Image.Image) else name_of(Path(reference).name)
+    name = name_of(Path(reference).name) if isinstance(reference, str | os.PathLike) else ""
     page = {
         "kind": "search",
         "title": title,
@@ -104,11 +105,11 @@ class _Pictures:
     def __init__(self, fit: str):
         self.fit = fit
         self.missing: list[str] = []
-        self._made: dict[tuple[str, int], str | None] = {}
+        self._made: dict[tuple[str | int, int], str | None] = {}
 
     def thumb(self, picture: Picture, size: int = _THUMB) -> str | None:
         """A data address, or None where the picture cannot be read."""
-        key = (str(picture), size)
+        key = (id(picture) if _in_memory(picture) else str(picture), size)
         if key not in self._made:
             image = self._open(picture)
             if image:
@@ -125,11 +126,15 @@ class _Pictures:
         try:
             return load_image(picture)
         except ImageError as error:  # the page is still wanted
-            name = "a picture given in memory" if isinstance(picture, Image.Image) else str(picture)
+            name = "a picture given in memory" if _in_memory(picture) else str(picture)
             if name not in self.missing:
                 self.missing.append(name)
                 log.debug("no thumbnail of %s: %s", name, error)
             return None
+
+
+def _in_memory(picture: Picture) -> bool:
+    return isinstance(picture, Image.Image | bytes | bytearray | memoryview | io.IOBase)
 
 
 def heat_overlay(image: Image.Image, values: torch.Tensor, size: int = _THUMB, fit: str = "pad") -> Image.Image:

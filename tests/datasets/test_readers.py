@@ -11,7 +11,7 @@ from published_case import edit, put
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.config.published import FASHIONIQ_CATEGORIES, PRESETS
 from neucore_plugin.datasets.protocols import queries
-from neucore_plugin.datasets.published import catalogue, fashion200k
+from neucore_plugin.datasets.published import catalogue, fashion200k, shoes
 from neucore_plugin.datasets.published.circo import CIRCO, IMAGES
 from neucore_plugin.datasets.published.fashion200k import FASHION200K
 from neucore_plugin.datasets.published.fashioniq import FASHIONIQ
@@ -349,3 +349,16 @@ def test_circo_counts(tmp_path):
     assert [list(map(int, t.targets)) for t in triplets] == [
         e["gt_img_ids"] for e in entries
     ]  # the target stands first
+
+
+def test_hidden_files_and_links_of_published_pictures(fashion, tmp_path):
+    images = fashion / "images"
+    touch(images / "._B1.jpg", images / ".B1.jpg", images / "B1.avif", images / "B2.webp", images / "B2.jpe")
+    _, gallery = FASHIONIQ.read(fashion, "val_shirt")
+    assert list(gallery.paths)[:2] == [images / "B1.avif", images / "B2.jpe"]
+    touch(tmp_path / "elsewhere" / "womens_boots" / "img_womens_boots_1.jfif")
+    touch(tmp_path / "__MACOSX" / "._img_womens_boots_2.jpg", tmp_path / "shoes" / "a" / "._img_womens_boots_2.jpg")
+    (tmp_path / "shoes" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "shoes" / "a" / "up").symlink_to(tmp_path / "shoes")
+    found = shoes._pictures(tmp_path / "shoes")
+    assert list(found) == ["img_womens_boots_1.jfif"]

@@ -1,6 +1,7 @@
 """Triplets, galleries, map-style data sets, and one's own data as a folder."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -265,3 +266,27 @@ def test_broken_image_is_named_when_it_is_loaded(tmp_path):
     path.write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"broken\.png"):
         ImageStore({"broken": path}, pixels).load("broken")
+
+
+def test_a_folder_holds_what_pillow_reads_and_the_rest_is_told(tmp_path, caplog):
+    root, outside = tmp_path / "data" / "images", tmp_path / "outside"
+    for path in (
+        root / "a.jfif",
+        root / "b" / "B.PNG",
+        root / "._a.jfif",
+        root / "__MACOSX" / "c.png",
+        root / "d.heic",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"?")
+    outside.mkdir()
+    (outside / "e.avif").write_bytes(b"?")
+    (root / "linked").symlink_to(outside)
+    (root / "b" / "up").symlink_to(root)
+    with caplog.at_level(logging.INFO):
+        assert list(folder.images(root.parent)) == ["a.jfif", "b/B.PNG", "linked/e.avif"]
+    assert "left out: 2 hidden, 1 .heic (install pillow-heif), 1 linked folders that are read elsewhere" in caplog.text
+    (tmp_path / "other" / "images").mkdir(parents=True)
+    (tmp_path / "other" / "images" / "d.heic").write_bytes(b"?")
+    with pytest.raises(DataError, match=r"no images here. Looked for \.bmp, .*; left out: 1 \.heic \(install pillow"):
+        folder.images(tmp_path / "other")

@@ -1,6 +1,8 @@
 """GalleryIndex: building, searching, saving and loading, with a tiny model whose score is known in closed form."""
 
+import io
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from colour_model import COLOURS, NAMES, ColourModel, draw, names
 from PIL import Image
 
+from neucore_plugin import cli
 from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.retrieval import encoding, index
 from neucore_plugin.retrieval.index import GalleryIndex, Hit
@@ -226,3 +229,127 @@ def test_reading_ahead_is_bounded(tmp_path, monkeypatch):
     GalleryIndex.build(Counting(), tmp_path, batch_size=3, progress=False)
     assert len(opened) == 12
     assert all(count <= 3 * (number + 2) for number, count in enumerate(seen))
+
+
+@pytest.mark.parametrize(
+    "given", ["path", "bytes", "bytearray", "memory", "stream", "file", "opened", "loaded", "copy"]
+)
+def test_a_reference_is_the_same_query_however_it_is_given(built, tmp_path, given):
+    path = tmp_path / "turned.png"
+    picture = Image.new("RGBA", (9, 9), (250, 0, 0, 60))
+    picture.putpixel((0, 0), (0, 0, 230, 255))
+    picture.save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0")
+    loaded = Image.open(path)
+    loaded.load()
+    sources = {
+        "path": path,
+        "bytes": path.read_bytes(),
+        "bytearray": bytearray(path.read_bytes()),
+        "memory": memoryview(path.read_bytes()),
+        "stream": io.BytesIO(path.read_bytes()),
+        "file": open(path, "rb"),  # noqa: SIM115
+        "opened": Image.open(path),
+        "loaded": loaded,
+        "copy": loaded.copy(),
+    }
+    expected = built.search(str(path), "green", k=5)
+    for _ in range(2):  # a stream is read from its start again
+        assert built.search(sources[given], "green", k=5) == expected
+    sources["file"].close()
+
+
+def test_an_opened_file_of_the_gallery_is_left_out_as_its_path_is(built, folder):
+    expected = built.search(folder / "red.png", "blue", k=4)
+    with open(folder / "red.png", "rb") as stream, Image.open(folder / "red.png") as opened:
+        assert built.search(stream, "blue", k=4) == built.search(opened, "blue", k=4) == expected
+    assert len(built.search((folder / "red.png").read_bytes(), "blue", k=5)) == 5  # bytes have no name
+
+
+@pytest.mark.parametrize("given", [np.zeros((4, 4, 3), np.uint8), torch.zeros(3, 4, 4), 7, ["red.png"]])
+def test_what_is_no_picture_is_refused(built, given):
+    with pytest.raises(ImageError, match=rf"given as {type(given).__name__}: give a path"):
+        built.search(given, "blue", k=1)
+
+
+def test_every_image_is_found(built, folder, tmp_path):
+    outside = draw(tmp_path / "outside.png", "pink")
+    assert len(names(built.search(outside, "red", k=None))) == 5
+    assert len(names(built.search(text="red", k=None))) == 5
+    assert sorted(names(built.search("red.png", k=None))) == sorted(set(NAMES) - {"red.png"})
+    assert built.search(outside, "red", k=None)[:3] == built.search(outside, "red", k=3)
+    mixed = built.search_many([("red.png", None), (outside, None), ("blue.png", "red")], k=None)
+    assert [len(hits) for hits in mixed] == [4, 5, 4]
+    assert mixed[1] == built.search(outside, k=None)  # whatever is asked beside it
+    alone = GalleryIndex.build(ColourModel(), [folder / "red.png"], progress=False)
+    assert alone.search(folder / "red.png", k=None) == []
+
+
+def test_linked_folders_are_searched_and_what_is_left_out_is_counted(folder, tmp_path, caplog):
+    draw(tmp_path / "elsewhere" / "white.jfif", (255, 255, 255))
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "more" / "round").symlink_to(folder)
+    (folder / "._red.png").write_bytes(b"\0\5\x16\7")
+    with caplog.at_level(logging.WARNING):
+        found = GalleryIndex.build(ColourModel(), folder, progress=False)
+    assert found.names == sorted([*NAMES, "linked/white.jfif"])
+    assert found.left_out == {"hidden": 3, ".txt": 1, "linked folders that are read elsewhere": 1}
+    assert "left out: 3 hidden, 1 .txt, 1 linked folders" in caplog.text
+    # the file itself, by its real place
+    assert "linked/white.jfif" not in names(found.search(tmp_path / "elsewhere" / "white.jfif", k=5))
+    listed = GalleryIndex.build(ColourModel(), sorted(folder.glob("*.png")), progress=False)
+    assert (listed.names, listed.left_out) == (["blue.png", "green.png", "red.png"], {"hidden": 2})
+
+
+class Sized(ColourModel):
+    """As a checkpoint's model: its processor says how many pixels it takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.processor = SimpleNamespace(max_pixels=10**6)
+
+    @property
+    def image_processor(self):
+        processor, plain = self.processor, super().image_processor
+
+        class Processor:
+            max_pixels = property(
+                lambda _: processor.max_pixels, lambda _, value: setattr(processor, "max_pixels", value)
+            )
+
+            def __call__(self, image):
+                return plain(image)
+
+        return Processor()
+
+
+def searched(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("neucore_plugin.load_model", lambda *_, **__: Sized())
+    code = cli.main(["search", "--checkpoint", "best.pth", *map(str, arguments)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_the_command_shows_every_image(folder, tmp_path, monkeypatch, capsys):
+    outside = draw(tmp_path / "outside.png", "pink")
+    code, out, err = searched(monkeypatch, capsys, "--folder", folder, "--image", outside)
+    assert code == 0
+    assert sorted(line.split()[-1] for line in out.splitlines()) == sorted(NAMES)
+    assert "left out: 2 hidden, 1 .txt" in err
+    _, out, _ = searched(monkeypatch, capsys, "--folder", folder, "--image", folder / "red.png", "-k", 9)
+    assert sorted(line.split()[-1] for line in out.splitlines()) == sorted(set(NAMES) - {"red.png"})
+    _, out, _ = searched(monkeypatch, capsys, "--folder", folder, "--text", "red", "-k", 2)
+    assert len(out.splitlines()) == 2
+    draw(tmp_path / "one" / "red.png", "red")
+    code, out, err = searched(monkeypatch, capsys, "--folder", tmp_path / "one", "--image", "red.png")
+    assert (code, out) == (2, "") and "holds no image but the reference" in err
+    _, out, _ = searched(monkeypatch, capsys, "--folder", tmp_path / "one", "--text", "red")
+    assert out.split()[-1] == "red.png"
+
+
+def test_the_command_takes_a_pixel_limit(folder, monkeypatch, capsys):
+    draw(folder / "wide.png", "red", size=(40, 10))
+    _, out, err = searched(monkeypatch, capsys, "--folder", folder, "--text", "red", "--max-pixels", 399)
+    assert "wide.png" not in out
+    assert "left out wide.png" in err and "400 pixels, the limit is 399" in err and "--max-pixels" in err
+    _, out, err = searched(monkeypatch, capsys, "--folder", folder, "--text", "red", "--max-pixels", 400)
+    assert "wide.png" in out and "limit" not in err
