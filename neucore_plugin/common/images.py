@@ -4,6 +4,7 @@ Also which files are pictures: `find_images`. What comes out never depends on th
 """
 
 import contextlib
+import heapq
 import importlib
 import io
 import os
@@ -407,9 +408,7 @@ def find_images(folder: str | Path) -> tuple[list[Path], LeftOut]:
     suffixes, found, left_out = image_suffixes(), [], LeftOut()
     folders, links, read = [Path(folder)], [], set()
     while folders or links:
-        place = (
-            folders.pop() if folders else links.pop(links.index(min(links, key=lambda link: (len(link.parts), name_of(link)))))
-        )
+        place = folders.pop() if folders else heapq.heappop(links)[-1]  # the same order of links in every locale
         try:
             status = os.stat(place)
             if (key := (status.st_dev, status.st_ino)) in read:
@@ -430,7 +429,10 @@ def find_images(folder: str | Path) -> tuple[list[Path], LeftOut]:
             if is_hidden(entry.name):
                 left_out["hidden"] += 1
             elif is_folder:
-                (links if entry.is_symlink() else folders).append(path)
+                if entry.is_symlink():
+                    heapq.heappush(links, (len(path.parts), name_of(path), path))
+                else:
+                    folders.append(path)
             elif not is_file:
                 left_out["links that lead nowhere" if entry.is_symlink() else "no files"] += 1
             elif suffix in suffixes:
