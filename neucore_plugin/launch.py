@@ -3,7 +3,6 @@
 import inspect
 import logging
 import os
-from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from neucore_plugin.host.registration import register_all
 from neucore_plugin.weights.trust import section_of
 
 
-def run(cfg_path: str | Path, options: Iterable[str] | None = None, evaluate: bool = False) -> Any:
+def run(cfg_path: str | Path, options: loading.Options | None = None, evaluate: bool = False) -> Any:
     """Train (or evaluate) what a config file describes; returns what the runner returned.
 
     `evaluate` sets run.evaluate. An evaluation takes the model from its checkpoint; what the file says of it must
@@ -25,7 +24,7 @@ def run(cfg_path: str | Path, options: Iterable[str] | None = None, evaluate: bo
     A file whose arch, task and runner are the host's own goes the host's stock way, unchecked where it is not ours.
     """
     try:
-        cfg, task = prepared(cfg_path, [*loading.dotlist(options), *(["run.evaluate=true"] if evaluate else [])])
+        cfg, task = prepared(cfg_path, [*loading.dotlist(options), *([("run.evaluate", True)] if evaluate else [])])
         from lavis.common.registry import registry
 
         job_id = new_job_id()
@@ -42,7 +41,7 @@ def run(cfg_path: str | Path, options: Iterable[str] | None = None, evaluate: bo
         distributed.leave()
 
 
-def prepared(cfg_path: str | Path, options: Iterable[str] | None = None) -> tuple[loading.Config, Any]:
+def prepared(cfg_path: str | Path, options: loading.Options | None = None) -> tuple[loading.Config, Any]:
     """(the checked config, its task): the host is imported, the processes have met, log and seeds are set."""
     loading.read_yaml(cfg_path)  # a missing or broken file is told before the seconds that importing the host takes
     register_all()

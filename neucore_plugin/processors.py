@@ -134,6 +134,6 @@ def _padded(image: Image.Image) -> Image.Image:
 
 
 def _plain(cfg) -> dict:
-    settings = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else dict(cfg or {})
+    settings = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg or {})
     settings.pop("name", None)
     return settings

@@ -26,8 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
     from neucore_plugin.config import loading
 
     options = loading.dotlist(arguments.options)
-    if arguments.checkpoint:
-        options.append(f"model.checkpoint={arguments.checkpoint}")
+    if arguments.checkpoint is not None:
+        options.append(("model.checkpoint", arguments.checkpoint))
     if arguments.protocol:
         names = list((loading.read_yaml(arguments.cfg_path).get("datasets") or {}).keys())
         if len(names) != 1:
@@ -35,5 +35,5 @@ def run(arguments: argparse.Namespace) -> None:
                 f"--protocol needs a config with one data set, this has {', '.join(names) or 'none'}; "
                 "give --options datasets.NAME.build_info.protocol=[...]"
             )
-        options.append(f"datasets.{names[0]}.build_info.protocol=[{','.join(arguments.protocol)}]")
+        options.append((f"datasets.{names[0]}.build_info.protocol", arguments.protocol))
     launch.run(arguments.cfg_path, options, evaluate=True)

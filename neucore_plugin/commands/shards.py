@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 from neucore_plugin.commands import positive
@@ -71,4 +72,4 @@ def run(arguments: argparse.Namespace) -> None:
     for split, row in left_out.items():
         print(f"{split}: {left_out_text(row)}")
     print(f"train from them: --options datasets.{arguments.name}.data_type=shards ", end="")
-    print(f"datasets.{arguments.name}.build_info.root={arguments.out}")
+    print(shlex.quote(f"datasets.{arguments.name}.build_info.root={arguments.out}"))

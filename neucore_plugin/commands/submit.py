@@ -63,7 +63,7 @@ def _load(arguments: argparse.Namespace, split: str) -> tuple[Any, Any, Any]:
     from neucore_plugin import launch
     from neucore_plugin.config import loading
 
-    options = [*loading.dotlist(arguments.options), f"model.checkpoint={arguments.checkpoint}", "run.evaluate=true"]
+    options = [*loading.dotlist(arguments.options), ("model.checkpoint", arguments.checkpoint), ("run.evaluate", True)]
     cfg, task = launch.prepared(arguments.cfg_path, options)
     if list(cfg.datasets_cfg) != [arguments.name]:
         raise ConfigError(f"{arguments.cfg_path}: describes {', '.join(cfg.datasets_cfg)}, not {arguments.name} alone")

@@ -30,7 +30,7 @@ def reconciled(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str,
     only concerns the training is taken from `wanted`, and so is the place of frozen weights that the file leaves out;
     where weights once came from does not matter.
     """
-    result, old, new = copy.deepcopy(dict(stored)), _leaves(stored), _leaves(wanted)
+    result, old, new = copy.deepcopy(dict(stored)), leaves(stored), leaves(wanted)
     problems = [
         f"model.{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} in the config"
         for key in sorted(old.keys() | new.keys())
@@ -86,7 +86,7 @@ def config_fingerprint(config: Mapping[str, Any]) -> str:
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`run.init_lr: 0.1 -> 0.2` for every essential key that differs."""
-    before, after = _leaves(_essential(old)), _leaves(_essential(new))
+    before, after = leaves(_essential(old)), leaves(_essential(new))
     absent = "(absent)"
     return [
         f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
@@ -95,9 +95,9 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     ]
 
 
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{dotted key: value} of everything that is no mapping."""
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in section.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

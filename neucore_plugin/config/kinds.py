@@ -90,6 +90,20 @@ def bare(kind: Any, metadata: Iterable[Any] = ()) -> tuple[Any, list[Any]]:
             return kind, found
 
 
+def members(kind: Any) -> list[Any]:
+    """The alternatives of a type, without `Annotated`; NoneType is one."""
+    if get_origin(kind) is Annotated:
+        return members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [member for one in get_args(kind) for member in members(one)]
+    return [kind]
+
+
+def is_text(kind: Any) -> bool:
+    """Whether the values of a type without alternatives are texts, or some of them."""
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
+
+
 def _range(metadata: Iterable[Any]) -> str:
     bounds = [_BOUNDS[type(one)].format(one) for one in metadata if type(one) in _BOUNDS]
     text = " and ".join(bounds)

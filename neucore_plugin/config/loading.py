@@ -5,26 +5,30 @@ Knows neither torch nor lavis. `Config` behaves like `lavis.common.config.Config
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from neucore_plugin.common.errors import ConfigError, nearest
-from neucore_plugin.config.compare import config_fingerprint
+from neucore_plugin.config.compare import config_fingerprint, leaves
 from neucore_plugin.config.crosschecks import cross_checks
 from neucore_plugin.config.data import DATASET_SCHEMAS, DEFAULT_PROCESSORS, PreprocessSchema
 from neucore_plugin.config.encoders import pixels_of, reads_raw
-from neucore_plugin.config.kinds import shortened
+from neucore_plugin.config.kinds import is_text, members, shortened
 from neucore_plugin.config.model import BackboneSchema, NeucoreSchema
 from neucore_plugin.config.run import RUNNERS, TASKS, RunSchema
 from neucore_plugin.config.section import Problems, Section
 from neucore_plugin.config.sections import MODEL_SCHEMAS, Tables, package_tables
 from neucore_plugin.config.shipped import find_config
 
+Option = str | tuple[str, Any]  # key=value as typed, or a key and its value
+Options = Iterable[Option]
 DEFAULT_TYPE = "embedded"
 SECTIONS = ("model", "datasets", "run", "preprocess")
 
@@ -54,7 +58,7 @@ class Config:
     """A checked config; the attributes of the host's own class, and `fingerprint`."""
 
     def __init__(self, content: Mapping[str, Any], source: str | None = None) -> None:
-        self.config = OmegaConf.create(dict(content))
+        self.config = OmegaConf.create(escaped(dict(content)))
         self.source = source
 
     run_cfg = property(lambda self: self.config.run, doc="Section `run`.")
@@ -79,7 +83,7 @@ class Config:
         """Write the completed config to the log, as the yaml that would say the same."""
         logging.info(
             "the config, completed:\n%s",
-            yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, default_flow_style=None).rstrip(),
+            as_yaml(self.to_dict(), width=120, default_flow_style=None).rstrip(),
         )
 
     def fingerprint(self) -> str:
@@ -101,17 +105,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = OmegaConf.to_container(content, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         reason = " ".join(str(error).split())[:500]
-        raise ConfigError(f"config file {path} cannot be read: {reason}") from error
+        raise ConfigError(f"config file {path} cannot be read: {reason}{_literally(reason)}") from error
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"config file {path} must be a mapping with the keys {', '.join(SECTIONS[:3])}")
     return content
 
 
-def dotlist(options: Iterable[str] | None) -> list[str]:
-    """`--options` as a list of key=value; both `a.b=c` and the host's pair form `a.b c` are understood."""
-    tokens, result = [str(token) for token in options or ()], []
+def dotlist(options: Options | None) -> list[Option]:
+    """`--options` as a list of key=value; both `a.b=c` and the host's pair form `a.b c` are understood.
+
+    A (key, value) stays as it is: its value is not read, but taken.
+    """
+    tokens, result = list(options or ()), []
     while tokens:
         token = tokens.pop(0)
+        if isinstance(token, tuple):
+            result.append(token)
+            continue
         if "=" not in token:
             if not tokens:
                 raise ConfigError(f"--options: {token!r} has no value; write {token}=VALUE")
@@ -125,14 +135,93 @@ def dotlist(options: Iterable[str] | None) -> list[str]:
     return result
 
 
-def _with_options(content: dict[str, Any], options: Iterable[str] | None) -> dict[str, Any]:
-    chosen = OmegaConf.create()
-    for option in dotlist(options):
-        try:
-            chosen = OmegaConf.merge(chosen, OmegaConf.from_dotlist([option]))
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"--options: {option!r} cannot be read: {' '.join(str(error).split())}") from error
-    return merge(content, OmegaConf.to_container(chosen, resolve=True))  # at once: their order does not matter
+def _with_options(content: dict[str, Any], options: Options | None) -> dict[str, Any]:
+    chosen, option = OmegaConf.create(), "${}"
+    try:
+        for option in dotlist(options):
+            key, value = option if isinstance(option, tuple) else _read_option(option)
+            if value is _YAML:
+                chosen = OmegaConf.merge(chosen, OmegaConf.from_dotlist([option]))
+                continue
+            value = escaped(value)
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            chosen = OmegaConf.merge(chosen, value)
+        option = " ".join(str(option) for option in dotlist(options) if "${" in option)
+        chosen = OmegaConf.to_container(chosen, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())[:500]
+        raise ConfigError(f"--options: {option!r} cannot be read: {reason}{_literally(reason)}") from error
+    content = merge(content, chosen)  # at once: their order does not matter
+    if open_keys := [key for key, value in leaves(content).items() if value == "???"]:
+        raise ConfigError(f"{', '.join(open_keys)}: ??? stands for a value that is still to be given; give it")
+    return content
+
+
+_YAML = object()
+
+
+def _read_option(option: str) -> tuple[str, Any]:
+    """Key and value of key=value. A text stands as it is given, whatever it looks like; null, where a key takes it.
+
+    In a list of texts the items are texts. What has another type, or no schema, is read as YAML: `_YAML`.
+    """
+    key, _, text = option.partition("=")
+    first, *path = key.split(".")
+    kinds: list[Any] = {"run": [RunSchema], "preprocess": [PreprocessSchema]}.get(first, [])
+    if first == "model":
+        kinds = list(MODEL_SCHEMAS.values())
+    elif first == "datasets" and path:
+        kinds = [DATASET_SCHEMAS[name] for name in path[:1] if name in DATASET_SCHEMAS]
+        del path[0]
+    for part in path:
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        fields = [kind.model_fields[part] for kind in sections if part in kind.model_fields]
+        kinds = [kind for field in fields for kind in members(field.annotation)]
+    if text == "null" and NoneType in kinds:
+        return key, None
+    if any(get_origin(kind) is list and is_text(members(get_args(kind)[0])[0]) for kind in kinds):
+        return key, yaml.load(text, yaml.BaseLoader)
+    if not any(map(is_text, kinds)):
+        return key, _YAML
+    others = [kind for kind in kinds if not is_text(kind)]  # of bool | Literal["bf16"]
+    value = yaml.safe_load(text) if {bool, int, float} & set(others) else text
+    return key, value if type(value) in others else text
+
+
+def escaped(value: Any) -> Any:
+    """Plain containers as OmegaConf, or a yaml, would say them: ${ in a text is no interpolation there."""
+    if isinstance(value, Mapping):
+        return {key: escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def as_yaml(content: Mapping[str, Any], **style: Any) -> str:
+    """The config file that says `content`."""
+    return yaml.dump(escaped(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes 1e3, which is no number for PyYAML but is one for OmegaConf."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_str(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _literally(reason: str) -> str:
+    return " (a ${ that is no interpolation is written \\${)" if "nterpolation" in reason or "${" in reason else ""
 
 
 def merge(defaults: Any, given: Any) -> Any:
@@ -155,7 +244,7 @@ def merge(defaults: Any, given: Any) -> Any:
 
 def load_config(
     path: str | Path,
-    options: Iterable[str] | None = None,
+    options: Options | None = None,
     tables: Tables | None = None,
     section_of: Callable[[str, Mapping[str, Any]], dict[str, Any] | None] | None = None,
 ) -> Config:

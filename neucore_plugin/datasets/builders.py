@@ -12,7 +12,7 @@ from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.files import atomic_write, cache_dir
 from neucore_plugin.common.text import AND
 from neucore_plugin.config.data import DatasetSchema
-from neucore_plugin.config.loading import dataset_defaults
+from neucore_plugin.config.loading import dataset_defaults, escaped
 from neucore_plugin.config.published import PUBLISHED, SPLITS
 from neucore_plugin.config.sections import dataset_types
 from neucore_plugin.datasets import folder, protocols
@@ -45,7 +45,7 @@ class TripletBuilder(BaseDatasetBuilder):
     def __init__(self, cfg: Any = None) -> None:
         """cfg: a section of `datasets`, or a part of one: the schema has the rest. Raises ConfigError."""
         given = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-        config = OmegaConf.create(dataset_defaults(self.name, given))
+        config = OmegaConf.create(escaped(dataset_defaults(self.name, given)))
         for kind in DATA_TYPES:  # where `load_dataset` writes its vis_path
             config.build_info[kind] = {"storage": None}
         super().__init__(config)
@@ -53,7 +53,8 @@ class TripletBuilder(BaseDatasetBuilder):
     def build_datasets(self) -> dict[str, TripletDataset]:
         self.build_processors()
         info = OmegaConf.to_container(self.config.build_info)
-        storage = {kind: info.pop(kind)["storage"] for kind in DATA_TYPES}
+        storage = {kind: info.pop(kind)["storage"] for kind in DATA_TYPES}  # as it was given: no interpolation
+        info = OmegaConf.to_container(OmegaConf.create(info), resolve=True)
         data_type = next((kind for kind in DATA_TYPES if storage[kind]), self.config.data_type)
         if storage[data_type]:
             info["root" if data_type == "shards" else self.place] = str(storage[data_type])

@@ -16,8 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.common.files import (
     atomic_write,
@@ -29,6 +27,7 @@ from neucore_plugin.common.files import (
     write_json,
 )
 from neucore_plugin.config.compare import config_differences
+from neucore_plugin.config.loading import as_yaml
 from neucore_plugin.config.run import RunSchema
 from neucore_plugin.weights.checkpoint import jsonable
 
@@ -88,7 +87,7 @@ class RunFolder:
         }
         folder = cls(path, record, continued=False)
         with atomic_write(path / CONFIG, "w") as stream:
-            yaml.safe_dump(record["config"], stream, sort_keys=False, allow_unicode=True)
+            stream.write(as_yaml(record["config"]))
         folder.write()
         return folder
 

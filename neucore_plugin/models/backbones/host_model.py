@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from neucore_plugin.common.errors import ConfigError, NeucoreError, nearest
+from neucore_plugin.config.loading import escaped
 
 
 class HostModel(nn.Module):
@@ -58,7 +59,7 @@ class HostModel(nn.Module):
             elif config is None and not hasattr(kind, "from_config"):
                 self.model = kind()
             else:
-                self.model = kind.from_config(OmegaConf.create(dict(config or {})))
+                self.model = kind.from_config(OmegaConf.create(escaped(dict(config or {}))))
         except NeucoreError:
             raise
         except Exception as error:  # downloads, files and code of any model
