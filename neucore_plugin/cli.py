@@ -15,7 +15,7 @@ from typing import Any
 
 from neucore_plugin import __version__
 from neucore_plugin.commands import configs, convert, data, evaluate, report, search, shards, submit, train, vocab
-from neucore_plugin.common.errors import ConfigError, NeucoreError
+from neucore_plugin.common.errors import ConfigError, FileError, NeucoreError, out_of_memory
 
 COMMANDS = (train, evaluate, search, report, configs, data, vocab, shards, submit, convert)
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
@@ -68,8 +68,8 @@ def _run_alone(command: ModuleType, argv: Sequence[str] | None) -> int:
 def guarded(command: Callable[[], Any]) -> int:
     """Run a command: its exit code (0 where it gives none), 2 after one `error: ...`, 130 after Ctrl-C.
 
-    Of several processes only the first prints a ConfigError; the others would say the same. What the terminal's
-    encoding lacks is printed as its escape.
+    Of several processes only the first prints a ConfigError; the others would say the same. What the system refuses (a
+    file, memory) is such an error as well. What the terminal's encoding lacks is printed as its escape.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -78,14 +78,10 @@ def guarded(command: Callable[[], Any]) -> int:
         try:
             code = command()
         finally:
-            if sys.stdout is not None:
+            if sys.stdout is not None and not sys.stdout.closed:
                 sys.stdout.flush()  # a reader that has gone is noticed here, not when the interpreter ends
     except NeucoreError as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
-            _say(f"error: {error}")
-        else:
-            time.sleep(3)  # torchrun ends all processes when one has ended: the first must get to print
-        return 2
+        return _refused(error)
     except KeyboardInterrupt:
         _say("\nstopped")
         return 130
@@ -94,14 +90,38 @@ def guarded(command: Callable[[], Any]) -> int:
         _say(f"error: {error.object[:200]!r} cannot be a file's name in {error.encoding} ({error.reason}); {remedy}")
         return 2
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 141
+    except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _mute()
+        return _refused(FileError.of(error, "a file, or the output"))
+    except (MemoryError, RuntimeError) as error:
+        if (reason := out_of_memory(error)) is None:
+            raise
+        return _refused(reason)
     return code if isinstance(code, int) else 0
 
 
+def _refused(error: NeucoreError) -> int:
+    if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
+        _say(f"error: {error}")
+    else:
+        time.sleep(3)  # torchrun ends all processes when one has ended: the first must get to print
+    return 2
+
+
 def _say(text: str) -> None:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # nobody reads it, or the drive is full
         print(text, file=sys.stderr, flush=True)
+
+
+def _mute() -> None:
+    """What is still to be printed goes nowhere: the interpreter would try it once more."""
+    with contextlib.suppress(OSError):  # no file: nothing is flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -33,9 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
     target = arguments.folder / f"{name}.yaml"
     if target.exists():
         raise ConfigError(f"{target} is there already; move it away, or give another folder")
-    try:
-        with atomic_write(target, "w") as stream:
-            stream.write(shipped[name].read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written ({error.strerror}); give another folder") from error
+    with atomic_write(target, "w") as stream:
+        stream.write(shipped[name].read_text(encoding="utf-8"))
     print(target)

@@ -72,6 +72,19 @@ _REMEDIES = {
 }
 
 
+def out_of_memory(error: BaseException) -> NeucoreError | None:
+    """An error of ours for one that says that memory is used up, of the machine or of a GPU; None for another."""
+    text = " ".join(str(error).split())
+    signs = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+    if not isinstance(error, MemoryError) and not any(sign in text.lower() for sign in signs):
+        return None
+    return NeucoreError(
+        f"out of memory ({text[:200] or type(error).__name__}); use smaller batches (run.batch_size_train, "
+        "run.batch_size_eval, --batch-size; with run.grad_cache_chunk the loss still sees the whole batch), "
+        "or run.num_workers=0"
+    )
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """A sentence tail such as ` Did you mean 'val'? Allowed: test, train, val.`"""
     allowed = sorted(str(name) for name in allowed)

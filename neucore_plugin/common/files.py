@@ -29,7 +29,10 @@ def file_errors(path: str | Path, note: str = "") -> Iterator[None]:
     except BrokenPipeError:  # no trouble of a file: the reader has gone
         raise
     except OSError as error:
-        raise FileError.of(error, path, note) from error
+        found = FileError.of(error, path, note)
+        if found is error:
+            raise
+        raise found from error
 
 
 @contextmanager
@@ -41,6 +44,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     they lead to is replaced, and it keeps its permissions. What is no file but can be written (a terminal, a pipe,
     /dev/stdout, /dev/null) is written into. Raises `FileError` for anything else, and for what the system refuses.
     """
+    path = expanded(path)
     with file_errors(path):
         try:
             with (_into if _takes_a_stream(path) else _beside)(path, mode) as stream:
@@ -70,8 +74,9 @@ def _beside(path: str | Path, mode: str) -> Iterator[IO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, place)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name(error, temporary, path)
         raise
 
 
@@ -84,9 +89,20 @@ def _new_beside(place: Path) -> tuple[int, Path]:
     name = place.name if len(os.fsencode(place.name)) < 200 else place.name[:40]
     while True:
         temporary = place.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
-        with contextlib.suppress(FileExistsError):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        try:
             return os.open(temporary, flags, 0o666), temporary
+        except FileExistsError:
+            continue
+        except OSError as error:
+            _name(error, temporary, place)
+            raise
+
+
+def _name(error: BaseException, temporary: Path, path: str | Path) -> None:
+    """Let the error name the file that was to be written instead of ours beside it."""
+    if isinstance(error, OSError) and error.filename == os.fspath(temporary):
+        error.filename = os.fspath(path)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import nn
 
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import CheckpointError, ConfigError, NeucoreError
-from neucore_plugin.common.files import expanded
+from neucore_plugin.common.files import expanded, file_errors
 from neucore_plugin.common.randomness import random_state, restore_random_state
 from neucore_plugin.config.run import RunSchema
 from neucore_plugin.training.optimisation import Optimisation
@@ -84,7 +84,9 @@ class Checkpointer:
                 self._check_frozen()
             header = self.model.checkpoint_header() if hasattr(self.model, "checkpoint_header") else {}
             state = {"architecture": header, "model": checkpoint.trainable_state(self.model), "frozen": self._frozen}
-            checkpoint.save({**state, "config": self.config, **content}, self.folder.path / name)
+            path = self.folder.path / name
+            with file_errors(path, "The training goes on from its last checkpoint with run.resume=auto"):
+                checkpoint.save({**state, "config": self.config, **content}, path)
 
         distributed.on_main(write)
 

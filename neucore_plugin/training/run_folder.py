@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.common.errors import ConfigError, DataError, FileError
 from neucore_plugin.common.files import (
     atomic_write,
     expanded,
@@ -213,6 +213,4 @@ def _fresh(root: Path, name: str) -> Path:
                 path.mkdir()
                 return path
     except OSError as error:
-        raise ConfigError(
-            f"run.output_dir: {root} cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        raise ConfigError(f"run.output_dir: {FileError.of(error, root)}") from error

