@@ -11,7 +11,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from neucore_plugin.common.errors import ConfigError
-from neucore_plugin.common.images import MAX_PIXELS, Picture, load_for
+from neucore_plugin.common.images import MAX_PIXELS, Picture, load_for, pillow_as_set_here
 from neucore_plugin.common.text import clean_caption
 from neucore_plugin.config.data import AUGMENTS, FITS
 from neucore_plugin.host.registration import register_processor
@@ -79,10 +79,14 @@ class ImageProcessor(BaseProcessor):
 
     def __call__(self, image: Picture) -> Tensor:
         image = load_for(self, image)
+        with pillow_as_set_here(self.max_pixels):  # Pillow asks its limit before it crops, too
+            return self.transform(self._square(image))
+
+    def _square(self, image: Image.Image) -> Image.Image:
         larger = self.augment != "none" or self.fit == "released"
         side = round(self.image_size * 8 / 7) if larger else self.image_size
         if self.fit == "released":
-            return self.transform(_padded(image).resize((side, side), Image.Resampling.BILINEAR))
+            return _padded(image).resize((side, side), Image.Resampling.BILINEAR)
         if self.fit == "pad" and image.width != image.height:
             # Shrunk before it is padded: a square of a panorama's longer side could fill the memory.
             longest = max(image.size)
@@ -97,7 +101,7 @@ class ImageProcessor(BaseProcessor):
         if image.size != (side, side):
             resize = transforms.Resize((side, side), InterpolationMode.BICUBIC)
             image = resize(image)
-        return self.transform(image)
+        return image
 
     @classmethod
     def from_config(cls, cfg=None) -> "ImageProcessor":

@@ -19,7 +19,7 @@ def picture(mode: str, size: tuple[int, int]) -> Image.Image:
     return grey.convert("P").convert("PA") if mode == "PA" else grey.convert(mode)
 
 
-@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch", "released"])
 @pytest.mark.parametrize("size", [(40, 40), (16, 16), (40, 24)])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "I", "F"])
 def test_a_picture_of_any_mode_is_taken(mode, size, fit):
@@ -63,3 +63,16 @@ def test_the_pixel_limit_is_the_processors_own():
         process(data)
     assert ImageProcessor(**process.settings).max_pixels == 399  # a checkpoint keeps it
     assert process.fingerprint == ImageProcessor(16).fingerprint  # no pixel depends on it
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch", "released"])
+def test_pillows_own_limit_does_not_matter(monkeypatch, fit, augment):
+    """Pillow asks it before it crops, not only when a file is opened."""
+    given, process = picture("RGB", (40, 24)), ImageProcessor(16, fit=fit, augment=augment)
+    found = []
+    for limit in (None, 1):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        torch.manual_seed(0)
+        found.append(process(given))
+    assert torch.equal(*found)

@@ -88,7 +88,7 @@ def check_images(paths: Iterable[str | os.PathLike], processor: Any = None) -> l
 
 def _load(source: Picture, name: str, plain: bool, max_pixels: int) -> Image.Image:
     try:
-        with _as_we_read(max_pixels):
+        with pillow_as_set_here(max_pixels):
             if isinstance(source, Image.Image):
                 data = _unread(source, name)
                 if data is None:
@@ -316,7 +316,7 @@ def _turned(page: Image.Image, image: Image.Image) -> Image.Image:
 # other code may change either at any moment, in any thread. So each is replaced, once, by a value that looks at the
 # thread: while a picture is read here it is ours, everywhere else it is what was set.
 
-_one_at_a_time = threading.Lock()
+_one_at_a_time = threading.RLock()
 
 
 class _Reading(threading.local):
@@ -327,7 +327,8 @@ _reading = _Reading()
 
 
 @contextlib.contextmanager
-def _as_we_read(max_pixels: int) -> Iterator[None]:
+def pillow_as_set_here(max_pixels: int) -> Iterator[None]:
+    """In this thread no cut file is read, and `max_pixels` is the limit: also of Pillow's `crop`, say."""
     before, _reading.limit = _reading.limit, max_pixels
     try:
         yield

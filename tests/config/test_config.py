@@ -1,5 +1,6 @@
 """Config files: what is completed, what is refused and in which words."""
 
+import copy
 import subprocess
 import sys
 import typing
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from neucore_plugin.common.errors import ConfigError
-from neucore_plugin.config import data, encoders, kinds, loading, run, section, sections
+from neucore_plugin.config import compare, data, encoders, kinds, loading, run, section, sections
 
 
 def minimal() -> dict:
@@ -409,3 +410,14 @@ def test_interpolation_in_a_file(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=r"cannot be read: .*is written \\\$\{") as error:
             loading.load_config(write(tmp_path, content))
         assert "\n" not in str(error.value)
+
+
+def test_a_run_goes_on_with_another_pixel_limit_or_none_yet():
+    """What is refused changes no pixel; a run of before the key holds no such key."""
+    run = {"run": {"seed": 1}, "datasets": {"emoji": {"vis_processor": {"eval": {"name": "cir_image", "fit": "pad"}}}}}
+    raised = copy.deepcopy(run)
+    raised["datasets"]["emoji"]["vis_processor"]["eval"]["max_pixels"] = 10**9
+    assert compare.config_differences(run, raised) == []
+    assert compare.config_fingerprint(run) == compare.config_fingerprint(raised)
+    raised["datasets"]["emoji"]["vis_processor"]["eval"]["fit"] = "crop"
+    assert len(compare.config_differences(run, raised)) == 1
