@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from neucore_plugin.common.errors import ImageError
-from neucore_plugin.common.images import load_image
+from neucore_plugin.common.images import load_for, load_image
 from neucore_plugin.processors import ImageProcessor
 
 
@@ -27,7 +27,7 @@ def test_a_picture_of_any_mode_is_taken(mode, size, fit):
     process = ImageProcessor(16, fit=fit)
     pixels = process(given)
     assert pixels.shape == (3, 16, 16)
-    assert torch.equal(pixels, process(load_image(given)))
+    assert torch.equal(pixels, process(load_for(process, given)))
     assert given.mode == mode and given.size == size  # it stays as it was
 
 

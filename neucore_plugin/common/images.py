@@ -236,7 +236,7 @@ def _rgb(image: Image.Image, name: str, plain: bool, max_pixels: int) -> Image.I
         image.draft(None, (max(1, width // scale), max(1, height // scale)))  # formats other than JPEG pass it over
     image.load()
     if plain:
-        page = image.copy()
+        page = _unpremultiplied(image).copy()
         page.info = {}  # a transparent colour of a palette would be warned of
         page = page.convert("RGB")
     else:
@@ -264,13 +264,16 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def _on_white(part: Image.Image) -> Image.Image:
-    if part.mode in ("La", "RGBa"):
-        part = part.convert(part.mode.upper())
+    part = _unpremultiplied(part)
     if not part.has_transparency_data:
         return part.convert("RGB")
     layer = part.convert("RGBA")
     page = Image.new("RGBA", layer.size, (255, 255, 255, 255))  # white, like the drawings' and catalogues' paper
     return Image.alpha_composite(page, layer).convert("RGB")
+
+
+def _unpremultiplied(image: Image.Image) -> Image.Image:
+    return image.convert(image.mode.upper()) if image.mode in ("La", "RGBa") else image
 
 
 def _white(image: Image.Image) -> float:
