@@ -21,6 +21,7 @@ from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config.loading import load_config, model_defaults
 from neucore_plugin.models.backbones.resnet_gru import SPECIALS, split_words, word_list
 from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.weights import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +293,7 @@ def test_a_released_model_needs_the_released_parts(tmp_path):
 # ---- training in two phases -----------------------------------------------------------------------------------------
 
 
-def released_yaml(tiny_config, resnet18_file, name, **model):
+def released_yaml(tiny_config, resnet18_file, name, run=None, **model):
     image = {"name": "resnet", "network": "resnet18", "weights": str(resnet18_file), "image_size": 32}
     processor = {"name": "cir_image", "image_size": 32}
 
@@ -310,6 +311,7 @@ def released_yaml(tiny_config, resnet18_file, name, **model):
             config["model"][key] = value
         config["datasets"]["folder"]["vis_processor"] = {"train": dict(processor), "eval": dict(processor)}
         config["run"] |= {"max_epoch": 1, "test_splits": ["test"], "report": False}
+        config["run"] |= {"decay_all": True, "lr_sched": "constant_lr", **(run or {})}
         config["run"]["output_dir"] += f"_{name}"
 
     return tiny_config(change, f"{name}.yaml")
@@ -321,7 +323,8 @@ def moved(one, other):
 
 
 def test_two_phases(tiny_config, resnet18, tmp_path):
-    """Phase 1 leaves the CNN and the words as they are; phase 2 starts from its checkpoint and trains everything."""
+    """Phase 1 leaves the CNN and the words as they are, but for the batch norms' statistics; phase 2 starts from its
+    last checkpoint and the optimiser there, and trains everything."""
     torch.save(resnet18.state_dict(), tmp_path / "r.pth")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -329,15 +332,68 @@ def test_two_phases(tiny_config, resnet18, tmp_path):
     first = next((tmp_path / "output_one").glob("*/checkpoint_last.pth"))
     one = NeucoreModel.from_checkpoint(first)
     assert torch.equal(one.backbone.image.network.conv1.weight, resnet18.conv1.weight)
+    statistics = one.backbone.image.network.bn1.running_mean
+    assert not torch.equal(statistics, resnet18.bn1.running_mean)
+    assert torch.equal(one.backbone.image.network.bn1.weight, resnet18.bn1.weight)
     (tmp_path / "r.pth").unlink()  # the checkpoint carries it
     backbone = {"image": {**one.config["backbone"]["image"], "freeze": False}}
     backbone["text"] = {**one.config["backbone"]["text"], "freeze_words": False}
-    path = released_yaml(tiny_config, tmp_path / "r.pth", "two", checkpoint=str(first), backbone=backbone)
-    launch.run(path)
-    two = NeucoreModel.from_checkpoint(next((tmp_path / "output_two").glob("*/checkpoint_last.pth")))
+    given = {"checkpoint": str(first), "backbone": backbone}
+    launch.run(released_yaml(tiny_config, tmp_path / "r.pth", "two", {"keep_optimizer": True}, **given))
+    second = next((tmp_path / "output_two").glob("*/checkpoint_last.pth"))
+    two = NeucoreModel.from_checkpoint(second)
+    steps, moments = zip(*(adam(path) for path in (first, second)), strict=True)
+    every = set(steps[0].values()).pop()
+    assert set(steps[0].values()) == {every} and set(steps[1].values()) == {every, 2 * every}
+    grown = {name for name, count in steps[1].items() if count == 2 * every}
+    assert grown == set(steps[0]) and {"backbone.text.embedding.weight"} <= set(steps[1]) - grown
+    launch.run(released_yaml(tiny_config, tmp_path / "r.pth", "anew", **given))
+    anew = adam(next((tmp_path / "output_anew").glob("*/checkpoint_last.pth")))
+    assert set(anew[0].values()) == {every}
+    name = "fusion.output.0.weight"
+    assert not torch.allclose(anew[1][name], moments[1][name]) and moments[0].keys() == grown
+    old = checkpoint.load(first)
+    for group in old["optimizer"]["param_groups"]:
+        assert group["weight_decay"] == 0.01  # of everything
+        del group["weights"]
+    checkpoint.save(old, tmp_path / "old.pth")
+    given["checkpoint"] = str(tmp_path / "old.pth")
+    with pytest.raises(
+        CheckpointError, match="old.pth holds no state of an optimiser, or does not say of which weights"
+    ):
+        launch.run(released_yaml(tiny_config, tmp_path / "r.pth", "bad", {"keep_optimizer": True}, **given))
     names = {"backbone.image.network.conv1.weight", "backbone.image.network.bn1.running_mean"}
     assert names | {"backbone.text.embedding.weight", "backbone.text.gru.weight_hh_l0"} <= moved(one, two)
     assert two.vocabulary == one.vocabulary and two.backbone.text.words == one.backbone.text.words
+
+
+def adam(path):
+    """({weight: steps of AdamW}, {weight: its second moment}) of a checkpoint."""
+    stored = checkpoint.load(path)["optimizer"]
+    places = dict(
+        pair for group in stored["param_groups"] for pair in zip(group["weights"], group["params"], strict=True)
+    )
+    states = {name: stored["state"][place] for name, place in places.items() if place in stored["state"]}
+    return {name: int(s["step"]) for name, s in states.items()}, {name: s["exp_avg_sq"] for name, s in states.items()}
+
+
+def test_frozen_norms_follow_the_batches_in_training_alone():
+    image = {"name": "resnet", "network": "resnet18", "image_size": 32, "moving_norms": True}
+    text = {"name": "glove_bigru", "word_dim": 5, "width": 8, "freeze": False}
+    with pytest.warns(UserWarning, match="random weights"):
+        backbone = build({"image": image, "text": text}, WORDS)
+    pixels, norms = (
+        torch.randn(4, 3, 32, 32),
+        [p for p in backbone.image.modules() if isinstance(p, torch.nn.BatchNorm2d)],
+    )
+    assert not list(backbone.image.parameters()) and not backbone.freeze_image  # nothing of it is cached
+    before = backbone.eval().image(pixels)["tokens"]
+    assert not any(part.training for part in norms)
+    assert torch.allclose(backbone.image(pixels[:1])["tokens"][0], before[0], atol=1e-4)
+    trained = backbone.train().image(pixels)["tokens"]
+    assert all(part.training for part in norms) and (trained - before).abs().max() > 1e-2
+    after = backbone.eval().image(pixels)["tokens"]  # with the statistics that have moved
+    assert (after - before).abs().max() > 1e-2
 
 
 def test_the_architecture_may_not_change_between_phases(loops, tmp_path):
