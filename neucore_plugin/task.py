@@ -105,6 +105,7 @@ class ComposedImageRetrievalTask(BaseTask):
         everything = _all(datasets)
         if distributed.rank() == 0:
             model.vocabulary.to_json(Path(output_dir) / "concepts.json")
+            model.tell_unknown(text for dataset in everything for text in dataset.texts)
         shown_as = [dataset for dataset in everything if not dataset.train] or everything[:1]
         model.image_processor = shown_as[-1].images.processor
         root, cache = features_dir(self.run.cache_dir), bool(self.run.cache_features)

@@ -26,8 +26,8 @@ def path_of(name: str) -> Path:
     """The path whose text `name_of` gives."""
     try:
         return Path(os.fsdecode(name.encode("utf-8", "surrogateescape")))
-    except UnicodeEncodeError:  # half a letter, which no file name holds
-        return Path(name)
+    except UnicodeEncodeError:  # half a letter, which no file name holds: a path that can be asked for
+        return Path(name.encode("utf-8", "backslashreplace").decode())
 
 
 def _tidy(name: str) -> str:

@@ -4,6 +4,7 @@ B batch, N image tokens, L words, D width, Di width of the backbone's tokens, Q 
 """
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from neucore_plugin.common import distributed
-from neucore_plugin.common.errors import CheckpointError, ConfigError, nearest
+from neucore_plugin.common.errors import CheckpointError, ConfigError, first_few, nearest
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, ReleasedConceptExtractor
 from neucore_plugin.config.compare import reconciled
 from neucore_plugin.config.loading import model_defaults, stored_section
@@ -29,6 +30,8 @@ from neucore_plugin.models.matching_loss import MatchingLoss
 from neucore_plugin.processors import CaptionProcessor, ImageProcessor
 from neucore_plugin.weights import checkpoint
 from neucore_plugin.weights.trust import refuse_strangers
+
+log = logging.getLogger(__name__)
 
 
 class CirModel(BaseModel):
@@ -187,6 +190,8 @@ class CirModel(BaseModel):
         texts = list(texts) if has_text else [""] * count
         if len(texts) != count:
             raise ValueError(f"{count} reference images but {len(texts)} texts")
+        if has_text and text_features is None and concept_words is None:  # a user's own, no data set's
+            self.tell_unknown(texts)
         if not has_text or "concepts" not in self.query_reads:
             concept_words = [()] * count
         elif concept_words is None:
@@ -230,6 +235,19 @@ class CirModel(BaseModel):
         if self.sentence_projection is not None:
             result["sentence"] = self.sentence_projection(features["sentence"].to(self.device))
         return with_stand_ins(result, ~mask.any(1), self.absent_word, self.absent_sentence)
+
+    def tell_unknown(self, texts: Iterable[str]) -> None:
+        """One warning for all captions in which the text encoder reads nothing: they ask for no change."""
+        if self.word_projection is None and self.sentence_projection is None:
+            return
+        texts, known = list(dict.fromkeys(texts)), getattr(self.backbone.text, "known", str.strip)
+        unknown = [text for text in texts if not known(self.caption_processor(text))]
+        if unknown:
+            log.warning(
+                "%d of %d captions hold nothing that the text encoder knows, so their queries are by the image alone: "
+                "%s; write them in other words",
+                *(len(unknown), len(texts), first_few(repr(text[:80]) for text in unknown)),
+            )
 
     def extract_concepts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
         """Concepts of relative captions, as lemmas of the configured parts of speech."""

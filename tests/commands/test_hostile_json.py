@@ -25,7 +25,8 @@ from neucore_plugin.datasets.shards import reader as shards
 from neucore_plugin.datasets.shards.writer import write_shards
 from neucore_plugin.evaluation import submission
 from neucore_plugin.evaluation.results import show_finished
-from neucore_plugin.released.convert import captions_of
+from neucore_plugin.released.captions import training_captions
+from neucore_plugin.released.vocabulary import read_vocabulary
 from neucore_plugin.retrieval import GalleryIndex
 from neucore_plugin.training.run_folder import METRICS, RECORD, RunFolder, newest_run, read_record
 
@@ -94,7 +95,7 @@ def cases(root: Path) -> dict[str, Case]:
     captions, images = _cirr(root / "cirr")
     case("cirr captions", captions, lambda: CIRR.read(root / "cirr", "val"))
     case("cirr images", images, lambda: CIRR.read(root / "cirr", "val"))
-    case("captions of a conversion", captions, lambda: captions_of([captions]))
+    case("captions of a conversion", captions, lambda: training_captions([captions], "official_cirr"))
     files = [root / "fashioniq" / file for file in FASHIONIQ.files("val_dress")]
     put(files[0], [{"target": "B2", "candidate": "B1", "captions": ["red", "long"]}])
     put(files[1], ["B1", "B2"])
@@ -117,6 +118,8 @@ def cases(root: Path) -> dict[str, Case]:
 
     case("folder split", split, read_folder)
     case("folder gallery", gallery, read_folder)
+    put(root / "words.json", {"<pad>": 0, "red": 1})
+    case("words", root / "words.json", lambda: read_vocabulary(root / "words.json"))
     write_shards(root / "shards", "folder", known, {"val": read_folder()}, progress=False)
     for name in (shards.INDEX, "triplets-val.json"):
         case(f"shards {name}", root / "shards" / name, lambda: shards.verify(root / "shards", progress=False))
@@ -165,7 +168,7 @@ def made(tmp_path_factory) -> dict[str, Case]:
 NAMES = (
     "cirr captions", "cirr images", "captions of a conversion", "fashioniq captions", "fashioniq images", "shoes",
     "circo annotations/val.json", f"circo {IMAGES}", "folder split", "folder gallery", "shards index.json",
-    "shards triplets-val.json", "index ids", "index manifest", "concepts", "report results.json",
+    "shards triplets-val.json", "index ids", "index manifest", "concepts", "words", "report results.json",
     "report evaluation.json", "results of a finished run", "run record", "run metrics", "features", "emoji",
     "submission cirr", "submission circo",
 )  # fmt: skip
@@ -211,7 +214,7 @@ def refusal(read: Callable[[], Any]) -> str:
 
 def test_a_damaged_file_of_concepts_is_made_anew(tmp_path, monkeypatch):
     class Extractor:
-        pipeline_version, tags = "1", {"NOUN"}
+        pipeline_version, rules = "1", [["NOUN"]]
 
         def __call__(self, texts, progress):
             return [(f"größer {text}",) for text in texts]

@@ -10,6 +10,7 @@ import torch
 from tiny import TEXTS
 
 import neucore_plugin
+from neucore_plugin.models.backbones.resnet_gru import SPECIALS, GloveBiGRU
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +121,25 @@ def test_a_checkpoint_is_self_contained(model, pixels, tmp_path):
     assert loaded.vocabulary == model.vocabulary and loaded.backbone.image.image_size == 64
     assert torch.equal(*(scores(m, pixels, pixels, TEXTS) for m in (model, loaded)))
     assert loaded.fingerprint() == model.fingerprint()
+
+
+def test_captions_of_which_nothing_is_read_are_told_once(built, pixels, caplog):
+    model = built["neucore"]
+    texts = ["\u2603\u2603", "\ud83d", "make it blue", "\u2603\u2603"]  # [UNK] alone; half a letter, so nothing
+    model.encode_query(pixels[:1].expand(4, -1, -1, -1), texts)
+    (record,) = caplog.records
+    assert "2 of 3 captions hold nothing that the text encoder knows" in record.getMessage()
+    caplog.clear()
+    model.encode_query(pixels[:1], ["\u2603 red"])
+    model.encode_query(pixels[:1], None)
+    model.encode_query(pixels[:1], ["\u2603"], concept_words=[()])  # of a data set, which is told as a whole
+    assert not caplog.records
+    built["image_only"].encode_query(pixels[:1], ["\u2603"])  # reads no text
+    assert not caplog.records
+
+
+def test_what_a_word_vocabulary_lacks_is_unknown():
+    encoder = GloveBiGRU(4, 4, None, None, 5, "default", False, words=(*SPECIALS, "red"))
+    assert [encoder.known(text) for text in ("red", "blue <and> RED", "blue", "blue <and> green", "...")] == [
+        True, True, False, False, False
+    ]  # fmt: skip

@@ -11,6 +11,7 @@ A text encoder is an `nn.Module` with
 - `width` (Dt, words and sentence) and `word_width` (Dw),
 - `forward(texts) -> {"words": [B,L,Dt], "mask": [B,L] bool, "sentence": [B,Dt]}`, L may be 0,
 - `embed_words(words) -> [n,Dw]`: one embedding a concept word, for any word,
+- `known(text)` (where absent, any text that is not blank): whether anything in a text is read,
 - `words_live` (False where absent): `embed_words` is cheap and its weights may change, so nothing is remembered of it.
 Both have
 - `fingerprint`: a text that changes whenever the output may change (weights, size, pooling),

@@ -59,6 +59,10 @@ class TextEncoder(Encoder):
             return torch.zeros(0, self.word_width, device=device)
         return torch.stack([self._words[word] for word in words]).to(device)
 
+    def known(self, text: str) -> bool:
+        """Whether the encoder reads anything in a text; here, in all that are not blank."""
+        return bool(text.strip())
+
     def no_texts(self, like: Tensor) -> dict[str, Tensor]:
         """What `forward` gives for an empty list, on the device of `like`."""
         zero = like.new_zeros

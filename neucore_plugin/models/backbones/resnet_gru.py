@@ -207,6 +207,10 @@ class GloveBiGRU(TextEncoder):
         words = [self._rows.get(word, UNKNOWN) for word in SPLITS[self.captions](text)]
         return [START, *(words if self.captions == "released" else words[: self.max_words]), END]
 
+    def known(self, text: str) -> bool:
+        """Whether a text holds a word of the vocabulary."""
+        return not set(self.rows(text)) <= {START, AND, END, UNKNOWN}
+
     def class_of(self, concept: str) -> str:
         """The class of L_c that a concept belongs to."""
         return SPECIALS[UNKNOWN] if self.captions == "released" and concept not in self._rows else concept
