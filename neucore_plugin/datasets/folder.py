@@ -75,7 +75,7 @@ def images(root: str | Path) -> dict[str, Path]:
     if not paths:
         raise DataError(f"{folder}: no images here. Looked for {LOOKED_FOR}; {told(left_out)}".rstrip("; "))
     if left_out:
-        logging.info("%s: %s", folder, told(left_out))
+        logging.warning("%s: %s", folder, told(left_out))
     return {name_of(path.relative_to(folder).as_posix()): path for path in paths}
 
 

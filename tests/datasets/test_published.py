@@ -1,6 +1,7 @@
 """The published data sets end to end in the host: generated pictures under annotations, two protocols, shards."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -481,3 +482,16 @@ def test_each_published_data_set_has_its_parts():
         for split in reader.splits:
             assert reader.files(split) and reader.image_folder("root", split).startswith("root/")
         assert "root" in reader.sources("root") and "{" not in reader.sources("root")
+
+
+def test_check_tells_what_is_no_picture_and_takes_a_pixel_limit(shapes_root, tmp_path, capsys, caplog):
+    root = copy_without(shapes_root, tmp_path / "mine", [])
+    for name in ("photo.heic", "._circle-red.png", "film.mov"):
+        (root / "images" / name).write_bytes(b"?")
+    with caplog.at_level(logging.INFO):
+        assert cli.main(["data", "check", "folder", "--root", str(root)]) == 0
+    assert "left out: 1 .heic (install pillow-heif), 1 .mov, 1 hidden" in caplog.text
+    capsys.readouterr()
+    assert cli.main(["data", "check", "folder", "--root", str(root), "--open", "--max-pixels", "100"]) == 1
+    assert "pixels, the limit is 100 " in capsys.readouterr().out
+    assert cli.main(["data", "check", "folder", "--root", str(root), "--open", "--max-pixels", "1000000"]) == 0
