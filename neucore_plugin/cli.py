@@ -15,7 +15,7 @@ from typing import Any
 
 from neucore_plugin import __version__
 from neucore_plugin.commands import configs, convert, data, evaluate, report, search, shards, submit, train, vocab
-from neucore_plugin.common.errors import ConfigError, FileError, NeucoreError, out_of_memory
+from neucore_plugin.common.errors import ConfigError, FileError, NeucoreError, explained
 
 COMMANDS = (train, evaluate, search, report, configs, data, vocab, shards, submit, convert)
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
@@ -99,7 +99,7 @@ def guarded(command: Callable[[], Any]) -> int:
             _mute()
         return _refused(FileError.of(error, "a file, or the output"))
     except (MemoryError, RuntimeError) as error:
-        if (reason := out_of_memory(error)) is None:
+        if (reason := explained(error)) is None:
             raise
         return _refused(reason)
     return code if isinstance(code, int) else 0

@@ -94,8 +94,11 @@ def init_distributed(run_cfg: Any) -> None:
     announcement is incomplete or the others cannot be met.
     """
     rank, world_size, local_rank = _announced_ranks()
-    kind, _, chosen = pick_device(str(run_cfg.get("device") or "auto")).partition(":")
+    wanted = str(run_cfg.get("device") or "auto")
+    kind, _, chosen = pick_device(wanted if world_size == 1 else wanted.partition(":")[0]).partition(":")
     index = int(chosen or 0) if world_size == 1 else local_rank
+    if kind == "mps" and world_size > 1:
+        raise ConfigError(f"run.device is mps, on which one process trains, but {world_size} were started; start one")
     if kind == "cuda" and index >= torch.cuda.device_count():
         raise ConfigError(
             f"process {rank} of {world_size} wants CUDA device {index}, but there are {torch.cuda.device_count()}; "
@@ -103,7 +106,7 @@ def init_distributed(run_cfg: Any) -> None:
         )
     run_cfg.rank, run_cfg.world_size, run_cfg.gpu = rank, world_size, index
     run_cfg.distributed = world_size > 1
-    run_cfg.device = f"cuda:{index}" if kind == "cuda" else "cpu"
+    run_cfg.device = f"cuda:{index}" if kind == "cuda" else kind
     if kind == "cuda":
         torch.cuda.set_device(index)
     if world_size == 1:
@@ -111,7 +114,7 @@ def init_distributed(run_cfg: Any) -> None:
     backend = str(run_cfg.get("dist_backend") or "auto")
     run_cfg.dist_backend = ("nccl" if kind == "cuda" else "gloo") if backend == "auto" else backend
     if run_cfg.dist_backend == "nccl" and kind != "cuda":
-        raise ConfigError("run.dist_backend is nccl, which joins GPUs, but the device is cpu; use auto or gloo")
+        raise ConfigError(f"run.dist_backend is nccl, which joins GPUs, but the device is {kind}; use auto or gloo")
     if not dist.is_initialized():
         _join(run_cfg.dist_backend, str(run_cfg.get("dist_url") or "env://"), rank, world_size)
     dist.barrier()
@@ -151,13 +154,19 @@ def _join(backend: str, url: str, rank: int, world_size: int) -> None:
 
 def pick_device(wanted: str) -> str:
     """ "auto" becomes "cuda" or "cpu"; anything else is kept. Raises `ConfigError` where it cannot be had."""
-    has_cuda = torch.cuda.is_available()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
-        return "cuda" if has_cuda else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
-        raise ConfigError(f"device: got {wanted!r}; allowed: auto, cpu, cuda or cuda:N")
-    if wanted != "cpu" and not has_cuda:
-        raise ConfigError(f"device: got {wanted}, but torch sees no CUDA device here; use auto or cpu")
+        return "cuda" if count else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", wanted):
+        raise ConfigError(f"device: got {wanted!r}; allowed: auto, cpu, cuda, cuda:N or mps")
+    kind, _, index = wanted.partition(":")
+    has_mps = hasattr(torch.backends, "mps") and torch.backends.mps.is_available()
+    if not {"cpu": True, "cuda": int(index or 0) < count, "mps": has_mps}[kind]:
+        there = ["cpu", *(f"cuda:{number}" for number in range(count)), *(["mps"] if has_mps else [])]
+        raise ConfigError(
+            f"device: got {wanted}, but torch sees no such device here; there is {', '.join(there)}; use one of them, "
+            "or auto"
+        )
     return wanted
 
 

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -72,9 +73,25 @@ _REMEDIES = {
 }
 
 
-def out_of_memory(error: BaseException) -> NeucoreError | None:
-    """An error of ours for one that says that memory is used up, of the machine or of a GPU; None for another."""
-    text = " ".join(str(error).split())
+def explained(error: BaseException) -> NeucoreError | None:
+    """What a user can mend of an error of Python or of torch: no memory is left, a process that loads data died or
+    hangs. None for any other."""
+    text = " ".join(f"{error} {error.__cause__ or ''}".split())  # torch tells the signal in the cause
+    if hang := re.search(r"DataLoader timed out after (\S+) seconds", text):
+        return NeucoreError(
+            f"the processes that load data gave nothing for {hang[1]} s. Is the drive of the images slow, or gone? Use "
+            "run.num_workers=0 to see, or a larger run.loader_timeout (0: no limit)"
+        )
+    remedy = "use run.num_workers=0, fewer workers, or smaller batches"
+    if re.search(r"shared memory|/torch_", text) and "No space left" in text:
+        return NeucoreError(f"shared memory is full: docker run --shm-size=8g, or --ipc=host; or {remedy}")
+    killed = re.search(r"DataLoader worker \(pid.*?\) is (killed by signal: [^.]*)", text)
+    if killed or re.search(r"DataLoader worker \(pid.*?\) exited unexpectedly", text):
+        return NeucoreError(
+            f"a process that loads data {'was ' + killed[1].strip() if killed else 'exited unexpectedly'}. A bus error "
+            "says that shared memory is full (docker run --shm-size=8g, or --ipc=host), a kill that memory is; "
+            f"{remedy}"
+        )
     signs = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
     if not isinstance(error, MemoryError) and not any(sign in text.lower() for sign in signs):
         return None

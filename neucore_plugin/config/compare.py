@@ -61,7 +61,15 @@ def _within(key: str, places: tuple[str, ...]) -> bool:
 # Keys of `run` that change where and how something is done, not what comes out: a run may be continued with others.
 # The number of processes is compared when the checkpoint is read.
 _FOLDERS_AND_LOG = ("output_dir", "job_id", "resume", "evaluate", "report", "log_freq", "checkpoint_every_iters")
-_LOADING = ("num_workers", "cache_dir", "cache_features", "batch_size_eval", "score_chunk", "use_dist_eval_sampler")
+_LOADING = (
+    "num_workers",
+    "loader_timeout",
+    "cache_dir",
+    "cache_features",
+    "batch_size_eval",
+    "score_chunk",
+    "use_dist_eval_sampler",
+)
 _PROCESSES = ("device", "distributed", "dist_url", "dist_backend", "rank", "gpu", "world_size")
 _HARMLESS = frozenset((*_FOLDERS_AND_LOG, *_LOADING, *_PROCESSES))
 

@@ -33,7 +33,7 @@ Probability = Annotated[Real, Ge(0), Lt(1)]
 Text = Annotated[str, Field(pattern=r"\S")]
 NoneTwice = AfterValidator(_none_twice)
 Names = Annotated[list[Text], NoneTwice]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Allowed("auto, cpu, cuda or cuda:N")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$"), Allowed("auto, cpu, cuda, cuda:N or mps")]
 _FACTORS = "a mapping of parameter group to a factor of at least 0, such as {backbone_image: 0.1}"
 Factors = Annotated[dict[str, Annotated[Real, Ge(0)]], Allowed(_FACTORS)]
 Settings = Annotated[dict[str, Any], Allowed("a mapping")]  # of another program: it checks them itself

@@ -61,6 +61,7 @@ class RunSchema(Section):
     batch_size_train: int = Field(32, ge=1, description="pairs a batch and process: each other's negatives")
     batch_size_eval: int = Field(64, ge=1, description="images or queries encoded at a time")
     num_workers: int = Field(0, ge=0, description="processes that load images")
+    loader_timeout: int = Field(600, ge=0, description="seconds that these may take for a batch; 0: no limit")
     train_splits: Names = Field(["train"], description="splits to train on")
     valid_splits: Names = Field([], description="splits that choose the best checkpoint, by the mean of their metrics")
     test_splits: Names = Field([], description="splits of the final results")
@@ -80,11 +81,11 @@ class RunSchema(Section):
         None, ge=1, description="batches between two checkpoints within an epoch; null: only at its end"
     )
     # --- processes
-    device: Device = Field("auto", description="auto (cuda where there is one), cpu, cuda or cuda:N")
+    device: Device = Field("auto", description="auto (cuda where there is one), cpu, cuda, cuda:N or mps")
     distributed: bool = Field(True, description="join the processes that torchrun or srun announces")
     world_size: int = Field(1, ge=1, description="set by the launcher")
     dist_url: Text = Field("env://", description="where processes meet")
-    dist_backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on cuda, gloo on a cpu")
+    dist_backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on cuda, gloo elsewhere")
     use_dist_eval_sampler: bool = Field(True, description="processes share the work of an evaluation")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:

@@ -4,16 +4,18 @@ G gallery images, D width. A model here is any object with `title`, `device`, `f
 `encode_query` and `score`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.workers import Batches
 from neucore_plugin.datasets.triplets import GalleryDataset, TripletDataset
 from neucore_plugin.evaluation.ranking import Evaluated, QueryRanks, Ranking
 from neucore_plugin.retrieval.ranks import topk
@@ -90,12 +92,9 @@ class Evaluator:
             return self._gallery[1]
         images = GalleryDataset(dataset.gallery, dataset.images)
         first, end = (len(images) * n // distributed.world_size() for n in (distributed.rank(), distributed.rank() + 1))
-        batches = DataLoader(
-            Subset(images, range(first, end)),
-            batch_size=loader.batch_size,
-            num_workers=loader.num_workers,
-            collate_fn=images.collater,
-        )
+        plans = [range(start, min(start + loader.batch_size, end)) for start in range(first, end, loader.batch_size)]
+        batches = Batches(partial(_gallery_batch, images), plans, loader.num_workers, loader.timeout)
+        batches.check_room(range(first, first + 1), loader.batch_size)
         mine = []
         for batch in _progress(batches, "encoding gallery"):
             encoded = model.encode_image(batch.get("image"), tokens=batch.get("tokens"), pooled=batch.get("pooled"))
@@ -106,7 +105,11 @@ class Evaluator:
         return encoding
 
 
-def _progress(loader: DataLoader, title: str) -> Any:
+def _gallery_batch(images: GalleryDataset, places: Iterable[int]) -> dict[str, Any]:
+    return images.collater([images[place] for place in places])
+
+
+def _progress(loader: Any, title: str) -> Any:
     return tqdm(loader, title, unit="batch", leave=False, disable=None if distributed.rank() == 0 else True)
 
 

@@ -9,45 +9,34 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, default_collate
 
 from neucore_plugin.common import distributed
-from neucore_plugin.common.errors import ConfigError, DataError, NeucoreError, nearest
+from neucore_plugin.common.errors import ConfigError, DataError, nearest
 from neucore_plugin.common.files import sha256_text
 from neucore_plugin.common.randomness import mix, preserved, seed_sample
+from neucore_plugin.common.workers import Batches
 from neucore_plugin.config.run import RunSchema
 
 
-class _Failure:
-    """An error of a worker: torch would bury its text in a traceback."""
-
-    def __init__(self, error: NeucoreError) -> None:
-        self.error = error
-
-
-class _Batches(Dataset):
+class _Maker:
     """Makes a whole batch from (epoch, indices); the epoch comes with it, so long-lived workers know it as well."""
 
     def __init__(self, dataset: Any, collate: Callable[[list], Any], seed: int) -> None:
         self.dataset, self.collate, self.seed = dataset, collate, seed
         self._epoch: int | None = None
 
-    def __getitem__(self, plan: tuple[int | None, list[int]]) -> Any:
+    def __call__(self, plan: tuple[int | None, list[int]]) -> Any:
         epoch, indices = plan
-        try:
-            if epoch is not None and epoch != self._epoch:
-                set_epoch(self.dataset, epoch)
-                self._epoch = epoch
-            with preserved():
-                samples = []
-                for index in indices:
-                    seed_sample(self.seed, epoch or 0, index)
-                    samples.append(self.dataset[index])
-                return self.collate(samples)
-        except NeucoreError as error:
-            if get_worker_info() is None:
-                raise
-            return _Failure(error)
+        if epoch is not None and epoch != self._epoch:
+            set_epoch(self.dataset, epoch)
+            self._epoch = epoch
+        with preserved():
+            samples = []
+            for index in indices:
+                seed_sample(self.seed, epoch or 0, index)
+                samples.append(self.dataset[index])
+            return self.collate(samples)
 
 
 class _Order:
@@ -81,7 +70,8 @@ class BatchLoader:
     Training (`shuffle`): a new order every epoch, shared by the processes, full batches only. Evaluation: process r of
     W gets the indices r, r + W, ... in order, each once. `collater` of the data set makes the batch.
 
-    Attributes: dataset (the one given), batch_size, num_workers; len() = batches of an epoch in this process.
+    Attributes: dataset (the one given), batch_size, num_workers, timeout (seconds a batch may take, 0: any); len() =
+    batches of an epoch in this process.
     Raises: DataError for a data set that is not map-style, or has fewer samples than processes (training).
     """
 
@@ -94,6 +84,7 @@ class BatchLoader:
         shuffle: bool = False,
         seed: int = 0,
         num_workers: int = 0,
+        timeout: float = 0,
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
@@ -113,15 +104,15 @@ class BatchLoader:
             smaller = size // world
             logging.warning("%s has %d samples: batches hold %d, not %d", name, size, smaller, batch_size)
             batch_size = smaller
-        self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
+        self.dataset, self.batch_size, self.num_workers, self.timeout = dataset, batch_size, num_workers, timeout
         self._order = _Order(size, batch_size, shuffle, seed, rank, world)
+        self._room = False
         collate = getattr(dataset, "collater", None) or default_collate
-        self._loader = DataLoader(
-            _Batches(dataset, collate, seed),
-            batch_size=None,
-            sampler=self._order,
-            collate_fn=_same,
-            num_workers=num_workers,
+        self._batches = Batches(
+            _Maker(dataset, collate, seed),
+            self._order,
+            num_workers,
+            timeout,
             pin_memory=pin_memory,
             persistent_workers=shuffle and num_workers > 0,
             generator=torch.Generator().manual_seed(0),  # else every epoch would draw from the training's generator
@@ -136,10 +127,10 @@ class BatchLoader:
         set_epoch(self.dataset, epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            if isinstance(batch, _Failure):
-                raise batch.error
-            yield batch
+        if not self._room:
+            self._batches.check_room((None, [0]), self.batch_size)
+            self._room = True
+        yield from self._batches
 
 
 def set_epoch(dataset: Any, epoch: int) -> None:
@@ -149,10 +140,6 @@ def set_epoch(dataset: Any, epoch: int) -> None:
         return
     for part in getattr(dataset, "datasets", ()):
         set_epoch(part, epoch)
-
-
-def _same(batch: Any) -> Any:
-    return batch
 
 
 def batch_loader(dataset: Any, run: RunSchema, split: str, pin_memory: bool, training: bool = False) -> BatchLoader:
@@ -165,6 +152,7 @@ def batch_loader(dataset: Any, run: RunSchema, split: str, pin_memory: bool, tra
         shuffle=training,
         seed=run.seed,
         num_workers=run.num_workers,
+        timeout=run.loader_timeout,
         rank=distributed.rank() if shared else 0,
         world=distributed.world_size() if shared else 1,
         pin_memory=pin_memory,

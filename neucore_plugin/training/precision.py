@@ -10,8 +10,8 @@ from neucore_plugin.common.errors import ConfigError
 class Precision:
     """Automatic mixed precision on `device`.
 
-    false: float32. true: bfloat16 where the GPU has it, else float16; float32 on a CPU, with a warning. bf16: bfloat16,
-    on a CPU as well. fp16: float16 with a gradient scaler, on a GPU.
+    false: float32. true: bfloat16 where the GPU has it, else float16; float32 on a CPU or on mps, with a warning. bf16:
+    bfloat16, there as well. fp16: float16 with a gradient scaler, on a GPU.
 
     Attributes: dtype (None for float32), scaler (of gradients; it acts in float16 alone).
     Raises: ConfigError for fp16 on a CPU.
@@ -21,9 +21,11 @@ class Precision:
         name = str(amp).lower()
         on_gpu = device.type == "cuda"
         if name == "fp16" and not on_gpu:
-            raise ConfigError("run.amp: fp16 needs a GPU; on a CPU use false or bf16")
+            raise ConfigError("run.amp: fp16 needs a CUDA GPU; elsewhere use false or bf16")
         if name == "true" and not on_gpu:
-            logging.warning("run.amp: true has no use on a CPU: training in float32 (amp: bf16 forces bfloat16)")
+            logging.warning(
+                "run.amp: true has no use on %s: training in float32 (amp: bf16 forces bfloat16)", device.type
+            )
             name = "false"
         if name == "true":
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

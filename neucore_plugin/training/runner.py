@@ -202,7 +202,7 @@ class RunnerCir(RunnerBase):
         self.progress.step += 1
 
     def _on_device(self, samples: Any) -> Any:
-        if self.cuda_enabled:
+        if self.device.type != "cpu":
             samples = apply_to_sample(lambda tensor: tensor.to(self.device, non_blocking=True), samples)
         if isinstance(samples, dict):  # models of the host read these
             epoch, number = divmod(self.progress.iteration, self.round_iters)

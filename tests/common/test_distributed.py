@@ -29,10 +29,32 @@ def test_one_process(alone, monkeypatch):
 
 def test_cuda_that_is_not_there(alone, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="got cuda:1, but torch sees no CUDA device here; use auto or cpu"):
-        distributed.init_distributed(run_config(device="cuda:1"))
-    with pytest.raises(ConfigError, match="got 'gpu'; allowed: auto, cpu, cuda or cuda:N"):
-        distributed.pick_device("gpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device in ("cuda:1", "cuda", "mps"):
+        message = f"got {device}, but torch sees no such device here; there is cpu; use one of them, or auto"
+        with pytest.raises(ConfigError, match=message):
+            distributed.init_distributed(run_config(device=device))
+    for device in ("gpu", "mps:0", "cuda:-1", "cuda:", "CPU"):
+        with pytest.raises(ConfigError, match=f"got '{device}'; allowed: auto, cpu, cuda, cuda:N or mps"):
+            distributed.pick_device(device)
+
+
+def test_devices_that_are_there(alone, monkeypatch):
+    """Which they are is torch's word: this machine need not have them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    picked = [distributed.pick_device(name) for name in ("auto", "cuda", "cuda:1", "mps", "cpu")]
+    assert picked == ["cuda", "cuda", "cuda:1", "mps", "cpu"]
+    with pytest.raises(ConfigError, match="got cuda:2, .*; there is cpu, cuda:0, cuda:1, mps; use one of them"):
+        distributed.pick_device("cuda:2")
+    run_cfg = run_config(device="mps")
+    distributed.init_distributed(run_cfg)
+    assert (run_cfg.device, run_cfg.distributed) == ("mps", False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="run.device is mps, on which one process trains, but 2 were started"):
+        distributed.init_distributed(run_config(device="mps"))
 
 
 def what_is_agreed() -> tuple:

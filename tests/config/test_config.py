@@ -185,7 +185,7 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
         ("run.evaluate", "yes", 'run.evaluate: got "yes"; allowed: true or false'),
         ("run.evaluate", True, "model.checkpoint: is null, but run.evaluate=true needs trained weights"),
         ("run.lr_scales", {"head": -1}, "run.lr_scales: got"),
-        ("run.device", "gpu", 'run.device: got "gpu"; allowed: auto, cpu, cuda or cuda:N'),
+        ("run.device", "gpu", 'run.device: got "gpu"; allowed: auto, cpu, cuda, cuda:N or mps'),
         ("run.resume", "gone.pth", "run.resume: 'gone.pth' does not exist; allowed: never, auto, or the path"),
         ("run.train_splits", [], "run.train_splits: got []; training needs a split"),
         ("run.train_splits", "train", 'run.train_splits: got "train"; allowed: a list of names'),
