@@ -57,7 +57,7 @@ class TripletBuilder(BaseDatasetBuilder):
         info = OmegaConf.to_container(OmegaConf.create(info), resolve=True)
         data_type = next((kind for kind in DATA_TYPES if storage[kind]), self.config.data_type)
         if storage[data_type]:
-            info["root" if data_type == "shards" else self.place] = str(storage[data_type])
+            info[self.place if data_type == "images" else "root"] = str(storage[data_type])
         self.left_out: dict[str, dict[str, Any]] = {}
         if data_type == "shards":
             paths, splits = self._read_shards(info)

@@ -138,7 +138,7 @@ class Ranking:
         if protocol.soft:
             found["soft"] = self._soft(scores, indices, excluded, members)
         if protocol.precision_at:
-            wanted = min(max(protocol.precision_at), scores.shape[1] - 1)
+            wanted = min(max(protocol.precision_at), scores.shape[1] - protocol.remove_reference)
             found["best"] = self._places(topk(scores, wanted, excluded))
         if shown:
             best = topk(scores, min(SHOWN, scores.shape[1] - 1), excluded)
