@@ -126,6 +126,24 @@ def test_a_place_that_cannot_be_used(command, kind, good, tmp_path, capsys, requ
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("given", ["exp #2/${x}.pth", "null", "2024_01_02", "~", "a: [b"])
+def test_a_checkpoint_is_taken_as_it_is_given(given, monkeypatch):
+    seen = []
+
+    def stop(path, options=None, evaluate=False):
+        seen.extend(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "run", stop)
+    monkeypatch.setattr(launch, "prepared", stop)
+    words = ["--cfg-path", "eval_cirr", "--checkpoint", given, "--options", f"run.output_dir={given}"]
+    for command in (["evaluate"], ["submit", "cirr"]):
+        assert cli.main([*command, *words]) == 130
+        assert ("model.checkpoint", given) in seen
+        assert f"run.output_dir={given}" in seen
+        seen.clear()
+
+
 # ---- what the system refuses, wherever it is met ---------------------------------------------------------------------
 
 RAISED = {

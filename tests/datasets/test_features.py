@@ -1,17 +1,20 @@
 """Feature caches: equal to what was encoded, resumed after a kill, never stale."""
 
+import errno
 import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.errors import DataError, FileError
 from neucore_plugin.datasets.feature_cache import build_cache, content_fingerprints
 
 NAMES = [f"item-{number}" for number in range(50)]
@@ -120,3 +123,48 @@ def test_truncated_file_is_refused_with_the_remedy(tmp_path):
     os.truncate(path, path.stat().st_size - 2)
     with pytest.raises(DataError, match=r"tokens\.f16: damaged feature cache .* Delete"):
         build(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_two_processes_without_locks_never_mix(tmp_path, monkeypatch, caplog, number):
+    """Each fills a folder of its own; the first to finish gives it the name."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    def slow(part):
+        time.sleep(0.002)
+        yield from encode(part)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with ThreadPoolExecutor(3) as pool:
+        for cache in pool.map(lambda _: build(tmp_path, encode=slow), range(3)):
+            check(cache)
+    assert "no locks on this file system" in caplog.text
+    check(build(tmp_path))
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+
+
+def test_what_was_begun_with_locks_is_filled_without(tmp_path, monkeypatch):
+    def stop(part):
+        if "item-40" in part:
+            raise KeyboardInterrupt
+        yield from encode(part)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, encode=stop)
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks")))
+    check(build(tmp_path))
+
+
+def test_a_complete_cache_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    build(tmp_path)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("open", "mkdir", "replace"):
+        monkeypatch.setattr(os, name, refuse)
+    check(build(tmp_path))
+    with pytest.raises(FileError, match="Read-only file system; choose .*run.cache_dir, or the environment variable"):
+        build(tmp_path / "new")

@@ -225,6 +225,23 @@ def test_an_image_that_changed_since_is_noticed(data, tmp_path, monkeypatch):
     assert all(image.read() == mine[0][name].read_bytes() for name, image in images.items())
 
 
+def test_a_folder_that_cannot_be_locked(data, tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    out = tmp_path / "out"
+    out.mkdir()
+    other = out / ".shard-00000.tar.1a2b3c4d.tmp"  # of another process, perhaps
+    other.touch()
+    write(data, out)
+    assert f"let no other process write shards into {out}" in caplog.text
+    assert other.exists()
+    monkeypatch.undo()
+    write(data, out)
+    assert not other.exists()
+
+
 def test_what_cannot_be_written_is_told(data, tmp_path, monkeypatch):
     paths, splits = data
     out, first = tmp_path / "out", next(iter(paths))

@@ -1,6 +1,8 @@
 """Kill and resume: SIGKILLs of child processes at chosen batches and writes; then folders and evaluation only."""
 
+import errno
 import logging
+import os
 import signal
 from functools import cache
 
@@ -176,6 +178,20 @@ def test_a_run_that_is_under_way_is_left_alone(tmp_path):
     runner = case.make_runner(tmp_path)
     assert case.run_child(case.expect_other_process, tmp_path) == 0
     runner.train()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_run_on_a_file_system_without_locks(tmp_path, monkeypatch, caplog, number):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    runner = case.make_runner(tmp_path)
+    rest = runner.output_dir / ".checkpoint_last.pth.1a2b3c4d.tmp"
+    rest.touch()
+    runner.train()
+    assert f"let no other process train in {runner.output_dir}" in caplog.text
+    assert rest.exists()  # another process may be writing it
 
 
 # ---- folders, evaluation only ---------------------------------------------------------------
