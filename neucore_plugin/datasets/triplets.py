@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -197,20 +197,14 @@ class TripletDataset(Dataset):
         self._check()
 
     def _to_learn(self, triplets: Sequence[Triplet], concepts: Any) -> tuple[list[Triplet], Any]:
-        """Triplets, and their concepts where given, without those whose reference is the target: they teach nothing.
-        Where another image is as right, it becomes the target."""
-        others = [tuple(x for x in t.targets if x != t.reference) for t in triplets]
-        kept = [place for place, t in enumerate(triplets) if others[place] or not t.targets]
+        """Triplets, and their concepts where given, without those whose reference is the target: they teach nothing."""
+        kept = [place for place, t in enumerate(triplets) if t.targets[:1] != (t.reference,)]
         if count := len(triplets) - len(kept):
             text = f"{count:,} of {len(triplets):,} pairs have their reference as target; training leaves them out"
             if not kept:
                 raise DataError(f"{self.name}: split {self.split!r}: {text}, so nothing is left to learn from")
             self.notices.append(text)
-        learnt = [
-            replace(t, targets=others[place]) if t.targets[:1] == (t.reference,) else t
-            for place, t in ((place, triplets[place]) for place in kept)
-        ]
-        return learnt, concepts if concepts is None else [concepts[place] for place in kept]
+        return [triplets[place] for place in kept], None if concepts is None else [concepts[place] for place in kept]
 
     def _check(self) -> None:
         named = {t.reference for t in self.triplets} | {x for t in self.triplets for x in t.targets if self.train}
