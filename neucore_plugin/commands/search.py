@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="what training wrote: .../checkpoint_best.pth")
     parser.add_argument("--folder", required=True, type=Path, help="images to search; sub-folders are included")
     parser.add_argument("--image", help="reference: an image file, or the name of an image of the folder")
-    parser.add_argument("--text", help="relative caption: what should be different from the reference")
+    parser.add_argument("--text", type=name_of, help="relative caption: what should be different from the reference")
     parser.add_argument("-k", type=positive, default=10, help="number of results (default 10)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows the results")

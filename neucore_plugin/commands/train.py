@@ -2,6 +2,8 @@
 
 import argparse
 
+from neucore_plugin.common.names import name_of
+
 HELP = "train by a config file, then evaluate its test splits"
 
 
@@ -18,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
         nargs="+",
         action="extend",
         default=[],
+        type=name_of,
         metavar="KEY=VALUE",
         help="override settings of the file, such as run.max_epoch=2 (also as pairs: run.max_epoch 2)",
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from neucore_plugin.common.errors import ConfigError, DataError, FileError
+from neucore_plugin.common.names import path_of
 
 log = logging.getLogger(__name__)
 _DEEPEST = 64  # levels of a JSON file: ours and the published ones have five
@@ -308,7 +309,7 @@ def sha256_text(text: str) -> str:
 
 
 def expanded(path: str | Path) -> Path:
-    """`path` with the home folder for a leading ~; the ~ of a user who is not known stays as it is.
+    """`path` with the home folder for a leading ~, in UTF-8; the ~ of a user who is not known stays as it is.
 
     Raises ConfigError where the own home is meant and not known (a user id without an entry, HOME not set).
     """
@@ -318,6 +319,10 @@ def expanded(path: str | Path) -> Path:
             f"{os.fspath(path)}: this user has no home folder; set HOME, or give a whole path "
             "(of caches: the environment variable NEUCORE_CACHE)"
         )
+    try:
+        os.fsencode(found)
+    except UnicodeEncodeError:  # a text of a config, in a locale that lacks its letters
+        return path_of(os.fspath(found))
     return Path(found)
 
 

@@ -244,8 +244,8 @@ class CirModel(BaseModel):
         unknown = [text for text in texts if not known(self.caption_processor(text))]
         if unknown:
             log.warning(
-                "%d of %d captions hold nothing that the text encoder knows, so their queries are by the image alone: "
-                "%s; write them in other words",
+                "%d of %d captions hold nothing that the text encoder knows, so they do not say what should be "
+                "different: %s; write them in other words",
                 *(len(unknown), len(texts), first_few(repr(text[:80]) for text in unknown)),
             )
 

@@ -73,6 +73,7 @@ def test_names_and_results_are_those_of_any_locale(found):
     assert first["triplets"][0] == ["café.png", "größer, naïve: größer", [NAMES[1]]]
     assert first["triplets"][1][::2] == ["日本/空.PNG", ["\udcff\udce9.png", "a\nb.png"]]
     assert first["from shards"] and first["shown"] == [] and "größer," in first["words"] and first["code"] == 0
+    assert first["text"] == "Café.PNG" and first["path of a config"]
     assert first["yaml"] == {"model": {"caption": "größer"}}
     for locale, (values, _, _) in found.items():
         assert values == first, locale

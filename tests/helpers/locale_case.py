@@ -11,6 +11,8 @@ from pathlib import Path
 from colour_model import ColourModel
 
 from neucore_plugin import cli
+from neucore_plugin.common.files import expanded
+from neucore_plugin.common.names import path_of
 from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config.loading import read_yaml
 from neucore_plugin.datasets import folder
@@ -36,7 +38,11 @@ def main(base: Path) -> dict:
     search_page(base / "page.html", index.reference(triplets[0].reference)[0], triplets[0].caption, hits)
     ConceptVocabulary.from_captions([triplet.caption.split() for triplet in triplets], 1).to_json(base / "words.json")
     code = cli.main(["vocab", "folder", "--root", os.fspath(root), "--split", "val", "--min-count", "1", "--json"])
+    parsed = cli.build_parser().parse_args(["search", "--checkpoint", "c", "--folder", "f", "--text", sys.argv[2]])
+    (base / path_of("ein Häuschen")).mkdir()
     return {
+        "text": parsed.text,
+        "path of a config": expanded("ein Häuschen").is_dir(),
         "images": list(known),
         "triplets": [(t.reference, t.caption, t.targets) for t in triplets],
         "gallery": gallery.ids,
