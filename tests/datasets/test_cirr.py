@@ -271,3 +271,21 @@ def test_counts_of_the_real_files():
     if not (REAL_CIRR / "img_raw").exists():
         report = check("cirr", REAL_CIRR)
         assert report["splits"]["val"]["images_missing"] == 2297 and not report["complete"]
+
+
+def test_pictures_are_found_however_the_list_spells_them(root):
+    """Fashion200K, FashionIQ, Shoes and CIRCO go the same way: `Reader.read` asks the disk."""
+    folder = root / "img_raw/dev"
+    names = DEV[:4]
+    (folder / f"{names[0]}.png").rename(folder / f"{names[0].upper()}.PNG")
+    (folder / f"{names[1]}.png").rename(folder / "cafe\u0301 \udcff.png")
+    edit(root / "image_splits/split.rc2.val.json", lambda v: v.update({names[1]: "./dev/caf\u00e9 \udcff.png"}))
+    (folder / f"{names[2]}.png").rename(folder / f"{names[2]}.PNG")
+    _, gallery = CIRR.read(root, "val")
+    assert [gallery.files[name].name for name in names] == [
+        f"{names[0].upper()}.PNG", "cafe\u0301 \udcff.png", f"{names[2]}.PNG", f"{names[3]}.png"
+    ]  # fmt: skip
+    assert catalogue.load("cirr", root, ["val"])[2] == {}  # nothing is missing
+    (folder / f"{names[2]}.pNG").write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"{names[2]}\.png' may mean '{names[2]}\.PNG', '{names[2]}\.pNG'"):
+        CIRR.read(root, "val")
