@@ -67,7 +67,7 @@ def _beside(path: str | Path, mode: str) -> Iterator[IO]:
     try:
         with os.fdopen(handle, mode, **_coding(mode)) as stream:
             if before:
-                with contextlib.suppress(OSError):  # some file systems know neither
+                with contextlib.suppress(OSError, AttributeError):  # some systems know neither
                     os.chown(temporary, before.st_uid, before.st_gid)
                 with contextlib.suppress(OSError):
                     os.chmod(temporary, stat.S_IMODE(before.st_mode))

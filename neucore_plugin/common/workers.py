@@ -5,7 +5,9 @@ torch hands batches over in shared memory; a lack of it is a bus error in the wo
 
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing.connection import Listener
 from typing import Any
 
 import torch
@@ -43,8 +45,12 @@ class Batches:
         return len(self._loader)
 
     def check_room(self, one: Any, size: int) -> None:
-        """ConfigError where shared memory is too small; `one`: the plan of a batch of one of the `size` samples."""
+        """ConfigError where no batch could come from the workers; `one`: the plan of a batch of one of `size` samples.
+
+        They come in shared memory, and are announced through a socket in the folder for temporary files.
+        """
         if self._workers and len(self):
+            _check_socket()
             together = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # processes that torchrun has started here
             kept = min(len(self), _AHEAD * self._workers + 1)
             bytes_of_one = sum(tensor.nbytes for tensor in _tensors(self._made.make(one)))
@@ -77,6 +83,18 @@ def check_shared_memory(needed: int, workers: int) -> None:
             f"{_shown(free)} left. Use run.num_workers=0, or smaller batches, or give the container more: docker run "
             f"--shm-size={-(-needed // (1 << 30)) + 1}g, or --ipc=host"
         )
+
+
+def _check_socket() -> None:
+    if not hasattr(socket, "AF_UNIX"):
+        return
+    try:
+        Listener(family="AF_UNIX").close()
+    except OSError as error:  # no such folder, none that can be written, or a path too long for a socket
+        raise ConfigError(
+            f"run.num_workers: the folder for temporary files, TMPDIR={os.environ.get('TMPDIR', '')}, cannot be used "
+            f"({error}). Set TMPDIR to a folder with a short path that can be written, or use run.num_workers=0"
+        ) from error
 
 
 class _Made(Dataset):

@@ -90,6 +90,26 @@ def test_little_shared_memory_is_told_at_the_start(monkeypatch):
     Batches(make, many, 4, 30).check_room([0], 999)
 
 
+@pytest.mark.parametrize("kind", ["too long", "none at all"])
+def test_a_folder_for_temporary_files_that_cannot_be_used(tmp_path, kind):
+    """torch would lose every batch in the workers, and wait."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    code = (
+        "import sys, tempfile, torch\n"
+        "from neucore_plugin import cli\n"
+        "from neucore_plugin.common.workers import Batches\n"
+        f"if {kind == 'none at all'}: tempfile._candidate_tempdir_list = lambda: ['/none']\n"
+        "sys.exit(cli.guarded(lambda: Batches(lambda plan: torch.ones(3), [[1]], 2, 30).check_room([0], 1)))"
+    )
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: run.num_workers: the folder for temporary files, TMPDIR={folder}, cannot be")
+    assert done.stderr.count("\n") == 1
+    assert os.listdir(folder) == []
+
+
 class Pictures(torch.utils.data.Dataset):
     def __len__(self):
         return 64

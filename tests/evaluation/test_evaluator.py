@@ -1,6 +1,7 @@
 """The evaluator on a model whose scores are a table full of ties, against sorting names; result files and page."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from neucore_plugin.config.published import STANDARD
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 from neucore_plugin.evaluation.evaluator import Evaluator
 from neucore_plugin.evaluation.ranking import Evaluated, QueryRanks
-from neucore_plugin.evaluation.results import write_results
+from neucore_plugin.evaluation.results import _copied, write_results
 from neucore_plugin.report import table_lines, write_report
 from neucore_plugin.retrieval.ranks import MISS
 
@@ -86,6 +87,26 @@ def dataset(tmp_path):
     found = TripletDataset("x", "val", triplets, Gallery(NAMES, paths), store)
     found.credit = "Pictures: nobody"
     return found
+
+
+def test_two_runs_that_end_at_once_leave_the_results_of_one(tmp_path):
+    """results.json and report.html one level up are both of the one or both of the other."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+
+    def end(run: int) -> None:
+        folder = tmp_path / str(run)
+        folder.mkdir()
+        paths = [folder / "results.json", folder / "report.html"]
+        for path in paths:
+            path.write_text(f"{run}\n" * 2000)
+        for _ in range(20):
+            _copied(paths, shared)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(end, range(3)))
+    one, other = ((shared / name).read_text() for name in ("results.json", "report.html"))
+    assert one == other
 
 
 def evaluate(dataset, model=None, evaluator=None, chosen=None, **options) -> Evaluated:
