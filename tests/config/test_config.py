@@ -421,3 +421,21 @@ def test_a_run_goes_on_with_another_pixel_limit_or_none_yet():
     assert compare.config_fingerprint(run) == compare.config_fingerprint(raised)
     raised["datasets"]["emoji"]["vis_processor"]["eval"]["fit"] = "crop"
     assert len(compare.config_differences(run, raised)) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"model: " + b"[" * 3000,
+        b"run: {seed: " + b"9" * 5000 + b"}",
+        b"\xff\xfe\0",
+        b"run: {a: caf\xe9}",
+        b"a: 1\na: 2",
+        b"",
+    ],
+)
+def test_a_file_that_is_no_yaml_of_ours_is_one_error(tmp_path, content):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config file .*mine\.yaml") as caught:
+        loading.read_yaml(tmp_path / "mine.yaml")
+    assert len(str(caught.value)) < 1000

@@ -353,3 +353,39 @@ def test_the_command_takes_a_pixel_limit(folder, monkeypatch, capsys):
     assert "left out wide.png" in err and "400 pixels, the limit is 399" in err and "--max-pixels" in err
     _, out, err = searched(monkeypatch, capsys, "--folder", folder, "--text", "red", "--max-pixels", 400)
     assert "wide.png" in out and "limit" not in err
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("./red.png", "red.png"),
+        ("RED.PNG", "red.png"),
+        ("red", "red.png"),
+        (" red.png", "red.png"),
+        ("more\\grey.jpg", "more/Grey.JPG"),
+        ("more//deep/pink", "more/deep/pink.webp"),
+    ],
+)
+def test_a_name_is_found_in_another_spelling(built, folder, given, meant, tmp_path):
+    assert built.search(given, "blue", k=4) == built.search(meant, "blue", k=4)
+    if "\\" not in given and given == given.strip():  # of a file, the folders are those of the disk
+        assert built.search(folder / given, "blue", k=4) == built.search(meant, "blue", k=4)
+    built.save(tmp_path / "index")
+    loaded = GalleryIndex.load(tmp_path / "index", model=ColourModel())
+    loaded.remove(given)
+    assert meant not in loaded and len(loaded) == 4
+
+
+def test_a_name_that_may_mean_several_is_told(folder):
+    draw(folder / "Red.png", "blue")
+    index = GalleryIndex.build(ColourModel(), folder, progress=False)
+    assert names(index.search("Red.png", k=1, exclude_reference=False)) == ["Red.png"]
+    for ask in (index.search, index.remove, lambda name: index.search(folder / name)):
+        with pytest.raises(DataError, match=r"'RED\.png' may mean 'Red\.png', 'red\.png'"):
+            ask("RED.png")
+
+
+@pytest.mark.parametrize("given", ["", ".", "..", "a\0b", "x" * 5000, "\ud83d.png", "~", "/"])
+def test_what_is_no_name_is_one_error(built, given):
+    with pytest.raises(DataError):
+        built.search(given, "red")
