@@ -1,13 +1,14 @@
-"""Reading images from a folder, from its shards by place, and as a stream: images a second, files opened, memory.
+"""Training pairs from a folder, shards by place, a stream, and cached features: pairs a second, files opened, memory.
 
-    python benchmarks/data.py                  # 4,000 generated JPEGs of 320 x 240; about two minutes
+    python benchmarks/data.py                  # 4,000 generated JPEGs of 320 x 240; some minutes
     python benchmarks/data.py --images 500     # seconds
 
-All forms read every image once: folder and shards in the same shuffled order, the stream in its own. "raw" leaves the
-decoding out. The forms take turns in one process, with as many workers as the row says; of several rounds the fastest
-counts. On a busy machine wall times say little; the ratios of processor times, workers included, are the steadier
-figure. The files lie in the page cache, so nothing here shows what a disk or a network drive asks for each file that
-is opened; the number of files does.
+An epoch of batches of 32 pairs by the loaders of a training: each image is a reference and a target once. Folder,
+shards and stream decode both pictures and make them 224 x 224; cached features (49 tokens of 320 numbers an image) are
+read from disk. The forms take turns in one process, with as many workers as the row says; of
+several rounds the fastest counts. On a busy machine wall times say little; the ratios of processor times, workers
+included, are the steadier figure. The files lie in the page cache, so nothing here shows what a disk or a network drive
+asks for each file that is opened; the number of files does.
 
 Files opened and memory are taken without workers, in a process of its own for each form: files below the data's folder
 that the process opened, and how far its peak resident size grew from just before the data set was opened.
@@ -15,50 +16,31 @@ that the process opened, and how far its peak resident size grew from just befor
 
 import argparse
 import json
+import multiprocessing
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-import webdataset
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from neucore_plugin.common.images import load_image
-from neucore_plugin.datasets.shards import reader, writer
-from neucore_plugin.datasets.triplets import Gallery, Triplet
+from neucore_plugin.datasets.feature_cache import build_cache
+from neucore_plugin.datasets.shards import reader, stream, writer
+from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
+from neucore_plugin.processors import ImageProcessor
+from neucore_plugin.training.loaders import BatchLoader, StreamLoader
 
-FORMS = ("folder", "shards", "stream")
+FORMS = ("folder", "shards", "stream", "cached")
 SIZE = (320, 240)
+TOKENS = (49, 320)
 BATCH = 32
-
-
-class Images(Dataset):
-    """Images by place in a list of sources: paths, or images of shards."""
-
-    def __init__(self, sources: list, decode: bool) -> None:
-        self.sources, self.decode = sources, decode
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, place: int) -> int:
-        source = self.sources[place]
-        if self.decode:
-            return load_image(source).size[0]
-        return len(source.read_bytes() if isinstance(source, Path) else source.read())
-
-
-def _width(sample: dict) -> int:
-    return load_image(sample["bytes"]).size[0]
-
-
-def _length(sample: dict) -> int:
-    return len(sample["bytes"])
 
 
 def generate(folder: Path, count: int) -> dict[str, Path]:
@@ -74,29 +56,71 @@ def generate(folder: Path, count: int) -> dict[str, Path]:
     return paths
 
 
-def open_form(form: str, root: Path, decode: bool) -> Iterable:
-    """The data set of a form, as training (folder, shards) or encoding a gallery (stream) opens it."""
+def pairs(paths: dict[str, Path]) -> tuple[list[Triplet], Gallery]:
+    """Each image once as reference, with the next one as target."""
+    names = list(paths)
+    targets = [*names[1:], names[0]]
+    triplets = [Triplet(str(n), a, "x", (b,)) for n, (a, b) in enumerate(zip(names, targets, strict=True))]
+    return triplets, Gallery(tuple(paths), tuple(paths.values()))
+
+
+def write_forms(root: Path, paths: dict[str, Path], max_bytes: int) -> None:
+    """Shards by place, shards of whole samples, and features of as many numbers as an encoder gives."""
+    splits = {"train": pairs(paths)}
+    writer.write_shards(root / "shards", "benchmark", paths, splits, max_bytes=max_bytes, progress=False)
+    writer.write_stream(root / "samples", "benchmark", paths, splits, max_bytes=max_bytes, progress=False)
+    _cache(root, list(paths))
+
+
+def _cache(root: Path, names: list[str]):
+    draw = np.random.default_rng(0)
+
+    def encode(part: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        yield from ((draw.standard_normal(TOKENS, np.float32), draw.standard_normal(1280, np.float32)) for _ in part)
+
+    return build_cache(root / "features", "images", "benchmark", names, names, encode, batch_size=64)
+
+
+def open_form(form: str, root: Path, workers: int = 0) -> BatchLoader | StreamLoader:
+    """The loader of a form, as training opens it."""
+    processor = ImageProcessor(image_size=224)
+    options = {"seed": 1, "num_workers": workers}
     if form == "stream":
-        return reader.stream(root / "shards").compose(webdataset.map(_width if decode else _length))
+        triplets, files = stream.open_stream(str(root / "samples")).train["train"]
+        store = ImageStore(dict.fromkeys(t.reference for t in triplets), processor)
+        numbers = {t.query_id: number for number, t in enumerate(triplets)}
+        settings = {"written": triplets, "numbers": numbers, "shards": files, "buffer": 256}
+        place = ("benchmark", "train", triplets, Gallery((), ()), store)
+        return StreamLoader(stream.TripletStream(*place, train=True, **settings), BATCH, **options)
     if form == "shards":
-        sources = list(reader.read_shards(root / "shards")[0].values())
+        images, splits, _ = reader.read_shards(root / "shards")
+        triplets, gallery = splits["train"]
     else:
-        sources = sorted((root / "images").iterdir())
-    order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(1)).tolist()
-    return Images([sources[place] for place in order], decode)
+        images = {path.stem: path for path in sorted((root / "images").iterdir())}
+        triplets, gallery = pairs(images)
+    store = ImageStore(images, processor)
+    if form == "cached":
+        store.cache = _cache(root, list(images))
+    dataset = TripletDataset("benchmark", "train", triplets, gallery, store, train=True)
+    return BatchLoader(dataset, BATCH, shuffle=True, **options)
 
 
-def seconds(dataset: Iterable, workers: int, count: int) -> tuple[float, float]:
-    """Wall time and processor time, workers included, of reading everything once."""
+def seconds(loader: BatchLoader | StreamLoader, epoch: int) -> tuple[float, float, int]:
+    """Wall time and processor time, workers included, of an epoch; its pairs."""
     wall, cpu = time.perf_counter(), _processor()
-    found = sum(len(batch) for batch in DataLoader(dataset, batch_size=BATCH, num_workers=workers))
-    assert found == count, f"{found} images instead of {count}"
-    return time.perf_counter() - wall, _processor() - cpu
+    loader.set_position(epoch)
+    found = sum(len(batch["index"]) for batch in loader)
+    return time.perf_counter() - wall, _processor() - cpu, found
 
 
 def _processor() -> float:
-    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    """Of this process and its children, which may still live, so that the system does not count them to it yet."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    total = own.ru_utime + own.ru_stime
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def _peak() -> int:
@@ -120,9 +144,9 @@ def cost(form: str, root: Path) -> dict[str, float]:
     before = _peak()
     sys.addaudithook(hook)
     begun = time.perf_counter()
-    dataset = open_form(form, root, decode=True)
+    loader = open_form(form, root)
     ready = time.perf_counter() - begun
-    for _ in DataLoader(dataset, batch_size=BATCH):
+    for _ in loader:
         pass
     return {"files": len(opened), "times": times, "memory": _peak() - before, "ready": ready}
 
@@ -134,22 +158,20 @@ def cost_in_its_own_process(form: str, root: Path) -> dict[str, float] | None:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout)
 
 
-def report(root: Path, count: int, rounds: int) -> None:
-    print(f"\n{'images a second, ratios to the folder':<40}" + "".join(f"{form:>10}" for form in FORMS), flush=True)
-    for decode in (False, True):
-        datasets = {form: open_form(form, root, decode) for form in FORMS}
-        for workers in (0, 2):
-            best = dict.fromkeys(FORMS, (float("inf"), float("inf")))
-            for turn in range(rounds + 1):
-                for form, dataset in datasets.items():
-                    found = seconds(dataset, workers, count)
-                    if turn:  # the first round warms the page cache
-                        best[form] = tuple(map(min, best[form], found))
-            title = f"{'decoded' if decode else 'raw bytes'}, {workers} workers"
-            print(f"{title:<40}" + "".join(f"{count / best[form][0]:>10,.0f}" for form in FORMS))
-            for place, name in enumerate(("wall", "processor")):
-                ratios = "".join(f"{best['folder'][place] / best[form][place]:>10.2f}" for form in FORMS)
-                print(f"{f'  folder / form, {name} time':<40}{ratios}", flush=True)
+def report(root: Path, rounds: int) -> None:
+    print(f"\n{'pairs a second, ratios to the folder':<40}" + "".join(f"{form:>10}" for form in FORMS), flush=True)
+    for workers in (0, 2):
+        loaders = {form: open_form(form, root, workers) for form in FORMS}
+        best = dict.fromkeys(FORMS, (float("inf"), float("inf")))  # seconds of a pair
+        for turn in range(rounds + 1):
+            for form, loader in loaders.items():
+                wall, cpu, found = seconds(loader, turn)
+                if turn:  # the first round warms the page cache, and starts the workers
+                    best[form] = tuple(map(min, best[form], (wall / found, cpu / found)))
+        print(f"{f'{workers} workers':<40}" + "".join(f"{1 / best[form][0]:>10,.0f}" for form in FORMS))
+        for place, name in enumerate(("wall", "processor")):
+            ratios = "".join(f"{best['folder'][place] / best[form][place]:>10.2f}" for form in FORMS)
+            print(f"{f'  folder / form, {name} time':<40}{ratios}", flush=True)
 
 
 def main() -> None:
@@ -165,17 +187,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name).resolve()
         paths = generate(root / "images", arguments.images)
-        names = list(paths)
-        split = ([Triplet("1", names[0], "x", (names[1],))], Gallery(tuple(paths), tuple(paths.values())))
         begun = time.perf_counter()
-        writer.write_shards(root / "shards", "benchmark", paths, {"train": split}, max_bytes=32 << 20, progress=False)
+        write_forms(root, paths, 32 << 20)
         written = time.perf_counter() - begun
-        total = sum(path.stat().st_size for path in paths.values())
-        size = sum(path.stat().st_size for path in (root / "shards").iterdir())
-        tars = len(list((root / "shards").glob("*.tar")))
-        print(f"{len(paths):,} images, {total / 1e6:.1f} MB")
-        print(f"as {tars} shards with their index {size / 1e6:.1f} MB, written in {written:.1f} s")
-        print(f"\n{'without workers, decoded':<40}" + "".join(f"{form:>10}" for form in FORMS))
+        print(f"{len(paths):,} images, {sum(path.stat().st_size for path in paths.values()) / 1e6:.1f} MB")
+        for kind in ("shards", "samples", "features"):
+            files = [path for path in (root / kind).rglob("*") if path.is_file()]
+            print(f"{kind}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB")
+        print(f"written in {written:.1f} s")
+        print(f"\n{'an epoch without workers':<40}" + "".join(f"{form:>10}" for form in FORMS))
         costs = {form: cost_in_its_own_process(form, root) for form in FORMS}
         for key, title, form_of in (
             ("files", "files opened", lambda value: f"{value:,}"),
@@ -185,7 +205,7 @@ def main() -> None:
         ):
             row = "".join(f"{'unknown' if costs[f] is None else form_of(costs[f][key]):>10}" for f in FORMS)
             print(f"{title:<40}{row}", flush=True)
-        report(root, len(paths), arguments.rounds)
+        report(root, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from neucore_plugin.commands import positive
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.config.published import PUBLISHED
 
-HELP = "write a data set as tar shards (webdataset's layout), to train from with data_type: shards"
+HELP = "write a data set as tar shards (webdataset's layout), to train from with data_type: shards or stream"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="skip: leave images that have no file or cannot be read out, with the queries that need them; the shards "
         "keep the counts",
     )
+    parser.add_argument(
+        "--triplets",
+        action="store_true",
+        help="whole samples (query and both pictures) of the training splits, for data_type: stream; the others by "
+        "place, below eval/",
+    )
     parser.add_argument("--verify", action="store_true", help="read every byte of the shards in --out and check them")
 
 
@@ -34,12 +40,15 @@ def run(arguments: argparse.Namespace) -> None:
     """Write, or check. Raises ConfigError and DataError."""
     from neucore_plugin.datasets import folder
     from neucore_plugin.datasets.published import catalogue
-    from neucore_plugin.datasets.shards.reader import verify
-    from neucore_plugin.datasets.shards.writer import write_shards
+    from neucore_plugin.datasets.shards import reader, stream, writer
     from neucore_plugin.datasets.triplets import left_out_text
 
     if arguments.verify:
-        print(f"{arguments.out}: {verify(arguments.out):,} images, all as they were written")
+        if (arguments.out / reader.MANIFEST).is_file():
+            counted = f"{stream.verify(arguments.out):,} samples"
+        else:
+            counted = f"{reader.verify(arguments.out):,} images"
+        print(f"{arguments.out}: {counted}, all as they were written")
         return
     if arguments.name is None:
         raise ConfigError(f"which data set? Give one of {', '.join((*PUBLISHED, 'folder'))}, or --verify")
@@ -59,7 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
         for row in left_out.values():
             row["files"] = [os.path.relpath(file, root) for file in row["files"]]
         paths = {name: path for _, gallery in splits.values() for name, path in gallery.files.items()}
-    index = write_shards(
+    write, kind = (writer.write_stream, "stream") if arguments.triplets else (writer.write_shards, "shards")
+    index = write(
         arguments.out,
         arguments.name,
         paths,
@@ -71,5 +81,5 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{index}: {len(paths):,} images, {', '.join(splits)}")
     for split, row in left_out.items():
         print(f"{split}: {left_out_text(row)}")
-    print(f"train from them: --options datasets.{arguments.name}.data_type=shards ", end="")
+    print(f"train from them: --options datasets.{arguments.name}.data_type={kind} ", end="")
     print(shlex.quote(f"datasets.{arguments.name}.build_info.root={arguments.out}"))

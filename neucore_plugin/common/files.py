@@ -219,7 +219,7 @@ def read_json(path: str | Path, kind: type | None = None, remedy: str = "fetch i
     for a key that stands twice, a number that no 64 bits hold, and lists in lists without end.
     """
     try:
-        value = _parsed(read_text(path, remedy))
+        value = parse_json(read_text(path, remedy))
     except DataError:
         raise
     except ValueError as error:
@@ -234,8 +234,8 @@ class _Wrong(str):
     """Stands in a parsed value where the text has what is refused: the reason."""
 
 
-def _parsed(text: str) -> Any:
-    """Parse JSON. Raises ValueError that says what is wrong and where."""
+def parse_json(text: str) -> Any:
+    """What a JSON text holds. Raises ValueError that says what is wrong and where, for all that `read_json` refuses."""
     refused = []
 
     def refuse(reason: str) -> _Wrong:
@@ -329,8 +329,8 @@ def expanded(path: str | Path) -> Path:
 def cache_dir(override: str | Path | None = None) -> Path:
     """Folder for caches: `override`, else $NEUCORE_CACHE, else ~/.cache/neucore; it is not created here.
 
-    It holds features/ (outputs of frozen encoders, concepts of captions), emoji/ (drawings), and
-    missing-images-NAME.txt.
+    It holds features/ (outputs of frozen encoders, concepts of captions), emoji/ (drawings), streams/ (shards that were
+    fetched), and missing-images-NAME.txt.
     """
     chosen = override or os.environ.get("NEUCORE_CACHE") or "~/.cache/neucore"
     return expanded(chosen).absolute()

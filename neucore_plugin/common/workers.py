@@ -11,7 +11,7 @@ from multiprocessing.connection import Listener
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from neucore_plugin.common.errors import ConfigError, FileError, NeucoreError, explained
 
@@ -50,11 +50,7 @@ class Batches:
         They come in shared memory, and are announced through a socket in the folder for temporary files.
         """
         if self._workers and len(self):
-            _check_socket()
-            together = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # processes that torchrun has started here
-            kept = min(len(self), _AHEAD * self._workers + 1)
-            bytes_of_one = sum(tensor.nbytes for tensor in _tensors(self._made.make(one)))
-            check_shared_memory(bytes_of_one * size * kept * together, self._workers)
+            check_room(self._made.make(one), size, len(self), self._workers)
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self._loader)
@@ -70,6 +66,28 @@ class Batches:
             if isinstance(batch, _Failure):
                 raise batch.error
             yield batch
+
+
+class StreamedBatches(Batches):
+    """Batches of which each worker makes its own: `make()` iterates over them. As Batches, but without a length."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]], workers: int, timeout: float, **options: Any) -> None:
+        self._loader = DataLoader(
+            _Streamed(make),
+            batch_size=None,
+            collate_fn=_same,
+            num_workers=workers,
+            timeout=timeout if workers else 0,
+            **options,
+        )
+
+
+def check_room(one: Any, size: int, batches: int, workers: int) -> None:
+    """ConfigError where shared memory is too small for what is kept ready; `one`: a batch of one of `size` samples."""
+    _check_socket()
+    together = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # processes that torchrun has started here
+    kept = min(batches, _AHEAD * workers + 1)
+    check_shared_memory(sum(tensor.nbytes for tensor in _tensors(one)) * size * kept * together, workers)
 
 
 def check_shared_memory(needed: int, workers: int) -> None:
@@ -104,19 +122,39 @@ class _Made(Dataset):
         self.make = make
 
     def __getitem__(self, plan: Any) -> Any:
+        return self.make(plan) if get_worker_info() is None else _told(lambda: self.make(plan))
+
+
+class _Streamed(IterableDataset):
+    """The same of batches that come in an order of their own."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self.make()
         if get_worker_info() is None:
-            return self.make(plan)
-        try:
-            batch = self.make(plan)
-            for tensor in _tensors(batch):  # torch would do it later, where a lack of room makes the batch disappear
-                tensor.share_memory_()
-            return batch
-        except (NeucoreError, OSError) as error:
-            return _Failure(error if isinstance(error, NeucoreError) else FileError.of(error))
-        except RuntimeError as error:
-            if (reason := explained(error)) is None:
-                raise
-            return _Failure(reason)
+            yield from batches
+            return
+        while (batch := _told(lambda: next(batches, _END))) is not _END:
+            yield batch
+            if isinstance(batch, _Failure):
+                return
+
+
+def _told(make: Callable[[], Any]) -> Any:
+    """What `make` gives, in shared memory; a _Failure where it raises an error that a user can mend."""
+    try:
+        batch = make()
+        for tensor in _tensors(batch):  # torch would do it later, where a lack of room makes the batch disappear
+            tensor.share_memory_()
+        return batch
+    except (NeucoreError, OSError) as error:
+        return _Failure(error if isinstance(error, NeucoreError) else FileError.of(error))
+    except RuntimeError as error:
+        if (reason := explained(error)) is None:
+            raise
+        return _Failure(reason)
 
 
 class _Failure:

@@ -71,7 +71,8 @@ def _dataset(name: str, dataset: Mapping[str, Any], image: Mapping[str, Any]) ->
     root = (dataset["build_info"] or {}).get("root")
     if root is None and name == "folder":
         yield f"{path}.build_info.root", "got null; allowed: the path of your folder"
-    if root is not None and name not in PUBLISHED and not expanded(root).is_dir():
+    given = root is not None and name not in PUBLISHED and dataset["data_type"] != "stream"  # that may be an address
+    if given and not expanded(root).is_dir():
         yield f"{path}.build_info.root", f"folder {root!r} does not exist; give the data set's root folder"
     maps = (dataset["build_info"] or {}).get("features")
     if name == "cirr" and image and dataset["data_type"] == "images" and (image["name"] == "features") != bool(maps):

@@ -97,7 +97,14 @@ class EmojiInfoSchema(InfoSchema):
     role_cap: int = Field(12, ge=1, description="role changes kept a reference; more of them, more training time")
 
 
-class FolderInfoSchema(InfoSchema):
+class RootInfoSchema(InfoSchema):
+    """Of a data set that may also be read as shards."""
+
+    allow_remote: bool = Field(False, description="data_type: stream may fetch its shards from an address (root)")
+    shuffle_buffer: int = Field(256, ge=1, description="data_type: stream: samples a worker draws the next from")
+
+
+class FolderInfoSchema(RootInfoSchema):
     root: Text | None = Field(None, description="your folder, never null: images/** and a JSON file a split")
 
 
@@ -105,8 +112,10 @@ class DatasetSchema(Section):
     """Base of the data sets' schemas; a subclass gives `build_info` a type of its own."""
 
     type: Text = Field("default", description="the host's set of defaults")
-    data_type: Literal["images", "shards"] = Field(
-        "images", description="shards: build_info.root is a folder that `neucore shards` wrote"
+    data_type: Literal["images", "shards", "stream"] = Field(
+        "images",
+        description="shards: build_info.root is a folder that `neucore shards` wrote; stream: one that it wrote with "
+        "--triplets, the address of one, or a brace pattern of its shards",
     )
     vis_processor: ProcessorPairSchema | None = Field(None, description="of images; cir_image where not given")
     text_processor: ProcessorPairSchema | None = Field(None, description="of captions; cir_caption where not given")
@@ -124,7 +133,7 @@ class FolderSchema(DatasetSchema):
     build_info: FolderInfoSchema = Field(description="how it is built")
 
 
-class PublishedInfoSchema(InfoSchema):
+class PublishedInfoSchema(RootInfoSchema):
     """Of a data set that is laid out as published: its builder says what a root lacks, file by file."""
 
     root: Text | None = Field(None, description="its folder; null: its environment variable, such as NEUCORE_CIRR_ROOT")

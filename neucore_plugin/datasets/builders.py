@@ -20,6 +20,7 @@ from neucore_plugin.datasets.emoji import drawings
 from neucore_plugin.datasets.emoji import splits as emoji
 from neucore_plugin.datasets.published import catalogue
 from neucore_plugin.datasets.shards import reader as shards
+from neucore_plugin.datasets.shards import stream as streams
 from neucore_plugin.datasets.triplets import LEFT_OUT, Gallery, ImageStore, Triplet, TripletDataset, left_out_text
 from neucore_plugin.host.registration import register_builder
 
@@ -32,7 +33,8 @@ class TripletBuilder(BaseDatasetBuilder):
 
     `build_datasets` returns {split: TripletDataset}, and {"split@preset": TripletDataset} for every protocol after the
     first; only splits whose name starts with "train" load target images. `data_type: shards` reads what `neucore
-    shards` wrote instead. `wanted`: the splits that a run names; None = all that can be trained on or evaluated.
+    shards` wrote instead, `stream` what it wrote with --triplets: a training split is then a TripletStream.
+    `wanted`: the splits that a run names; None = all that can be trained on or evaluated.
     The host's `load_dataset(name, vis_path=..., data_type=...)` gives the root, or the folder of shards.
     """
 
@@ -59,14 +61,17 @@ class TripletBuilder(BaseDatasetBuilder):
         if storage[data_type]:
             info[self.place if data_type == "images" else "root"] = str(storage[data_type])
         self.left_out: dict[str, dict[str, Any]] = {}
+        streamed: dict[str, TripletDataset] = {}
         if data_type == "shards":
             paths, splits = self._read_shards(info)
+        elif data_type == "stream":
+            streamed, paths, splits = self._read_stream(info)
         else:
             distributed.on_main(lambda: self.prepare(info))  # it writes files: one process does it, the others wait
             paths, splits = self.read(info)
         if any("files" in row for row in self.left_out.values()):
             self._list_bad()
-        return self.build(info, paths, splits)
+        return streamed | self.build(info, paths, splits)
 
     def prepare(self, info: dict[str, Any]) -> None:
         """Make what the data set needs on disk; nothing by default."""
@@ -75,14 +80,24 @@ class TripletBuilder(BaseDatasetBuilder):
         """Images by name (a path, or what else `load_image` takes), and triplets and gallery by split."""
         raise ConfigError(f"{type(self).__name__} must define read()")
 
-    def _read_shards(self, info: dict[str, Any]) -> Content:
+    def _root(self, info: dict[str, Any], data_type: str, how: str) -> str:
         if not info.get("root"):
             raise ConfigError(
-                f"datasets.{self.name}.build_info.root is null; with data_type: shards it names the folder that "
-                "`neucore shards` wrote"
+                f"datasets.{self.name}.build_info.root is null; with data_type: {data_type} it names the folder that "
+                f"`{how}` wrote"
             )
-        paths, splits, self.left_out = shards.read_shards(info["root"], self.name)
+        return info["root"]
+
+    def _read_shards(self, info: dict[str, Any]) -> Content:
+        root = self._root(info, "shards", "neucore shards")
+        paths, splits, self.left_out = shards.read_shards(root, self.name)
         splits = {s: found for s, found in splits.items() if self.wanted is None or s in self.wanted}
+        return self._without_bad(info, paths, splits)
+
+    def _without_bad(
+        self, info: dict[str, Any], paths: dict[str, Any], splits: dict[str, tuple[list[Triplet], Gallery]]
+    ) -> Content:
+        """What is read by place, with `missing: skip` without what cannot be read."""
         if info.get("missing") == "skip":
             splits, bad = catalogue.skip_bad(self.name, splits, self._processor_of)
             for split, row in bad.items():  # beside what lacked when they were written
@@ -90,6 +105,42 @@ class TripletBuilder(BaseDatasetBuilder):
                 self.left_out[split] = row | {key: row[key] + before.get(key, 0) for key in LEFT_OUT}
             paths = _images(splits)
         return paths, splits
+
+    def _read_stream(
+        self, info: dict[str, Any]
+    ) -> tuple[dict[str, TripletDataset], dict[str, Any], dict[str, tuple[list[Triplet], Gallery]]]:
+        """The training splits as streams; what is evaluated on by place."""
+        root = self._root(info, "stream", "neucore shards --triplets")
+        found = streams.open_stream(root, self.name, self.wanted, info.get("allow_remote", False))
+        self.left_out = found.left_out
+        streamed = {split: self._stream(info, split, *content) for split, content in found.train.items()}
+        return streamed, *self._without_bad(info, found.images, found.evaluated)
+
+    def _stream(
+        self, info: dict[str, Any], split: str, triplets: list[Triplet], files: list[streams.StreamFile]
+    ) -> TripletDataset:
+        """A training split; of chosen shards, the triplets that these hold."""
+        protocol, captions = protocols.presets(self.name, info.get("protocol"))[0], self.text_processors["train"]
+        held = sorted(number for file in files for number in file.numbers)[: info.get("max_train")]
+        asked = {n: protocols.queries(protocol, [triplets[n]], True, _joiner(info, captions)) for n in held}
+        queries = [query for found in asked.values() for query in found]
+        names = dict.fromkeys(name for query in queries for name in (query.reference, *query.targets))
+        dataset = streams.TripletStream(
+            *(self.name, split, queries, Gallery((), ()), ImageStore(names, self.vis_processors["train"])),
+            captions=captions,
+            train=True,
+            protocol=protocol,
+            written=triplets,
+            numbers={query.query_id: number for number, found in asked.items() for query in found},
+            shards=files,
+            buffer=info["shuffle_buffer"],
+            skip=info.get("missing") == "skip",
+        )
+        dataset.credit, dataset.left_out = self.credit, self.left_out.get(split, {})
+        logging.info("%s: %s holds %d queries in %d shards", self.name, split, len(dataset), len(dataset.shards))
+        for notice in dataset.notices:
+            logging.warning("%s: %s: %s", self.name, split, notice)
+        return dataset
 
     def _processor_of(self, split: str) -> Any:
         return self.vis_processors["train" if protocols.is_train(split) else "eval"]
@@ -123,8 +174,7 @@ class TripletBuilder(BaseDatasetBuilder):
             side = "train" if protocols.is_train(split) else "eval"
             content = triplets[: info.get(f"max_{side}")], gallery
             captions = self.text_processors[side]
-            joiner = info.get("joiner") or ("and" if getattr(captions, "clean", True) else AND)
-            made = protocols.build(self.name, split, content, stores[side], chosen, joiner, captions)
+            made = protocols.build(self.name, split, content, stores[side], chosen, _joiner(info, captions), captions)
             for name, dataset in made.items():
                 dataset.credit, dataset.one_process = self.credit, one_process
                 if self.name == "fashioniq" and side == "eval":
@@ -152,6 +202,11 @@ class PublishedBuilder(TripletBuilder):
         given = info.get("root"), splits, info.get("missing", "error"), self._processor_of, info.get("features")
         _, found, self.left_out = catalogue.load(self.name, *given)
         return _images(found), found
+
+
+def _joiner(info: dict[str, Any], captions: Any) -> str:
+    """What stands between the captions of a pair, by the config, else by the text processor."""
+    return info.get("joiner") or ("and" if getattr(captions, "clean", True) else AND)
 
 
 def _images(splits: dict[str, tuple[list[Triplet], Gallery]]) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def encode_ahead(
     on_main: runs a function in the main process, which builds a cache below `root` while the others wait and then open
     the same files. Raises DataError listing all images that cannot be read, also in bad_images.json.
     """
-    stores = {id(dataset.images): dataset.images for dataset in datasets}.values()
+    # The pictures of a stream are read as they come, and only then.
+    stores = {id(dataset.images): dataset.images for dataset in datasets if not dataset.streamed}.values()
     for store in stores:
         kept = cache_features and backbone.freeze_image and store.processor.deterministic
         if kept and not store.holds_maps:  # those are features already, in full precision

@@ -162,6 +162,8 @@ class TripletDataset(Dataset):
     Raises: DataError for an empty split, or a triplet whose image or target is unknown.
     """
 
+    streamed = False  # whether samples come in an order of their own: see `shards/stream.py`
+
     def __init__(
         self,
         name: str,
@@ -265,6 +267,10 @@ class TripletDataset(Dataset):
         return len(self.triplets)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._sample(index, lambda _, name: self.images.load(name))
+
+    def _sample(self, index: int, load: Callable[[str, str], dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """load: role (reference, target) and name of an image -> what `ImageStore.load` gives."""
         triplet = self.triplets[index]
         sample: dict[str, Any] = {
             "index": index,
@@ -282,7 +288,7 @@ class TripletDataset(Dataset):
         if self.train:
             roles["target"] = triplet.targets[0]
         for role, name in roles.items():
-            sample.update({f"{role}_{key}": value for key, value in self.images.load(name).items()})
+            sample.update({f"{role}_{key}": value for key, value in load(role, name).items()})
         if self.text_cache is not None:
             text = self.texts[index]
             sample["words"], sample["sentence"] = self.text_cache.tokens(text), self.text_cache.pooled(text)

@@ -1,22 +1,29 @@
 """Batches of map-style data sets in an order that depends on (seed, epoch) alone, from any batch of an epoch on.
 
+Those of streams come in an order that the numbers of processes and workers decide as well: see StreamLoader.
+
 What a sample looks like depends on (seed, epoch, index): its generators are seeded one by one. So the number of workers
 and processes changes nothing, and a training can be continued in the middle of an epoch. Knows no host.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError, DataError, nearest
 from neucore_plugin.common.files import sha256_text
 from neucore_plugin.common.randomness import mix, preserved, seed_sample
-from neucore_plugin.common.workers import Batches
+from neucore_plugin.common.workers import Batches, StreamedBatches, check_room
 from neucore_plugin.config.run import RunSchema
+
+_TOLD = 10  # bad samples of an epoch that are named in the log; all are counted
 
 
 class _Maker:
@@ -133,6 +140,137 @@ class BatchLoader:
         yield from self._batches
 
 
+class _Streamer:
+    """Makes this worker's batches of an epoch: (batch, what was wrong with samples that it lacks).
+
+    What was done before a training was stopped is read again, since the order follows from it, but not decoded: None
+    stands in its place. sizes: batches of each worker.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, seed: int, rank: int, world: int, sizes: list[int]) -> None:
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.rank, self.world, self.sizes = rank, world, sizes
+        self.place = torch.zeros(2, dtype=torch.int64)  # epoch, and first batch of it, of all workers together
+
+    def __call__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, (epoch, start) = info.id if info else 0, self.place.tolist()
+        turns = [w for turn in range(max(self.sizes)) for w, size in enumerate(self.sizes) if turn < size]
+        done = turns[:start].count(worker)  # workers take turns
+        set_epoch(self.dataset, epoch)
+        samples = self.samples(epoch, worker)
+        for number in range(self.sizes[worker]):
+            raw = list(islice(samples, self.batch_size))
+            yield None if number < done else self._batch(epoch, raw)
+
+    def samples(self, epoch: int, worker: int) -> Iterator[Any]:
+        return self.dataset.samples(self.seed, epoch, self.rank, self.world, worker, len(self.sizes))
+
+    def _batch(self, epoch: int, raw: list[Any]) -> tuple[Any, list[str]]:
+        made, problems = [], []
+        with preserved():
+            for index, content in raw:
+                seed_sample(self.seed, epoch, index)
+                try:
+                    made.append(self.dataset.decode(index, content))
+                except DataError as error:
+                    if not self.dataset.skip:
+                        raise
+                    problems.append(str(error))
+            if not made:
+                raise DataError(f"all samples of a batch are bad, such as {problems[0]}")
+            return self.dataset.collater(made), problems
+
+
+class StreamLoader:
+    """Training batches of a data set whose samples come in an order of their own (see `datasets/shards/stream.py`).
+
+    Order and batches follow from (seed, epoch, processes, workers, batch size). Every process gets equally many full
+    batches in every epoch, whichever shards it is dealt; what is left over changes with the epoch.
+
+    Attributes and len() as of BatchLoader. Raises: DataError where some process may get no whole batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        name: str = "data",
+        seed: int = 0,
+        num_workers: int = 0,
+        timeout: float = 0,
+        rank: int = 0,
+        world: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.batch_size, self.num_workers, self.timeout = dataset, batch_size, num_workers, timeout
+        self.name, self._room = name, False
+        workers = max(1, num_workers)
+        sizes = [_least_batches(dataset.sizes, batch_size, other, world, workers) for other in range(world)]
+        self._length = min(map(sum, sizes))
+        if not self._length:
+            raise DataError(
+                f"{name} has {len(dataset)} queries in {len(dataset.sizes)} shards, too few for {world} processes with "
+                f"{workers} readers each and batches of {batch_size}: a reader gets whole shards. Lower "
+                "run.batch_size_train or run.num_workers, start fewer processes, or write smaller shards (--max-mb)"
+            )
+        self._source = _Streamer(dataset, batch_size, seed, rank, world, sizes[rank])
+        if num_workers:
+            self._source.place.share_memory_()  # workers live longer than an epoch
+        self._batches = StreamedBatches(
+            self._source,
+            num_workers,
+            timeout,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def set_position(self, epoch: int, start: int = 0) -> None:
+        """The next iteration is over `epoch`, from batch number `start` on."""
+        self._source.place.copy_(torch.tensor([epoch, start]))
+        set_epoch(self.dataset, epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, bad = int(self._source.place[0]), 0
+        if self.num_workers and not self._room:
+            self._check_room(epoch)
+        for _, found in zip(range(len(self)), self._batches, strict=False):
+            if found is None:
+                continue
+            batch, problems = found
+            for text in problems[: max(0, _TOLD - bad)]:
+                logging.warning("left out: %s", text)
+            bad += len(problems)
+            yield batch
+        if bad:
+            logging.warning(
+                "%s, epoch %d: %d bad samples were left out of this process's batches", self.name, epoch, bad
+            )
+
+    def _check_room(self, epoch: int) -> None:
+        """Once: the size of a batch follows from one sample of this process."""
+        for index, raw in self._source.samples(epoch, 0):
+            with contextlib.suppress(DataError), preserved():  # a bad one is told where its batch is made
+                sample = self.dataset.collater([self.dataset.decode(index, raw)])
+                check_room(sample, self.batch_size, len(self), self.num_workers)
+                break
+        self._room = True
+
+
+def _least_batches(shards: Sequence[int], batch_size: int, rank: int, world: int, workers: int) -> list[int]:
+    """Full batches that each worker of a process has in any epoch. shards: samples of each.
+
+    Shards are dealt in a new order each epoch, but how many a worker gets never changes: at worst the smallest ones.
+    """
+    counts = [len(range(rank + world * worker, len(shards), world * workers)) for worker in range(workers)]
+    return [sum(sorted(shards)[:count]) // batch_size for count in counts]
+
+
 def set_epoch(dataset: Any, epoch: int) -> None:
     """Call `set_epoch` of a data set, or of the parts of a concatenated one, where there is such a method."""
     if hasattr(dataset, "set_epoch"):
@@ -142,14 +280,22 @@ def set_epoch(dataset: Any, epoch: int) -> None:
         set_epoch(part, epoch)
 
 
-def batch_loader(dataset: Any, run: RunSchema, split: str, pin_memory: bool, training: bool = False) -> BatchLoader:
+def batch_loader(
+    dataset: Any, run: RunSchema, split: str, pin_memory: bool, training: bool = False
+) -> BatchLoader | StreamLoader:
     """The loader of a training's, or of an evaluated, data set, for this process."""
     shared = training or run.use_dist_eval_sampler
-    return BatchLoader(
+    streamed = any(getattr(part, "streamed", False) for part in getattr(dataset, "datasets", [dataset]))
+    if streamed and (not training or hasattr(dataset, "datasets")):
+        raise ConfigError(
+            f"split {split} comes as a stream (data_type: stream), which is trained on, one split and data set at a "
+            "time. Name one in run.train_splits, or read by place: data_type: shards"
+        )
+    kind = StreamLoader if streamed else partial(BatchLoader, shuffle=training)
+    return kind(
         dataset,
         run.batch_size_train if training else run.batch_size_eval,
         name=f"train split {split}" if training else f"split {split}",
-        shuffle=training,
         seed=run.seed,
         num_workers=run.num_workers,
         timeout=run.loader_timeout,

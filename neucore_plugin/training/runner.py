@@ -137,6 +137,8 @@ class RunnerCir(RunnerBase):
             "training data": data_fingerprint(dataset),
             "iterations": self.max_iters,
         }
+        if getattr(dataset, "streamed", False):  # its order depends on them as well
+            conditions["run.num_workers"] = self.run.num_workers
         self.checkpointer = Checkpointer(self.folder, self._model, self.optimisation, conditions, self.plain_config())
         progress = self.checkpointer.resume()
         if progress is None:

@@ -1,8 +1,10 @@
 """Fixtures of the tests of shards: the shapes, and a folder of shards of them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import stream_case
 from shards_case import shapes, write
 
 
@@ -14,3 +16,15 @@ def data(tmp_path_factory) -> tuple[dict, dict]:
 @pytest.fixture
 def written(data, tmp_path) -> Path:
     return write(data, tmp_path / "out").parent
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory) -> Path:
+    """A folder of whole samples."""
+    return stream_case.write(data, tmp_path_factory.mktemp("samples") / "out")
+
+
+@pytest.fixture
+def samples(whole, tmp_path) -> Path:
+    """A copy that a test may spoil."""
+    return shutil.copytree(whole, tmp_path / "out")

@@ -5,8 +5,8 @@ A folder of shards holds
     triplets-{split}.json   the queries and the gallery of a split
     index.json              counts, fingerprints, each shard's size and SHA-256, each image's name, shard and place
 
-A training sample needs two images that lie anywhere, so shards are read by place, as a map-style data set: order,
-resume, workers and processes are those of a folder. `stream` reads them from end to end with webdataset, for encoding.
+A training sample needs two images that lie anywhere, so these shards are read by place, as a map-style data set: order,
+resume, workers and processes are those of a folder. Shards of whole samples, read from end to end: `stream.py`.
 
 Shards come from elsewhere, so nothing in them is trusted: names are labels and never paths, members are bytes and never
 decoded by their suffix (webdataset's own `decode` unpickles .pyd, .pkl and .pth), nothing but local files is opened.
@@ -18,8 +18,7 @@ import json
 import logging
 import os
 import re
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,11 @@ from neucore_plugin.datasets.triplets import LEFT_OUT, Gallery, Triplet, left_ou
 
 FORMAT = "neucore-shards-1"
 INDEX = "index.json"
+MANIFEST = "stream.json"  # of shards of whole samples: see `stream.py`
 _SHARD = re.compile(r"shard-[0-9]{5,7}\.tar")
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 # Of members, as a hint to other readers; others are .img. One list for all machines, whatever their Pillow reads.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_MEMBER = re.compile(rf"[0-9]{{6,12}}({'|'.join(map(re.escape, (*SUFFIXES, '.img')))})")
 _FIELDS = {field.name for field in dataclasses.fields(Triplet)}
 _TRIPLET = TypeAdapter(Triplet)
 REMEDY = "write the shards again with `neucore shards`"
@@ -132,22 +131,29 @@ def read_shards(
         raise DataError(f"{root / INDEX}: lists no images; {REMEDY}")
     splits, left_out = {}, {}
     for split, row in index["splits"].items():
-        splits[split], counts = _read_split(root, split, row, images)
-        if any(counts.values()):
-            left_out[split] = {**counts, "listed_in": str(root / f"triplets-{split}.json")}
-            logging.warning("%s: when %s was written: %s", root, split, left_out_text(counts))
+        if not SPLIT_NAME.fullmatch(split):
+            raise DataError(f"{root / INDEX}: {split[:80]!r} is no name of a split; {REMEDY}")
+        splits[split], found = read_split(root / f"triplets-{split}.json", row.get("sha256"), images)
+        if found:
+            left_out[split] = found
+            logging.warning("%s: when %s was written: %s", root, split, left_out_text(found))
     return images, splits, left_out
 
 
 def open_index(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     """The folder's path and the content of its index, of the right form. Raises DataError."""
     if "://" in str(folder) or str(folder).startswith("pipe:"):
-        raise DataError(f"{folder}: shards are read from a folder; copy or mount it, then give its path")
+        raise DataError(
+            f"{folder}: shards are read by place from a folder; copy or mount it, then give its path. From afar whole "
+            "samples are read: data_type: stream"
+        )
     root = expanded(folder)
     if not (root / INDEX).is_file():
         remedy = "`neucore shards` writes one"
         if (root / "writing.json").is_file():
             remedy = "its writing was interrupted: give the same `neucore shards` command again"
+        elif (root / MANIFEST).is_file():
+            remedy = "these shards hold whole samples: data_type: stream"
         raise DataError(f"{root}: has no {INDEX}, so it is no complete folder of shards; {remedy}")
     index = read_json(root / INDEX, dict, "the shards")
     if index.get("format") != FORMAT:
@@ -183,15 +189,15 @@ def split_sum(plain: Mapping[str, Any]) -> str:
     return sha256_text(json.dumps(plain, ensure_ascii=False, sort_keys=True))
 
 
-def _read_split(
-    root: Path, split: str, row: Mapping[str, Any], images: Mapping[str, Any]
-) -> tuple[tuple[list[Triplet], Gallery], dict[str, int]]:
-    """Triplets and gallery, and the counts of what was left out."""
-    if not SPLIT_NAME.fullmatch(split):
-        raise DataError(f"{root / INDEX}: {split[:80]!r} is no name of a split; {REMEDY}")
-    path = root / f"triplets-{split}.json"
+def read_split(
+    path: Path, expected: Any, images: Mapping[str, Any]
+) -> tuple[tuple[list[Triplet], Gallery], dict[str, Any]]:
+    """Triplets and gallery of a split's file, and what bad images cost (counts of LEFT_OUT), {} where none was.
+
+    expected: the file's `split_sum`. images: what its gallery may name. Raises DataError.
+    """
     plain = read_json(path, dict, "the shards")
-    if split_sum(plain) != row.get("sha256"):
+    if split_sum(plain) != expected:
         raise DataError(f"{path}: was altered since it was written; {REMEDY}")
     missing = plain.get("left_out", {})
     counts = {key: missing[key] for key in LEFT_OUT if key in missing} if isinstance(missing, dict) else {"": None}
@@ -203,14 +209,23 @@ def _read_split(
         raise DataError(f"{path}: its gallery names images that no shard holds; {REMEDY}")
     triplets = []
     for number, entry in enumerate(plain["triplets"]):
-        if not isinstance(entry, dict) or set(entry) - _FIELDS:
-            raise DataError(f"{path}: triplet {number} has fields that this version does not know; {REMEDY}")
         try:
-            triplets.append(_TRIPLET.validate_python(entry))
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            raise DataError(f"{path}: triplet {number}: {wrong['loc'][0]}: {wrong['msg']}; {REMEDY}") from None
-    return (triplets, Gallery(tuple(ids), tuple(images[name] for name in ids))), counts
+            triplets.append(triplet_of(entry))
+        except DataError as error:
+            raise DataError(f"{path}: triplet {number} {error}; {REMEDY}") from None
+    left_out = {**counts, "listed_in": str(path)} if any(counts.values()) else {}
+    return (triplets, Gallery(tuple(ids), tuple(images[name] for name in ids))), left_out
+
+
+def triplet_of(entry: Any) -> Triplet:
+    """A triplet from its JSON. Raises DataError, whose text goes on after the entry's name."""
+    if not isinstance(entry, dict) or set(entry) - _FIELDS:
+        raise DataError("has fields that this version does not know")
+    try:
+        return _TRIPLET.validate_python(entry)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise DataError(f"has a wrong {wrong['loc'][0]}: {wrong['msg']}") from None
 
 
 def verify(folder: str | Path, progress: bool = True) -> int:
@@ -222,44 +237,3 @@ def verify(folder: str | Path, progress: bool = True) -> int:
         if sha256_file(path) != shard.get("sha256"):
             raise DataError(f"{path}: its content has changed (SHA-256 does not fit); copy it again, or {REMEDY}")
     return len(images)
-
-
-def stream(folder: str | Path) -> Any:
-    """A webdataset pipeline over the images, each once among all workers and processes: {"name", "bytes"}.
-
-    For reading a whole gallery from end to end. Whole shards are dealt out, so give no more workers than there are
-    shards. Raises DataError as `read_shards` does, and where a shard holds less than its index, or something else.
-    """
-    import webdataset
-
-    images, _, _ = read_shards(folder)
-    listed: dict[str, list[ShardImage]] = {}
-    for image in images.values():
-        listed.setdefault(image.shard, []).append(image)
-
-    def members(source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for entry in source:
-            yield from _members(entry["url"], listed[entry["url"]])
-
-    # A list, not a pattern, and opened here: webdataset's own opener would expand braces, fetch URLs and run `pipe:`.
-    return webdataset.DataPipeline(
-        webdataset.SimpleShardList(list(listed)), webdataset.split_by_node, webdataset.split_by_worker, members
-    )
-
-
-def _members(shard: str, listed: Sequence[ShardImage]) -> Iterator[dict[str, Any]]:
-    """The members of a shard as bytes, under their names of the index; all must be regular files of our form."""
-    number = 0
-    try:
-        with tarfile.open(shard, mode="r:") as archive:
-            for number, info in enumerate(archive, 1):
-                if info.type != tarfile.REGTYPE or not _MEMBER.fullmatch(info.name):
-                    raise DataError(f"{shard}: holds {info.name[:80]!r}, which is no member of ours; {REMEDY}")
-                image = listed[number - 1] if number <= len(listed) else None
-                if image is None or (image.offset, image.size) != (info.offset_data, info.size):  # before it is read
-                    raise DataError(f"{shard}: member {info.name} is not where the index says; {REMEDY}")
-                yield {"name": image.name, "bytes": archive.extractfile(info).read()}
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{shard}: no whole tar file ({error}); copy it again") from None
-    if number != len(listed):  # a cut at the end of a member looks like the end of the archive
-        raise DataError(f"{shard}: ends after {number:,} of {len(listed):,} images; copy it again")
