@@ -194,7 +194,7 @@ class ReleasedConceptExtractor(ConceptExtractor):
         return ["released", list(self.pos), self.repeats]
 
     def _parts(self, text: str) -> list[str]:
-        return captions_of(text)
+        return captions_of(text.encode("utf-8", "replace").decode("utf-8"))  # half letters are no text to the tagger
 
     def _lemmas(self, documents: Sequence[Any]) -> tuple[str, ...]:
         fields = {

@@ -8,10 +8,11 @@ import pytest
 import torch
 from encoder_case import encoder
 from places import PROJECTS, REAL, needs_real
-from published_case import edit, write_fashioniq
+from published_case import edit, write_cirr_to_train_on, write_fashioniq
 from released_weights import CONCEPTS, WORDS, converted, tensors
 
 from neucore_plugin import launch
+from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.concepts import ConceptExtractor, ReleasedConceptExtractor
 from neucore_plugin.config import loading
 from neucore_plugin.config.published import FASHIONIQ_CATEGORIES
@@ -35,6 +36,13 @@ def test_concepts_are_lemmas_by_tag():
     assert again == ("dog", "small", "small") and "berlin" in ConceptExtractor()(["dogs in Berlin"])[0]
     third = ReleasedConceptExtractor(("NOUN", "ADJ"), 3)(["a small dog", "", " <and> "])
     assert third == [("dog", "small", "small", "small"), (), ()]
+    assert "dress" in lemmas_of(extract, "half \ud83d a letter\x00\nred dress")
+
+
+def lemmas_of(extract, caption):
+    """The lemmas of a caption among others, which are the same whatever stands beside it."""
+    assert extract([caption]) == extract(["first", caption, "last"])[1:2]
+    return extract([caption])[0]
 
 
 def test_captions_of_a_pair_are_read_one_by_one():
@@ -222,3 +230,45 @@ def test_a_new_checkpoint_says_how_it_reads(tmp_path):
         PROJECTS / "eval_fashioniq.yaml", [f"model.checkpoint={path}"], launch.registry_tables(), section_of
     ).to_dict()["datasets"]["fashioniq"]
     assert not found["text_processor"]["eval"]["clean"] and found["build_info"]["joiner"] is None
+
+
+def test_training_from_feature_maps(tmp_path, monkeypatch):
+    """CIRR's released form from maps alone: no picture is there, nothing is cached, and the run's checkpoint ranks."""
+    monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "cache"))
+    root = write_cirr_to_train_on(tmp_path / "cirr")
+    random = np.random.default_rng(0)
+    for path in (root / "img_raw").rglob("*.png"):
+        place = (root / "maps" / path.relative_to(root / "img_raw")).with_suffix(
+            ".npy" if "img2" in path.name else ".pkl"
+        )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        values = random.normal(size=(1, 4, 2, 2)).astype(np.float32)
+        np.save(place, values) if place.suffix == ".npy" else place.write_bytes(pickle.dumps(values))
+        path.unlink()
+    options = [
+        f"datasets.cirr.build_info.root={root}",
+        "datasets.cirr.build_info.features=maps",
+        "model.backbone.image={name: features, width: 4, grid: 2}",
+        "model.backbone.text.word_dim=6",
+        "model.backbone.text.width=8",
+        "model.embed_dim=8",
+        "model.concept_alignment={depth: 1, heads: 2}",
+        "model.fusion={heads: 2, head_dim: 4}",
+        "run.max_epoch=2",
+        "run.batch_size_train=8",
+        f"run.output_dir={tmp_path / 'out'}",
+    ]
+    first = launch.run(PROJECTS / "train_official_cirr.yaml", options)
+    assert set(first["val"]) >= {"R@1", "R_subset@1"}
+    best = next((tmp_path / "out").glob("*/checkpoint_best.pth"))
+    model = NeucoreModel.from_checkpoint(best)
+    assert model.vocabulary.words == tuple(sorted(model.vocabulary.words, key=model.backbone.text.words.index))
+    assert set(model.vocabulary.words) == {"<unk>", "red", "blue", "cat"} and model.raw_captions  # "dog" is no word
+    assert not any((tmp_path / "cache").rglob("tokens.f16"))
+    broken = next((root / "maps" / "train").rglob("*.pkl"))
+    broken.write_bytes(b"cut")
+    with pytest.raises(DataError, match=f"1 images cannot be read.*\n.*{broken.name} is no feature map"):
+        launch.run(PROJECTS / "train_official_cirr.yaml", [*options, "run.resume=never"])
+    broken.unlink()
+    with pytest.raises(ConfigError, match=r"maps: 1 of .* images of train, such as maps/train/"):
+        launch.run(PROJECTS / "train_official_cirr.yaml", [*options, "run.resume=never"])

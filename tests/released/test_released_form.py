@@ -21,6 +21,7 @@ from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config.loading import load_config, model_defaults
 from neucore_plugin.models.backbones.resnet_gru import SPECIALS, split_words, word_list
 from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.models.progressive_fusion import ProgressiveFusion
 from neucore_plugin.weights import checkpoint
 
 
@@ -88,6 +89,31 @@ def test_words_get_a_gradient_as_classes_and_none_as_concepts_of_the_query(loops
     samples |= {"concept_words": [("red",), ("dress",)], "target_key": torch.tensor([2, 3])}
     model(samples)["loss_matching"].backward()
     assert model.alignment.classifier.projection.weight.grad is None
+
+
+def test_dropout_acts_at_four_places_of_an_executor_in_training_alone(monkeypatch):
+    """On the attention's weights and its output, behind the GELU, and behind the second linear layer."""
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*given, dropout_p=0.0, **more):
+        seen.append(("weights", dropout_p))
+        return attend(*given, dropout_p=0.0, **more)
+
+    def drop(x, p=0.5, training=True, inplace=False):
+        seen.append((x.shape[-1], p if training else 0.0))
+        return x
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(torch.nn.functional, "dropout", drop)
+    for name in ("official_cirr", "official_fashioniq", "official_shoes"):
+        fusion = {**model_defaults({"model_type": name})["fusion"], "module_depth": 1}
+        executor = ProgressiveFusion(dim=12, released=True, **fusion).executors[0][0]
+        assert executor.attention[0].heads == 8 and executor.attention[0].proj.in_features == 512
+        for training in (True, False):
+            seen.clear()
+            executor.train(training)(torch.randn(2, 5, 12), torch.randn(2, 12), torch.ones(2, 5, dtype=torch.bool))
+            assert seen == [(place, 0.1 * training) for place in ("weights", 12, 48, 12)]
 
 
 # ---- image encoders -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms
 
 from neucore_plugin.common.errors import ConfigError, ImageError
@@ -16,6 +16,7 @@ from neucore_plugin.config.encoders import IMAGENET
 from neucore_plugin.config.loading import model_defaults
 from neucore_plugin.datasets.feature_maps import check_files, map_file, read_map
 from neucore_plugin.processors import ImageProcessor
+from neucore_plugin.report.page import heat_overlay
 
 SIZES = [(300, 200), (201, 300), (256, 256), (31, 97), (640, 3), (1, 1), (224, 224)]
 
@@ -79,6 +80,14 @@ def test_training_pictures_are_crops_of_the_same_page():
         assert places
         found.add(places[0])
     assert len(found) > 3 and not released(augment="crop_flip").deterministic and released().deterministic
+
+
+def test_heat_lies_over_the_part_that_the_model_saw():
+    picture, values = noise((90, 60)), torch.zeros(2, 2)
+    page = ImageOps.pad(picture, (90, 90), color="white").crop((5, 5, 85, 85))
+    seen = heat_overlay(picture, values, fit="released")
+    assert seen.tobytes() == heat_overlay(page, values, fit="stretch").tobytes()
+    assert seen.tobytes() != heat_overlay(picture, values, fit="pad").tobytes()
 
 
 def test_a_panorama_does_not_fill_the_memory():
