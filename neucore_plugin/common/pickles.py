@@ -3,7 +3,7 @@
 import pickle
 import pickletools
 
-_MOST_TUPLES = 32  # a tuple that holds another twice, and so on, takes for ever to be compared; an array has four
+_MOST_TUPLES = 16  # a tuple that holds another twice, and so on, takes for ever to be compared; an array has six
 
 
 def refuse_bombs(content: bytes) -> None:

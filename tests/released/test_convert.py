@@ -375,3 +375,10 @@ def test_names_that_nothing_uses_are_listed_in_groups():
         assert names.renamed(name) is None
     for rest in ("module.layers.0", "params_generator.model.0.fc.fc.weight", "module.layers.a.0.fn.to_qkv.weight"):
         assert names.renamed(f"{ENGINE}executors.layer0.instruction_type0.{rest}") is None
+
+
+def test_a_pickle_of_tuples_in_tuples_takes_no_time(tmp_path):
+    """As a key of a table, each holding the one before twice: 2^40 parts to be hashed."""
+    (tmp_path / "v.pkl").write_bytes(b"\x80\x02})" + b"2\x86" * 40 + b"K\x00s.")
+    with pytest.raises(DataError, match="is no pickled vocabulary: refused: it nests tuples"):
+        read_vocabulary(tmp_path / "v.pkl")

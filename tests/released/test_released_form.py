@@ -215,7 +215,7 @@ def test_features_say_what_they_take():
     maps = torch.arange(24.0).reshape(1, 6, 2, 2)
     tokens = encoder(maps)["tokens"]
     assert tokens.shape == (1, 4, 6) and tokens[0, 1].tolist() == [1, 5, 9, 13, 17, 21]
-    with pytest.raises(ValueError, match=r"takes feature maps \[B, 6, 2, 2\], given \[1, 3, 224, 224\]; extract them"):
+    with pytest.raises(ConfigError, match=r"takes feature maps \[B, 6, 2, 2\], given \[1, 3, 224, 224\]; extract them"):
         encoder(torch.zeros(1, 3, 224, 224))
 
 

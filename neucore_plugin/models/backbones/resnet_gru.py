@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.files import expanded
 from neucore_plugin.common.text import AND as AND_MARK
 from neucore_plugin.common.text import released_words
@@ -57,10 +58,10 @@ class Features(Encoder):
         return f"features:{self.width}:{self.grid[0]}"
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """maps [B,width,grid,grid] -> tokens [B,N,width], pooled [B,width]."""
+        """maps [B,width,grid,grid] -> tokens [B,N,width], pooled [B,width]. ConfigError for other shapes."""
         if tuple(pixels.shape[1:]) != (self.width, *self.grid):
             wanted = ", ".join(map(str, ("B", self.width, *self.grid)))
-            raise ValueError(
+            raise ConfigError(
                 f"the image encoder `features` takes feature maps [{wanted}], given {list(pixels.shape)}; extract them "
                 "first, or use model.backbone.image.name=resnet, which takes pictures"
             )
