@@ -161,6 +161,8 @@ class _Streamer:
         samples = self.samples(epoch, worker)
         for number in range(self.sizes[worker]):
             raw = list(islice(samples, self.batch_size))
+            if len(raw) < self.batch_size:
+                raise DataError(f"worker {worker} has fewer samples than its shards are said to hold; write them again")
             yield None if number < done else self._batch(epoch, raw)
 
     def samples(self, epoch: int, worker: int) -> Iterator[Any]:
