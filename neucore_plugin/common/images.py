@@ -95,7 +95,6 @@ def _load(source: Picture, name: str, plain: bool, max_pixels: int) -> Image.Ima
                     return _rgb(source, name, plain, max_pixels)
                 source = data
             with _stream(source, name) as stream:
-                stream.seek(0)
                 start, texts = stream.read(32), {}
                 if start.startswith(_PNG):
                     stream, texts = _png_without_texts(stream)
@@ -122,7 +121,7 @@ def _name(source: Picture) -> str:
     if isinstance(source, Image.Image):
         return f"the {source.format or 'given'} picture"
     if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
+        return os.fsdecode(source)
     if isinstance(source, bytes | bytearray | memoryview):
         return f"image data of {memoryview(source).nbytes:,} bytes"
     if not hasattr(source, "read"):
@@ -140,14 +139,21 @@ def _unread(image: Image.Image, name: str) -> bytes | None:
     if image.fp is None or image.fp.closed:
         raise ImageError(f"{name} was closed before it was read: call its load() first, or give the path of its file")
     with _one_at_a_time:  # threads may share a picture
-        place = image.fp.tell()
-        image.fp.seek(0)
-        data = image.fp.read()
-        image.fp.seek(place)
+        return _whole(image.fp)
+
+
+def _whole(stream: BinaryIO) -> bytes:
+    """All bytes of an open file, which stays at its place; those that are left of one that cannot go back."""
+    if not hasattr(stream, "seek") or (hasattr(stream, "seekable") and not stream.seekable()):
+        return stream.read()  # an image of a shard, a pipe, an answer of a server
+    place = stream.tell()
+    stream.seek(0)
+    data = stream.read()
+    stream.seek(place)
     return data
 
 
-def _stream(source: Picture, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+def _stream(source: Picture, name: str) -> BinaryIO:
     if isinstance(source, bytes | bytearray | memoryview):
         if not memoryview(source).nbytes:
             raise ImageError("image data of 0 bytes: nothing to read")
@@ -155,13 +161,11 @@ def _stream(source: Picture, name: str) -> contextlib.AbstractContextManager[Bin
     if not isinstance(source, str | os.PathLike):
         if isinstance(source, io.TextIOBase):
             raise ImageError(f"{name} is opened as text: open it as binary, with mode 'rb'")
-        if hasattr(source, "seek") and (not hasattr(source, "seekable") or source.seekable()):
-            return contextlib.nullcontext(source)  # the caller closes it
         try:
-            return io.BytesIO(source.read())  # an image of a shard, a pipe, an answer of a server
+            return io.BytesIO(_whole(source))
         except DataError as error:
             raise ImageError(f"{name} cannot be read: {error}") from error
-    path = Path(source)
+    path = Path(name)
     try:
         if path.is_dir():
             raise ImageError(f"{name} is a folder, not an image file: give the path of a file in it")
@@ -184,7 +188,7 @@ def _too_large(name: str, pixels: int, limit: int) -> ImageError:
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
+_PNG_KEPT = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"eXIf")
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _TURNS = ("XML:com.adobe.xmp", "Raw profile type exif")  # texts in which Pillow looks for the orientation
 
@@ -206,6 +210,11 @@ def _png_without_texts(stream: BinaryIO) -> tuple[BinaryIO, dict[str, str]]:
             raise OSError("it ends before its end mark")
         if kind in _PNG_KEPT:
             kept.write(head + stream.read(size + 4))
+        elif kind == b"tRNS":
+            colour, (depth, form) = stream.read(size), kept.getvalue()[24:26]
+            if form == 0 and depth < 8:  # of grey in few bits: Pillow compares it with the 8 that it decodes to
+                colour = struct.pack(">H", colour[-1] % 2**depth * 255 // (2**depth - 1))
+            kept.write(struct.pack(">I", len(colour)) + kind + colour + struct.pack(">I", zlib.crc32(kind + colour)))
         elif kind in _PNG_TEXTS:
             texts.update(_png_text(kind, stream.read(min(size, _TEXT))))
         stream.seek(place)
@@ -280,7 +289,7 @@ def _white(image: Image.Image) -> float:
     """The value that becomes white: Pillow clips grey above 255. An unknown range ends at its maximum."""
     import numpy as np  # here, as checks of configs import this module for its limit, and are light
 
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 65535.0
     largest = 0.0
     for _, part in _strips(image):
@@ -374,9 +383,13 @@ class _PixelLimit:
 
 
 def _replace(module: types.ModuleType, name: str, kind: type) -> None:
-    held = kind(getattr(module, name))
-    seen = property(lambda _: held.value(), lambda _, value: setattr(held, "outside", value))
-    vars(module)[name] = held  # what the module's own functions find
+    inside = vars(module)  # what the module's own functions find
+
+    def keep(value: Any) -> None:
+        inside[name] = value if isinstance(value, kind) else kind(value)  # mock.patch puts back what it found inside
+
+    keep(inside[name])
+    seen = property(lambda _: inside[name].value(), lambda _, value: keep(value))
     module.__class__ = type(type(module).__name__, (type(module),), {name: seen})  # what all others find, and set
 
 

@@ -185,8 +185,8 @@ class GalleryIndex:
         """
         processor = getattr(self.model, "image_processor", None)
         if not isinstance(image, str | os.PathLike):
-            file = getattr(image, "filename", None) if isinstance(image, Image.Image) else getattr(image, "name", None)
-            return load_for(processor, image), self._locate(file) if file and isinstance(file, str) else None
+            file = _file_of(image)
+            return load_for(processor, image), self._locate(file) if file else None
         name = name_of(image)
         file = image if os.path.exists(image) else Listing().find(Path(image))
         if name in self or (file is None and self._names.find(name) is not None):
@@ -289,6 +289,13 @@ def _best(scores: Tensor, k: int | None, excluded: Sequence[int | None]) -> list
         topk(scores[row : row + 1], length, [excluded[row]])[0].tolist() if length else []
         for row, length in enumerate(lengths)
     ]
+
+
+def _file_of(picture: Any) -> str | None:
+    """The file that a picture, or the open file that it is read from, says that it is."""
+    opened = getattr(picture, "fp", None) if isinstance(picture, Image.Image) else picture
+    name = getattr(picture, "filename", None) or getattr(opened, "name", None)
+    return os.fsdecode(name) if isinstance(name, str | bytes) else None
 
 
 def _fingerprint(model: Any) -> str | None:

@@ -1,16 +1,20 @@
 """Reading pictures: every file is an upright RGB picture or one error that names it."""
 
 import io
+import mmap
 import os
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -402,6 +406,55 @@ def test_a_stream_that_cannot_go_back_is_read():
     assert load_image(Pipe(encoded(noise()))).tobytes() == noise().tobytes()
 
 
+def test_open_files_of_any_kind_are_read_and_stay_at_their_place(tmp_path):
+    data = encoded(noise())
+    (path := tmp_path / "a.png").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(path, "a.png")
+
+    class Bytes(os.PathLike):
+        def __fspath__(self):
+            return os.fsencode(path)
+
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        zipfile.ZipFile(tmp_path / "a.zip").open("a.png") as packed,
+        tempfile.SpooledTemporaryFile() as spooled,
+        open(path, "rb", buffering=0) as raw,
+    ):
+        spooled.write(data)
+        for stream in (file, mapped, packed, spooled, raw, io.BytesIO(data)):
+            stream.seek(7)
+            assert load_image(stream).tobytes() == noise().tobytes(), stream
+            assert stream.tell() == 7
+    assert load_image(Bytes()).tobytes() == noise().tobytes()
+
+
+@pytest.mark.parametrize(("depth", "clear"), [(1, 0), (2, 1), (2, 2), (4, 3), (4, 15), (8, 200), (16, 51400)])
+def test_the_transparent_grey_of_a_png_is_white_in_every_depth(depth, clear):
+    """Pillow compares the number of the file with the eight bits that it decodes to."""
+    other = 2**depth - 1 - clear
+    row = struct.pack(">HH" if depth == 16 else ">BB", clear, other)
+    if depth < 8:
+        row = bytes([clear << 8 - depth | other << 8 - 2 * depth])
+    header = struct.pack(">IIBBBBB", 2, 1, depth, 0, 0, 0, 0)
+    chunks = (
+        chunk(b"IHDR", header),
+        chunk(b"tRNS", struct.pack(">H", clear)),
+        chunk(b"IDAT", zlib.compress(b"\0" + row)),
+    )
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
+    greys = [pixel[0] for pixel in np.asarray(load_image(data))[0]]
+    assert greys == [255, round(other * 255 / (2**depth - 1))]
+
+
+def test_a_dark_scan_of_sixteen_bits_stays_dark():
+    """The range of a file is what its header says, not what its pixels reach."""
+    scan = b"P5 2 1 65535\n" + struct.pack(">HH", 100, 257)
+    assert np.asarray(load_image(scan))[0, :, 0].tolist() == [0, 1]
+
+
 # ---- whole and cut files, whatever Pillow's switches say -------------------------------------------------------------
 
 
@@ -535,6 +588,22 @@ def test_others_keep_pillow_s_switches(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert Image.MAX_IMAGE_PIXELS is None
     Image.open(io.BytesIO(encoded(noise(64))))
+
+
+def test_a_switch_that_is_mocked_is_put_back():
+    """unittest.mock reads and writes the module's own dictionary, past its attributes."""
+    whole, cut = encoded(noise(96)), encoded(noise(96), "JPEG")[:-300]
+    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+    with mock.patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", not before[0]):
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is not before[0]
+        with mock.patch.multiple("PIL.Image", MAX_IMAGE_PIXELS=7), pytest.raises(Image.DecompressionBombError):
+            Image.open(io.BytesIO(whole))
+        with pytest.raises(ImageError, match="truncated"):
+            load_image(cut)
+    assert before == (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
+    with Image.open(io.BytesIO(whole)) as image:
+        image.load()
+    assert load_image(whole).size == (96, 96)
 
 
 @pytest.mark.filterwarnings("error")

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -262,6 +263,8 @@ def test_an_opened_file_of_the_gallery_is_left_out_as_its_path_is(built, folder)
     expected = built.search(folder / "red.png", "blue", k=4)
     with open(folder / "red.png", "rb") as stream, Image.open(folder / "red.png") as opened:
         assert built.search(stream, "blue", k=4) == built.search(opened, "blue", k=4) == expected
+        with Image.open(stream) as of_stream, Image.open(os.fsencode(folder / "red.png")) as by_bytes:
+            assert built.search(of_stream, "blue", k=4) == built.search(by_bytes, "blue", k=4) == expected
     assert len(built.search((folder / "red.png").read_bytes(), "blue", k=5)) == 5  # bytes have no name
 
 
