@@ -78,6 +78,11 @@ class Names:
         return None
 
 
+def _is_file(entry: os.DirEntry) -> bool:
+    """Links alone are asked for; one in a circle is no file."""
+    return entry.is_file(follow_symlinks=False) or os.path.isfile(entry)
+
+
 class Listing:
     """Which files are there. A folder is listed once: asking for each file takes minutes on a network drive."""
 
@@ -89,9 +94,10 @@ class Listing:
         if path.parent not in self._folders:
             place = next((place for place in (path.parent, path_of(str(path.parent))) if os.path.isdir(place)), None)
             try:
-                files = {name_of(name): place / name for name in sorted(os.listdir(place))} if place else {}
+                there = sorted(entry.name for entry in os.scandir(place) if _is_file(entry)) if place else []
             except OSError as error:
                 raise DataError(f"{place}: cannot be listed ({error.strerror}); check its permissions") from None
+            files = {name_of(name): place / name for name in there}
             self._folders[path.parent] = files, Names(files)
         files, names = self._folders[path.parent]
         try:

@@ -88,3 +88,15 @@ def test_a_listing_finds_the_spelling_on_the_disk(tmp_path):
     with pytest.raises(DataError, match=r"'b\.PNG' may mean 'B\.png', 'b\.png'"):
         there.find(tmp_path / "b.PNG")
     assert there.find(tmp_path / ("x" * 5000) / "a.png") is None
+
+
+def test_what_is_no_file_is_not_there(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b.png").mkdir()
+    os.mkfifo(tmp_path / "c.png")
+    for name, target in {"d.png": "a.png", "e.png": "nowhere", "f.png": "f.png", "g.png": "b.png"}.items():
+        (tmp_path / name).symlink_to(target)
+    there = Listing()
+    assert [name for name in "abcdefg" if tmp_path / f"{name}.png" in there] == ["a", "d"]
+    assert there.find(tmp_path / "a") == tmp_path / "a.png"  # not the folder beside it
