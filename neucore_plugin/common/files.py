@@ -205,7 +205,7 @@ def read_text(path: str | Path, remedy: str = "fetch it again") -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: no text in UTF-8 ({error}); {remedy}") from None
+        raise DataError(f"{path}: no text in UTF-8 ({error}); save it as UTF-8, or {remedy}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except ValueError as error:  # a null byte, or a letter that the locale's file names cannot hold
@@ -228,6 +228,16 @@ def read_json(path: str | Path, kind: type | None = None, remedy: str = "fetch i
         what = {dict: "object", list: "list"}[kind]
         raise DataError(f"{path}: expected a JSON {what}, given {type(value).__name__}; {remedy}")
     return value
+
+
+def open_array(path: str | Path) -> Any:
+    """The array of a `.npy` file, mapped into memory; what is changed there stays off the disk. Raises DataError."""
+    from numpy.lib.format import open_memmap  # here: whoever reads configs imports this module, and is light
+
+    try:
+        return open_memmap(path, mode="c")
+    except Exception as error:  # a damaged or hostile header raises whatever it likes
+        raise DataError(f"{path} is no .npy matrix of numbers ({error})") from error
 
 
 class _Wrong(str):

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import atomic_write, file_errors, locked, read_json, sha256_file, write_json
+from neucore_plugin.common.files import (
+    atomic_write,
+    file_errors,
+    locked,
+    open_array,
+    read_json,
+    sha256_file,
+    write_json,
+)
 
 FORMAT = "neucore-index-1"
 MANIFEST = "manifest.json"
@@ -120,15 +128,10 @@ def _opened(folder: Path, manifest: dict[str, Any], verify: bool) -> Stored:
         names, paths, failures = rows["names"], rows["paths"], rows["failures"]
         if not all(isinstance(text, str) for text in (*names, *paths, *(f[key] for f in failures for key in _FAILURE))):
             raise TypeError(f"{manifest['ids']} holds something else than names, paths and reasons")
-        # copy-on-write: torch wants writable memory, the files stay as they are
-        arrays = {
-            key: np.load(folder / name, mmap_mode="c", allow_pickle=False)
-            for key, name in manifest["encodings"].items()
-        }
-        encodings = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        encodings = {key: torch.from_numpy(open_array(folder / name)) for key, name in manifest["encodings"].items()}
+        lengths = {len(names), len(paths), *(len(value) for value in encodings.values())}
+    except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"index {str(folder)!r} cannot be read ({error}); {_REMEDY}") from error
-    lengths = {len(names), len(paths), *(len(value) for value in encodings.values())}
     if lengths != {count} or not encodings or any(value.dtype not in DTYPES for value in encodings.values()):
         raise DataError(f"index {str(folder)!r}: its files do not agree with its manifest of {count} images; {_REMEDY}")
     return Stored(names, paths, encodings, manifest["root"], failures, manifest["model"])

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -205,11 +206,25 @@ def edit(folder, **fields):
 def replaced(folder, array):
     """As an attacker would: another array, and the manifest made to agree with it."""
     path = stored_file(folder, "fg")
-    np.save(path, array, allow_pickle=True)
+    if isinstance(array, bytes):
+        path.write_bytes(array)
+    else:
+        np.save(path, array, allow_pickle=True)
     files = json.loads((folder / "manifest.json").read_text())["files"]
     edit(folder, files={**files, path.name: {"sha256": store.sha256_file(path), "bytes": path.stat().st_size}})
 
 
+def header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+NO_ARRAYS = [
+    b"",
+    b"PK\3\4" + bytes(99),
+    header("{'descr':\n"),
+    header("(" * 9000),
+    header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({10**30}, 3)}}\n"),
+]
 DAMAGE = [
     (lambda f: damage(f, "fg", lambda b: b[:-4]), r"fg-\d+.npy is not the file that was saved"),
     (lambda f: damage(f, "fg", lambda b: b[:-1] + bytes([b[-1] ^ 1])), r"fg-\d+.npy is not the file that was saved"),
@@ -224,6 +239,8 @@ DAMAGE = [
     (lambda f: edit(f, model=3), "lacks fields"),
     (lambda f: replaced(f, np.array([print] * 5, dtype=object)), "cannot be read .*Python objects in dtype"),
     (lambda f: replaced(f, np.zeros((4, 3), dtype=np.float32)), "do not agree"),
+    (lambda f: replaced(f, np.float32(3)), "cannot be read .*0-d"),
+    *((lambda f, b=content: replaced(f, b), r"fg-\d+\.npy is no .npy matrix of numbers") for content in NO_ARRAYS),
     (lambda f: replaced(f, np.zeros((5, 3), dtype=np.int64)), "do not agree|int64"),
 ]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import expanded, read_text
+from neucore_plugin.common.files import expanded, open_array, read_text
 
 
 def read_word_vectors(path: str | Path, words: str | Path | None, rows: Mapping[str, int], into: Tensor) -> None:
@@ -76,10 +76,7 @@ def _matrix(path: Path, words: str | Path | None, rows: Mapping[str, int], into:
     if not names.is_file():
         raise DataError(f"{path} needs the list of its words, one a line: no file {names}; give it as glove_words")
     listed = read_text(names).removesuffix("\n").split("\n")
-    try:
-        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path} is no .npy matrix of numbers ({error})") from error
+    matrix = open_array(path)
     if matrix.shape != (len(listed), into.shape[1]) or matrix.dtype.kind != "f":
         raise DataError(
             f"{path} is {matrix.dtype} {list(matrix.shape)}, expected floats [{len(listed)}, {into.shape[1]}]: a row "

@@ -54,3 +54,5 @@ def test_word_vectors_that_cannot_be_used(tmp_path):
     np.save(tmp_path / "o.npy", np.array([object()], dtype=object), allow_pickle=True)
     (tmp_path / "o.txt").write_text("red\n")
     refused("o.npy", None, "o.npy is no .npy matrix of numbers")
+    (tmp_path / "o.npy").write_bytes(b"PK\3\4" + bytes(99))  # the zip file that an .npz is
+    refused("o.npy", None, "o.npy is no .npy matrix of numbers")
