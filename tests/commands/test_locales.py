@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ LOCALES = {
     "ascii output": {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "ascii"},
     "latin output": {**C, "PYTHONIOENCODING": "latin-1"},
 }
+OTHERS = ["ascii", *(pytest.param(locale, marks=pytest.mark.slow) for locale in ("ascii output", "latin output"))]
 COLOURS = {
     "café.png": "red",
     unicodedata.normalize("NFD", "über.png"): "blue",
@@ -55,49 +58,49 @@ def write(base: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, tuple[dict, bytes, Path]]:
-    """{locale: (what the process found, its output, its folder)}"""
-    result = {}
-    for locale in LOCALES:
+def found(tmp_path_factory) -> Callable[[str], tuple[dict, bytes, Path]]:
+    """Of a locale what the process found, its output, its folder."""
+
+    @cache
+    def of(locale: str) -> tuple[dict, bytes, Path]:
         base = write(tmp_path_factory.mktemp("données"))
         spellings = ["Café.PNG", str(base / "data/images/café.png")]
         done = run(locale, str(ROOT / "tests/helpers/locale_case.py"), str(base), *spellings, cwd=base)
         assert done.returncode == 0, done.stderr.decode(errors="replace")
-        result[locale] = json.loads((base / "found.json").read_text("ascii")), done.stdout, base
-    return result
+        return json.loads((base / "found.json").read_text("ascii")), done.stdout, base
+
+    return of
 
 
-def test_names_and_results_are_those_of_any_locale(found):
-    first, _, _ = found["utf-8"]
+def test_names_are_found_as_they_are(found):
+    first, _, _ = found("utf-8")
     assert sorted(first["images"]) == sorted(first["index"]) == sorted(first["shards"]) == sorted(NAMES)
     assert first["triplets"][0] == ["café.png", "größer, naïve: größer", [NAMES[1]]]
     assert first["triplets"][1][::2] == ["日本/空.PNG", ["\udcff\udce9.png", "a\nb.png"]]
     assert first["from shards"] and first["shown"] == [] and "größer," in first["words"] and first["code"] == 0
     assert first["text"] == "Café.PNG" and first["path of a config"]
     assert first["yaml"] == {"model": {"caption": "größer"}}
-    for locale, (values, _, _) in found.items():
-        assert values == first, locale
 
 
-def test_files_are_the_same_in_any_locale(found):
-    _, _, first = found["utf-8"]
-    for locale, (_, _, base) in found.items():
-        assert "größer" in (base / "words.json").read_text("utf-8")
-        page = (base / "page.html").read_text("utf-8")
-        assert "日本/空.PNG" in page and r"\udcff\udce9.png" in page
-        for file in ("words.json", "page.html", "shards/index.json", "shards/triplets-val.json"):
-            assert (base / file).read_bytes() == (first / file).read_bytes(), (locale, file)
-        (concepts,) = (base / "cache/features").glob("concepts-*.json")
-        assert json.loads(concepts.read_text("utf-8"))
+@pytest.mark.parametrize("locale", OTHERS)
+def test_names_results_and_files_are_those_of_any_locale(found, locale):
+    values, _, base = found(locale)
+    first, _, first_base = found("utf-8")
+    assert values == first
+    assert "größer" in (base / "words.json").read_text("utf-8")
+    page = (base / "page.html").read_text("utf-8")
+    assert "日本/空.PNG" in page and r"\udcff\udce9.png" in page
+    for file in ("words.json", "page.html", "shards/index.json", "shards/triplets-val.json"):
+        assert (base / file).read_bytes() == (first_base / file).read_bytes(), file
+    (concepts,) = (base / "cache/features").glob("concepts-*.json")
+    assert json.loads(concepts.read_text("utf-8"))
 
 
-def test_json_on_stdout_is_json_in_any_encoding(found):
-    answers = {}
-    for locale, (_, output, _) in found.items():
-        encoding = {"utf-8": "utf-8", "latin output": "latin-1"}.get(locale, "ascii")
-        answers[locale] = json.loads(output.decode(encoding))
-    assert "größer" in str(answers["utf-8"]["most_frequent"]) or "café" in str(answers["utf-8"]["most_frequent"])
-    assert all(answer == answers["utf-8"] for answer in answers.values())
+@pytest.mark.parametrize("locale", OTHERS)
+def test_json_on_stdout_is_json_in_any_encoding(found, locale):
+    first = json.loads(found("utf-8")[1].decode())
+    assert "größer" in str(first["most_frequent"]) or "café" in str(first["most_frequent"])
+    assert json.loads(found(locale)[1].decode("latin-1" if locale == "latin output" else "ascii")) == first
 
 
 @pytest.mark.parametrize("locale", ["ascii", "latin output"])
