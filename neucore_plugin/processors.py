@@ -11,7 +11,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from neucore_plugin.common.errors import ConfigError
-from neucore_plugin.common.images import MAX_PIXELS, Picture, load_for, pillow_as_set_here
+from neucore_plugin.common.images import MAX_PIXELS, Picture, load_for
+from neucore_plugin.common.pillow import pillow_as_set_here
 from neucore_plugin.common.text import clean_caption
 from neucore_plugin.config.data import AUGMENTS, FITS
 from neucore_plugin.host.registration import register_processor
