@@ -8,6 +8,7 @@ root/gallery.val.json     optional: the names ranked for that split; without it 
 
 import difflib
 import logging
+import os
 from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ def splits(root: str | Path, asked: Collection[str] = ()) -> list[str]:
 def _json_files(root: Path) -> dict[str, Path]:
     """The JSON files of a root by name. Raises DataError for the gallery of no split: it would not be used."""
     files = {path.stem: path for path in sorted(root.glob("*.json")) if path.is_file() and path.name[0] != "."}
-    allowed = [f"gallery.{stem}" for stem in files if not stem.startswith("gallery.")]
+    allowed = [f"gallery.{stem}" for stem in files if not stem.lower().startswith("gallery")]
     for stem, path in files.items():
         meant = stem.lower().startswith("gallery") or difflib.get_close_matches(stem, allowed, n=1, cutoff=0.8)
         if meant and stem not in allowed:
@@ -71,6 +72,8 @@ def images(root: str | Path) -> dict[str, Path]:
     Raises DataError where there is none.
     """
     folder = expanded(root) / "images"
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: no such folder. Put the pictures there, or give the folder that holds images/")
     paths, left_out = find_images(folder)
     if not paths:
         raise DataError(f"{folder}: no images here. Looked for {LOOKED_FOR}; {told(left_out)}".rstrip("; "))

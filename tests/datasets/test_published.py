@@ -429,7 +429,7 @@ def test_check_of_ones_own_folder(shapes_root, tmp_path, capsys):
     assert cli.main(["data", "check", "folder", "--root", str(root)]) == 1
     printed = capsys.readouterr().out
     assert "damaged" in printed and "no image 'square-blue.png' below" in printed and "root/images/**" in printed
-    for arguments, message in (([], "no root folder: give --root\n"), (["--root", str(tmp_path)], "no images here")):
+    for arguments, message in (([], "no root folder: give --root\n"), (["--root", str(tmp_path)], "no such folder")):
         assert cli.main(["data", "check", "folder", *arguments]) == 2
         assert message in capsys.readouterr().err
 
@@ -463,7 +463,7 @@ def test_the_hosts_load_dataset_takes_the_root_as_vis_path(shapes_root, cirr_roo
     assert set(load_dataset("cirr", vis_path=str(cirr_root))) == {"train", "val"}
     with pytest.raises(ConfigError, match="CIRR is not complete below"):
         load_dataset("cirr", vis_path=str(tmp_path))
-    with pytest.raises(DataError, match="no images here"):
+    with pytest.raises(DataError, match="images: no such folder"):
         load_dataset("folder", vis_path=str(tmp_path))
 
 

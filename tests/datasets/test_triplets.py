@@ -210,8 +210,11 @@ def test_a_gallery_of_no_split_is_told(tmp_path, shapes_root, name):
         (tmp_path / part).symlink_to(shapes_root / part)
     (tmp_path / f"{name}.json").write_text("[]", encoding="utf-8")
     for read in (folder.splits, lambda root: folder.load_split(root, "val", folder.images(root))):
-        with pytest.raises(DataError, match=rf"{name}\.json: a gallery, but of no split\..*gallery\.val\.json"):
+        with pytest.raises(DataError, match=rf"{name}\.json: a gallery, but of no split.*gallery\.val\.json") as told:
+            DataError, match=rf"{name}\.json: a gallery, but of no split\..*gallery\.val\.json"
+        ) as told:
             read(tmp_path)
+        assert "gallery.gallery" not in str(caught.value).lower()  # as if it were a split itself
 
 
 @pytest.mark.parametrize(
@@ -231,7 +234,13 @@ def test_galleries_that_are_none(tmp_path, shapes_root, gallery, message):
 def test_missing_parts_of_a_folder_are_named(tmp_path, shapes_root):
     with pytest.raises(DataError, match=r"no data set here\. Expected .*train\.json"):
         folder.splits(tmp_path)
-    with pytest.raises(DataError, match="no images here"):
+    for where in (tmp_path, tmp_path / ("x" * 5000)):
+        with pytest.raises(
+            DataError, match=r"images: no such folder\. Put the pictures there, or give the folder that"
+        ):
+            folder.images(where)
+    (tmp_path / "images").write_text("")
+    with pytest.raises(DataError, match="images: no such folder"):
         folder.images(tmp_path)
     with pytest.raises(DataError, match=r"no such annotation file\. Splits found: test, train, val"):
         folder.load_split(shapes_root, "dev", {})
