@@ -17,7 +17,8 @@ from neucore_plugin.common.text import clean_caption
 from neucore_plugin.config.data import AUGMENTS, FITS
 from neucore_plugin.host.registration import register_processor
 
-LONGEST = 8192  # of a picture that is padded as it is: the square takes 201 MB
+LONGEST = 65_535  # of a picture that is made square without being shrunk before, as no JPEG is longer
+_BAND = 8_000_000  # pixels of the square that are there at once
 
 
 @register_processor("cir_image")
@@ -87,7 +88,7 @@ class ImageProcessor(BaseProcessor):
         larger = self.augment != "none" or self.fit == "released"
         side = round(self.image_size * 8 / 7) if larger else self.image_size
         if self.fit == "released":
-            return _padded(image).resize((side, side), Image.Resampling.BILINEAR)
+            return _padded(image, side)
         if self.fit == "pad" and image.width != image.height:
             # Shrunk before it is padded: a square of a panorama's longer side could fill the memory.
             longest = max(image.size)
@@ -127,15 +128,24 @@ class CaptionProcessor(BaseProcessor):
         return cls(**_plain(cfg))
 
 
-def _padded(image: Image.Image) -> Image.Image:
-    """A square of the picture's longer side, white around it."""
+def _padded(image: Image.Image, side: int) -> Image.Image:
+    """A square of the picture's longer side, white around it, resized (bilinear) to `side`.
+
+    Pillow resizes the rows, then the columns: done here band by band, so that the square is never there as a whole.
+    """
     if max(image.size) > LONGEST:
         image = image.copy()
         image.thumbnail((LONGEST, LONGEST), Image.Resampling.BILINEAR)
-    side = max(image.size)
-    page = Image.new("RGB", (side, side), "white")
-    page.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return page
+    longest = max(image.size)
+    left, top = (longest - image.width) // 2, (longest - image.height) // 2
+    narrow = Image.new("RGB", (side, longest), "white")  # the square, its rows resized
+    rows = max(1, _BAND // longest)
+    for row in range(0, image.height, rows):
+        part = image.crop((0, row, image.width, min(row + rows, image.height)))
+        band = Image.new("RGB", (longest, part.height), "white")
+        band.paste(part, (left, 0))
+        narrow.paste(band.resize((side, part.height), Image.Resampling.BILINEAR), (0, top + row))
+    return narrow.resize((side, side), Image.Resampling.BILINEAR)
 
 
 def _plain(cfg) -> dict:
