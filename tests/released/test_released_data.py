@@ -39,6 +39,20 @@ def test_concepts_are_lemmas_by_tag():
     assert "dress" in lemmas_of(extract, "half \ud83d a letter\x00\nred dress")
 
 
+def test_have_is_a_verb_where_the_parser_says_so():
+    extract = ReleasedConceptExtractor(("VERB",), 1)
+    found = extract(["has longer sleeves", "has been shortened", "have no straps <and> is red"])
+    assert found == [("have",), ("shorten",), ("have",)]
+
+
+@needs_real("official", "e2e_cirr")
+@pytest.mark.parametrize("pos", ["NOUN", "VERB", "ADJ", "ADV"])
+def test_lemmas_of_every_tag_are_the_recorded_ones(pos):
+    entries = json.loads((CASE / "cap.rc2.train.json").read_text(encoding="utf-8"))
+    found = ReleasedConceptExtractor((pos,), 1)([entry["caption"] for entry in entries])
+    assert [set(lemmas) for lemmas in found] == [set(entry[pos.lower()]) for entry in entries]
+
+
 def lemmas_of(extract, caption):
     """The lemmas of a caption among others, which are the same whatever stands beside it."""
     assert extract([caption]) == extract(["first", caption, "last"])[1:2]
