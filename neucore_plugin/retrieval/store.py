@@ -140,9 +140,8 @@ def _opened(folder: Path, manifest: dict[str, Any], verify: bool) -> Stored:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        what = (
-            "has no manifest.json: no index, or its saving was never finished" if folder.is_dir() else "does not exist"
-        )
+        what = "is a file" if folder.exists() else "does not exist"
+        what = "has no manifest.json: no index, or its saving was never finished" if folder.is_dir() else what
         raise DataError(f"index folder {str(folder)!r} {what}; {_REMEDY}")
     manifest = read_json(path, dict, _REMEDY)
     if (given := manifest.get("format")) != FORMAT:

@@ -277,3 +277,5 @@ def test_foreign_folders_are_not_written_to(built, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="is a file"):
         built.save(tmp_path / "file")
+    with pytest.raises(DataError, match="file' is a file; build the index again"):
+        GalleryIndex.load(tmp_path / "file")
