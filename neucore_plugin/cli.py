@@ -15,7 +15,7 @@ from typing import Any
 
 from neucore_plugin import __version__
 from neucore_plugin.commands import configs, convert, data, evaluate, report, search, shards, submit, train, vocab
-from neucore_plugin.common.errors import ConfigError, FileError, NeucoreError, explained
+from neucore_plugin.common.errors import FileError, NeucoreError, explained
 
 COMMANDS = (train, evaluate, search, report, configs, data, vocab, shards, submit, convert)
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
@@ -68,8 +68,8 @@ def _run_alone(command: ModuleType, argv: Sequence[str] | None) -> int:
 def guarded(command: Callable[[], Any]) -> int:
     """Run a command: its exit code (0 where it gives none), 2 after one `error: ...`, 130 after Ctrl-C.
 
-    Of several processes only the first prints a ConfigError; the others would say the same. What the system refuses (a
-    file, memory) is such an error as well. What the terminal's encoding lacks is printed as its escape.
+    Of several processes only the first prints an error that all have (`shared`). What the system refuses (a file,
+    memory) is such an error as well. What the terminal's encoding lacks is printed as its escape.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -106,7 +106,7 @@ def guarded(command: Callable[[], Any]) -> int:
 
 
 def _refused(error: NeucoreError) -> int:
-    if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
+    if os.environ.get("RANK", "0") == "0" or not error.shared:
         _say(f"error: {error}")
     else:
         time.sleep(3)  # torchrun ends all processes when one has ended: the first must get to print

@@ -56,36 +56,47 @@ COMMANDS = {  # {p}: the place; the others are good
 }
 
 
+LOADS_A_MODEL = ("train: output", "evaluate: output", "search: image", "search: page")  # takes seconds
+
+
+def _pairs():
+    """Each command with each place; of those that load a model first, all but one place are slow."""
+    for command in COMMANDS:
+        for kind in PLACES:
+            slow = command in LOADS_A_MODEL and kind != "below a file"
+            yield pytest.param(command, kind, marks=[pytest.mark.slow] * slow, id=f"{command}-{kind}")
+
+
 @pytest.fixture(scope="module")
-def best(tmp_path_factory):
-    return tiny.save(tiny.build(), tmp_path_factory.mktemp("best") / "best.pth")
+def made(shapes_root, tmp_path_factory):
+    """What commands are given that is good; they leave it as it is."""
+    root = tmp_path_factory.mktemp("made")
+    (root / "results").mkdir()
+    (root / "results" / "results.json").write_text(
+        '{"val": {"neucore": {"R@1": 1.0, "R@10": 2.0, "median_rank": 4, "queries": 3}}}'
+    )
+    (root / "submission.json").write_text('{"version": "rc2", "metric": "recall", "1": ["a"]}')
+    torch.save({"args": argparse.Namespace(**OPT), "state_dict": tensors()}, root / "theirs.pth")
+    (root / "few").mkdir()
+    for path in sorted((shapes_root / "images").iterdir())[:3]:
+        shutil.copy(path, root / "few")
+    return {
+        "best": tiny.save(tiny.build(), root / "best.pth"),
+        "images": root / "few",
+        "root": shapes_root,
+        "results": root / "results",
+        "submission": root / "submission.json",
+        "theirs": root / "theirs.pth",
+    }
 
 
 @pytest.fixture
-def good(best, shapes_root, tiny_config, tmp_path):
-    """What a command is given besides."""
+def good(made, tiny_config, tmp_path):
+    """The same, with a yaml and places below the test's own folder."""
     (tmp_path / "file").write_text("kept")
     (tmp_path / "circle").symlink_to(tmp_path / "back")
     (tmp_path / "back").symlink_to(tmp_path / "circle")
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "results.json").write_text(
-        '{"val": {"neucore": {"R@1": 1.0, "R@10": 2.0, "median_rank": 4, "queries": 3}}}'
-    )
-    (tmp_path / "submission.json").write_text('{"version": "rc2", "metric": "recall", "1": ["a"]}')
-    torch.save({"args": argparse.Namespace(**OPT), "state_dict": tensors()}, tmp_path / "theirs.pth")
-    (tmp_path / "few").mkdir()
-    for path in sorted((shapes_root / "images").iterdir())[:3]:
-        shutil.copy(path, tmp_path / "few")
-    return {
-        "yaml": tiny_config(),
-        "best": best,
-        "images": tmp_path / "few",
-        "root": shapes_root,
-        "results": tmp_path / "results",
-        "new": tmp_path / "new",
-        "submission": tmp_path / "submission.json",
-        "theirs": tmp_path / "theirs.pth",
-    }
+    return {**made, "yaml": tiny_config(), "new": tmp_path / "new"}
 
 
 @pytest.fixture
@@ -105,8 +116,7 @@ def one_error(code: int, err: str) -> str:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize(("command", "kind"), _pairs())
 def test_a_place_that_cannot_be_used(command, kind, good, tmp_path, capsys, request):
     place = PLACES[kind](tmp_path)
     if kind == "no home":
@@ -202,18 +212,19 @@ def test_a_mistake_of_the_program_keeps_its_traceback(monkeypatch):
 
 FILES = (
     "concepts-",
+    "checkpoint_last",
+    "results.json",
     "progress.json",
     "checkpoint_best",
-    "checkpoint_last",
     "evaluation.json",
-    "results.json",
     "run.json",
 )
 
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="names of open files as Linux has them")
-def test_a_drive_that_gets_full_in_a_training(shapes_root, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("files", [FILES[:3], pytest.param(FILES[3:], marks=pytest.mark.slow)])
+def test_a_drive_that_gets_full_in_a_training(files, shapes_root, tmp_path, monkeypatch, capsys):
     """At each file that a training writes; then there is space again, and it goes on to its end."""
     fsync, full = os.fsync, []
 
@@ -229,7 +240,7 @@ def test_a_drive_that_gets_full_in_a_training(shapes_root, tmp_path, monkeypatch
 
     yaml = write_tiny(shapes_root, tmp_path / "cache", tmp_path, change)
     monkeypatch.setattr(os, "fsync", refuse)
-    for name in FILES:
+    for name in files:
         full[:] = [name]
         text = one_error(cli.main(["train", "--cfg-path", str(yaml)]), capsys.readouterr().err)
         assert name in text
@@ -262,7 +273,7 @@ def test_another_user_without_a_home(words, message, good, tmp_path, monkeypatch
     root.mkdir()
     (root / "locked.svg").write_text("kept")
     (root / "secret").mkdir(mode=0o700)
-    for folder in (root, *root.parents):
+    for folder in (root, *root.parents, good["results"], *good["results"].parents):
         if folder != Path("/tmp") and folder.is_relative_to("/tmp"):
             folder.chmod(0o755)
     place.mkdir()
@@ -292,7 +303,7 @@ def test_another_user_without_a_home(words, message, good, tmp_path, monkeypatch
         ("configs | true; exit ${{PIPESTATUS[0]}}", None, ""),
         ("report {results} --html /dev/null --svg /dev/stdout | grep -q '</svg>'", 0, "page: /dev/null"),
         ("report {results} --html /dev/full", 2, "error: /dev/full: No space left on device"),
-        ("report {results} --html {results}/a/b/c.html", 0, "page: "),
+        pytest.param("report {results} --html {new}/a/b/c.html", 0, "page: ", marks=pytest.mark.slow),
     ],
 )
 def test_real_processes_and_their_output(shell, code, message, good):

@@ -18,7 +18,7 @@ from places import PROJECTS, ROOT
 
 import neucore_plugin
 from neucore_plugin import cli
-from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.common.errors import ConfigError, DataError, FileError
 
 COMMANDS = [command.__name__.rpartition(".")[2] for command in cli.COMMANDS]
 
@@ -187,6 +187,10 @@ def test_exit_codes_and_of_several_processes_one_prints(capsys, monkeypatch):
     assert (capsys.readouterr().err, len(waited)) == ("error: a key is wrong\n", 1)
     assert cli.guarded(lambda: fail(DataError("a path is wrong"))) == 2  # may be this process's alone
     assert capsys.readouterr().err == "error: a path is wrong\n"
+    told = FileError(30, "Read-only file system", "/x")
+    told.shared = True  # what `distributed.on_main` says of an error of the first
+    assert cli.guarded(lambda: fail(told)) == 2
+    assert capsys.readouterr().err == ""
     with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
         cli.guarded(lambda: 1 / 0)
 

@@ -51,6 +51,8 @@ def on_main(function: Callable[[], Result]) -> Result:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
+        if isinstance(outcome[1], NeucoreError):
+            outcome[1].shared = True
         raise outcome[1]
     return outcome[0]
 

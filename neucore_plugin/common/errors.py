@@ -8,11 +8,15 @@ from collections.abc import Iterable, Sequence
 
 
 class NeucoreError(Exception):
-    """Base of every error this package raises on bad input."""
+    """Base of every error this package raises on bad input; shared: each process of a run has it, the first tells."""
+
+    shared = False
 
 
 class ConfigError(NeucoreError, ValueError):
     """A yaml file or an option is wrong; all problems are listed at once."""
+
+    shared = True
 
 
 class DataError(NeucoreError, ValueError):
@@ -92,6 +96,8 @@ def explained(error: BaseException) -> NeucoreError | None:
             "says that shared memory is full (docker run --shm-size=8g, or --ipc=host), a kill that memory is; "
             f"{remedy}"
         )
+    if os.strerror(errno.EMFILE) in text or "received 0 items of ancdata" in text:  # each batch is handed over as files
+        return NeucoreError(f"too many files are open; {_OPEN}")
     signs = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
     if not isinstance(error, MemoryError) and not any(sign in text.lower() for sign in signs):
         return None

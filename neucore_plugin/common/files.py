@@ -206,8 +206,10 @@ def read_text(path: str | Path, remedy: str = "fetch it again") -> str:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: no text in UTF-8 ({error}); save it as UTF-8, or {remedy}") from None
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except OSError as error:
+        raise DataError(f"{FileError.of(error, path)}, or {remedy}") from None
     except ValueError as error:  # a null byte, or a letter that the locale's file names cannot hold
         raise DataError(f"{path}: no name of a file ({error}); {remedy}") from None
 

@@ -30,7 +30,7 @@ def _none_twice(value: list[Any]) -> list[Any]:
 
 Real = Annotated[float, BeforeValidator(_number)]
 Probability = Annotated[Real, Ge(0), Lt(1)]
-Text = Annotated[str, Field(pattern=r"\S")]
+Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 NoneTwice = AfterValidator(_none_twice)
 Names = Annotated[list[Text], NoneTwice]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$"), Allowed("auto, cpu, cuda, cuda:N or mps")]

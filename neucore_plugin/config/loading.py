@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from neucore_plugin.common.errors import ConfigError, nearest
+from neucore_plugin.common.errors import ConfigError, FileError, nearest
 from neucore_plugin.config.compare import config_fingerprint, leaves
 from neucore_plugin.config.crosschecks import cross_checks
 from neucore_plugin.config.data import DATASET_SCHEMAS, DEFAULT_PROCESSORS, PreprocessSchema
@@ -27,6 +27,7 @@ from neucore_plugin.config.section import Problems, Section
 from neucore_plugin.config.sections import MODEL_SCHEMAS, Tables, package_tables
 from neucore_plugin.config.shipped import find_config
 
+log = logging.getLogger(__name__)
 Option = str | tuple[str, Any]  # key=value as typed, or a key and its value
 Options = Iterable[Option]
 DEFAULT_TYPE = "embedded"
@@ -81,7 +82,7 @@ class Config:
 
     def pretty_print(self) -> None:
         """Write the completed config to the log, as the yaml that would say the same."""
-        logging.info(
+        log.info(
             "the config, completed:\n%s",
             as_yaml(self.to_dict(), width=120, default_flow_style=None).rstrip(),
         )
@@ -104,6 +105,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = OmegaConf.load(path)
         content = OmegaConf.to_container(content, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise ConfigError(f"config file {FileError.of(error, path)}") from error
         reason = " ".join(str(error).split())[:500]
         raise ConfigError(f"config file {path} cannot be read: {reason}{_literally(reason)}") from error
     if not isinstance(content, dict) or not content:
@@ -143,6 +146,8 @@ def _with_options(content: dict[str, Any], options: Options | None) -> dict[str,
             if value is _YAML:
                 chosen = OmegaConf.merge(chosen, OmegaConf.from_dotlist([option]))
                 continue
+            if isinstance(value, str) and re.fullmatch(r"(['\"]).*\1", value, re.DOTALL):
+                log.warning("--options: %s: the quotes are taken as part of the text; the shell needs one pair", option)
             value = escaped(value)
             for part in reversed(key.split(".")):
                 value = {part: value}

@@ -163,6 +163,8 @@ def _explained(given: Any, field: FieldInfo, errors: list[Any]) -> tuple[tuple[s
         name, known = given.get("name"), choices_of(bare(field.annotation)[0])
         return ("name",), f"{name!r} is no {field.title}.{nearest(str(name), known)}"
     text = f"got {shortened(given)}; allowed: {allowed(field)}"
+    if isinstance(given, str) and re.search("[\0\ud800-\udfff]", given):
+        text = f"got {given[:80]!a}; a null byte and bytes that are no UTF-8 are not allowed"
     if error["type"] == "literal_error" and isinstance(error["input"], str):
         kind = bare(field.annotation)[0]
         choices = choices_of(get_args(kind)[0] if get_origin(kind) is list else kind)

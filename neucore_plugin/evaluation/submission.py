@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.common.errors import DataError, first_few
+from neucore_plugin.common.errors import DataError, FileError, first_few
 from neucore_plugin.common.files import atomic_write
 from neucore_plugin.datasets.annotations import is_whole
 from neucore_plugin.datasets.triplets import Gallery, Triplet
@@ -60,7 +60,7 @@ def check(
         raw = path.read_bytes()
         pairs = _parse(raw.decode("utf-8"))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(str(FileError.of(error, path))) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no valid JSON ({error})") from None
     kind = _kind(dict(pairs))

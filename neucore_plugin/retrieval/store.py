@@ -91,9 +91,9 @@ def _write(folder: Path, stored: Stored, alone: bool) -> None:
         raise
     for name in before["files"] if before else ():
         (folder / name).unlink(missing_ok=True)
-    left = re.compile(rf"\.?({'|'.join((*keys, 'ids'))})-\d{{18}}\.(npy|json)(\.[0-9a-f]+\.tmp)?")
+    left = rf"\.?({'|'.join((*keys, 'ids'))})-\d{{18}}\.(npy|json)(\.[0-9a-f]+\.tmp)?|\.{MANIFEST}\.[0-9a-f]+\.tmp"
     for path in folder.iterdir() if alone else ():
-        if path.name not in names and left.fullmatch(path.name):
+        if path.name not in names and re.fullmatch(left, path.name):
             path.unlink(missing_ok=True)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neucore_plugin.common.errors import CheckpointError, first_few
+from neucore_plugin.common.errors import CheckpointError, FileError, first_few
 from neucore_plugin.common.files import sha256_file
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # where a training file keeps its weights
@@ -49,14 +49,14 @@ def read(path: str | Path, allowed: Sequence[Any] = (), archives: Collection[str
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except PermissionError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch raises whatever the damage leads to
         if code := _foreign_code(path):
             raise CheckpointError(
                 f"{path} is refused: it contains code that would run on loading, or a type that is unknown here "
                 f"({first_few(code)}). Where you trust its author, save its state_dict alone with torch.save"
             ) from error
+        if isinstance(error, OSError) and error.errno:  # the drive's doing, not the file's
+            raise CheckpointError(str(FileError.of(error, path))) from error
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(
             f"{path} is truncated, damaged, or no file of weights ({path.stat().st_size:,} bytes; {reason}). Copy it "

@@ -1,5 +1,6 @@
 """Processes: how they meet, what they exchange, and what is said where they cannot."""
 
+import pickle
 import socket
 from datetime import timedelta
 
@@ -11,7 +12,26 @@ from omegaconf import OmegaConf
 
 from neucore_plugin import launch
 from neucore_plugin.common import distributed
-from neucore_plugin.common.errors import ConfigError, NeucoreError
+from neucore_plugin.common.errors import ConfigError, DataError, FileError, NeucoreError
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_the_main_process_is_one_that_all_share(rank, monkeypatch):
+    sent = FileError.of(OSError(28, "No space left on device", "/x"), note="more")
+
+    def broadcast(outcome, src):
+        outcome[1] = pickle.loads(pickle.dumps(outcome[1] or sent))
+
+    def refuse():
+        raise sent
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    with pytest.raises(FileError, match="^/x: No space left on device; free .* more$") as caught:
+        distributed.on_main(refuse)
+    assert caught.value.shared
+    assert not DataError("of one process").shared
 
 
 def run_config(**values):

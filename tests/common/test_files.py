@@ -53,8 +53,10 @@ def test_json_that_is_refused_is_told_with_file_and_entry(case, tmp_path):
 
 
 def test_no_json_file_at_all(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
-        files.read_json(tmp_path)  # a folder
+    with pytest.raises(DataError, match="Is a directory; give the path of a file, or fetch it again"):
+        files.read_json(tmp_path)
+    with pytest.raises(DataError, match="a part of this path is a file where a folder is wanted.*, or copy it again$"):
+        files.read_json(Path(__file__) / "x.json", remedy="copy it again")
     with pytest.raises(DataError, match=r"none\.json: cannot be read"):
         files.read_json(tmp_path / "none.json")
     with pytest.raises(DataError, match="no name of a file"):

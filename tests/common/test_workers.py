@@ -45,6 +45,9 @@ def test_batches_come_in_order(count):
         assert [len(batch["image"]) for batch in batches] == [2, 2, 2, 1]
 
 
+OPEN = "^too many files are open; fewer workers.*ulimit -n"
+
+
 @pytest.mark.parametrize(
     ("cause", "kind", "message"),
     [
@@ -55,6 +58,8 @@ def test_batches_come_in_order(count):
         ("leaves", NeucoreError, "a process that loads data exited unexpectedly"),
         (DataError("picture 3 is broken"), DataError, "^picture 3 is broken$"),
         (FileNotFoundError(2, "No such file or directory", "/x/3.png"), FileError, "^/x/3.png: No such file or dir"),
+        (RuntimeError("unable to open shared memory object </torch_1>: Too many open files (24)"), NeucoreError, OPEN),
+        (RuntimeError("received 0 items of ancdata"), NeucoreError, OPEN),
         (OSError(24, "Too many open files"), FileError, "^Too many open files; fewer workers"),
     ],
 )

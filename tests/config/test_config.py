@@ -1,6 +1,7 @@
 """Config files: what is completed, what is refused and in which words."""
 
 import copy
+import json
 import subprocess
 import sys
 import typing
@@ -379,6 +380,36 @@ def test_texts_in_lists_and_beside_other_types(tmp_path):
     assert run("run.max_epoch=${oc.decode:'7'}").max_epoch == 7  # of numbers OmegaConf's own ways stay
     with pytest.raises(ConfigError, match=r"run\.train_splits: got \"train\"; allowed: a list of names"):
         run("run.train_splits=train")
+
+
+def test_quotes_that_the_shell_has_left_are_told(tmp_path, caplog):
+    for given in ("'output/x'", '"output/x"'):
+        assert loading.load_config(write(tmp_path, minimal()), [f"run.output_dir={given}"]).run.output_dir == given
+        assert f"run.output_dir={given}: the quotes are taken as part of the text" in caplog.text
+        caplog.clear()
+    for given in ("it's", "'a' b", r"C:\x", "~nobody/x", "a=b", "\u3000x"):
+        assert loading.load_config(write(tmp_path, minimal()), [f"run.output_dir={given}"]).run.output_dir == given
+    assert not caplog.text
+
+
+def test_texts_that_no_file_name_holds(tmp_path):
+    for given in ("a\0b", "\0", "a\udcff"):
+        content = minimal()
+        content["run"]["output_dir"] = given
+        (tmp_path / "x.yaml").write_text(json.dumps(content), encoding="utf-8")
+        for path, options in ((tmp_path / "x.yaml", []), (write(tmp_path, minimal()), [("run.output_dir", given)])):
+            if given == "a\udcff" and not options:
+                continue  # no yaml holds it
+            with pytest.raises(ConfigError, match=r"run\.output_dir: got .*; a null byte and bytes that are no UTF-8"):
+                loading.load_config(path, options)
+
+
+def test_a_config_that_the_system_refuses(tmp_path, monkeypatch):
+    path = write(tmp_path, minimal())
+    refused = PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(loading.OmegaConf, "load", lambda _: (_ for _ in ()).throw(refused))
+    with pytest.raises(ConfigError, match=f"^config file {path}: Permission denied; check the permissions"):
+        loading.load_config(path)
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,10 @@ def test_an_id_that_stands_twice_a_file_too_large_and_files_that_are_none(tmp_pa
         path.write_text(content)
         with pytest.raises(DataError, match=message):
             submission.check(path)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="gone.json: No such file or directory; check the path"):
         submission.check(tmp_path / "gone.json")
+    with pytest.raises(DataError, match="Is a directory; give the path of a file"):
+        submission.check(tmp_path)
 
 
 def test_many_problems_are_counted(tmp_path):

@@ -57,7 +57,12 @@ def test_saving_again_replaces_and_tidies(built, tmp_path):
     loaded.remove("red.png")
     # What a killed saver left goes too, what was never an index's stays.
     mine = {"fg-2.npy", "ids-7.json", "notes-123456789012345678.json"}
-    for name in (*mine, "fg-123456789012345678.npy", ".ids-123456789012345678.json.1a2b3c4d.tmp"):
+    for name in (
+        *mine,
+        "fg-123456789012345678.npy",
+        ".ids-123456789012345678.json.1a2b3c4d.tmp",
+        ".manifest.json.0a.tmp",
+    ):
         (folder / name).touch()
     loaded.save(folder)
     assert GalleryIndex.load(folder).names == NAMES[:4]

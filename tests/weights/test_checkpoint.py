@@ -153,6 +153,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["c.pth"]
 
 
+def test_what_a_drive_refuses_is_no_damage(tmp_path, monkeypatch):
+    path = stored(tmp_path)
+    for number, remedy in ((5, "check the path, and the drive"), (13, "check the permissions"), (116, "the drive")):
+
+        def refuse(*_, number=number, **__):
+            raise OSError(number, os.strerror(number), str(path))
+
+        monkeypatch.setattr(torch, "load", refuse)
+        with pytest.raises(CheckpointError, match=f"^{path}: {os.strerror(number)}; .*{remedy}"):
+            checkpoint.load(path)
+
+
 class Hostile:
     def __init__(self, target: Path) -> None:
         self.target = target

