@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
         f"{report['title']} below {report['root']}",
         f"{'split':<{wide}}  {'queries':>8}  {'gallery':>8}  images missing",
     ]
-    problems, notices = [], []
+    problems = [] if os.path.isdir(report["root"]) else [f"no such folder: {report['root']}"]
+    notices = []
     for split, row in report["splits"].items():
         queries, gallery, state = (
             f"{row[key]:,}" if key in row else "–" for key in ("queries", "gallery", "images_missing")

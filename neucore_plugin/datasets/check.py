@@ -31,7 +31,7 @@ def check(
     list), "error" (text or None), "notices" (texts), "image_folder"; where they are known "queries", "gallery",
     "images_missing", "missing_examples", "skipped_queries" (by `missing: skip`); with `open_images` also
     "images_unreadable" and "unreadable" (a reason each). Raises ConfigError where the name is unknown or no root is
-    given, DataError where the folder is no data set.
+    given, DataError where it is no folder, or that of one's own data is no data set.
     """
     if name not in CHECKED:
         raise ConfigError(f"{name!r} is no data set that can be checked.{nearest(name, CHECKED)}")
@@ -41,6 +41,8 @@ def check(
         variable = f", or set the environment variable {reader.root_variable}" if reader else ""
         raise ConfigError(f"no root folder: give --root{variable}")
     where = expanded(given)
+    if not where.is_dir() and (where.exists() or not reader):
+        raise DataError(f"{where}: is no folder; give the root folder of the data set")
     rows, found, images = _published(reader, where) if reader else _folder(where)
     absent = set(catalogue.absent_images(images.values()))
     there = [path for path in images.values() if path not in absent]

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -473,6 +474,26 @@ def test_check_without_a_root_and_of_an_unknown_name(monkeypatch, capsys):
     assert "NEUCORE_SHOES_ROOT" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"Did you mean 'shoes'"):
         check("shoe", "x")
+
+
+def test_a_root_that_is_no_folder_is_told(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for name, place, code in (("circo", "file", 2), ("folder", "file", 2), ("folder", "none", 2), ("circo", "none", 1)):
+        assert cli.main(["data", "check", name, "--root", str(tmp_path / place)]) == code
+        told = capsys.readouterr()
+        if code == 2:
+            assert told.err == f"error: {tmp_path / place}: is no folder; give the root folder of the data set\n"
+        else:  # what is to be fetched, and where it belongs, is told before there is a folder
+            assert f"no such folder: {tmp_path / place}\n" in told.out and "where it comes from" in told.out
+
+
+def test_links_to_nowhere_are_missing_images(cirr_root, tmp_path):
+    root = tmp_path / "linked"
+    shutil.copytree(cirr_root, root)
+    bad, *_ = sorted((root / "img_raw/dev").iterdir())
+    bad.unlink()
+    bad.symlink_to("/mnt/drive that is gone")
+    assert check("cirr", root)["splits"]["val"]["images_missing"] == 1
 
 
 def test_each_published_data_set_has_its_parts():
