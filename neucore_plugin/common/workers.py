@@ -20,7 +20,8 @@ _AHEAD = 2  # batches that torch keeps ready a worker
 
 
 class Batches:
-    """Batches that `make` makes of the `plans`, in their order, in `workers` processes (0: in this one).
+    """Batches that `make` makes of the `plans`, in their order, in `workers` processes (0: in this one). Without plans
+    each worker makes its own: `make()` iterates over them, and there is neither a length nor `check_room`.
 
     timeout: seconds that a batch may take to come; 0: any. options: further ones of torch's DataLoader.
     Iterating raises the errors of ours as they are, and one of ours for a worker that died or gave nothing in time;
@@ -28,9 +29,9 @@ class Batches:
     """
 
     def __init__(
-        self, make: Callable[[Any], Any], plans: Iterable[Any], workers: int, timeout: float, **options: Any
+        self, make: Callable[..., Any], plans: Iterable[Any] | None, workers: int, timeout: float, **options: Any
     ) -> None:
-        self._made, self._workers = _Made(make), workers
+        self._made, self._workers = _Streamed(make) if plans is None else _Made(make), workers
         self._loader = DataLoader(
             self._made,
             batch_size=None,
@@ -66,20 +67,6 @@ class Batches:
             if isinstance(batch, _Failure):
                 raise batch.error
             yield batch
-
-
-class StreamedBatches(Batches):
-    """Batches of which each worker makes its own: `make()` iterates over them. As Batches, but without a length."""
-
-    def __init__(self, make: Callable[[], Iterator[Any]], workers: int, timeout: float, **options: Any) -> None:
-        self._loader = DataLoader(
-            _Streamed(make),
-            batch_size=None,
-            collate_fn=_same,
-            num_workers=workers,
-            timeout=timeout if workers else 0,
-            **options,
-        )
 
 
 def check_room(one: Any, size: int, batches: int, workers: int) -> None:

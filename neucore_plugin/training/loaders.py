@@ -20,7 +20,7 @@ from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError, DataError, nearest
 from neucore_plugin.common.files import sha256_text
 from neucore_plugin.common.randomness import mix, preserved, seed_sample
-from neucore_plugin.common.workers import Batches, StreamedBatches, check_room
+from neucore_plugin.common.workers import Batches, check_room
 from neucore_plugin.config.run import RunSchema
 
 _TOLD = 10  # bad samples of an epoch that are named in the log; all are counted
@@ -220,8 +220,9 @@ class StreamLoader:
         self._source = _Streamer(dataset, batch_size, seed, rank, world, sizes[rank])
         if num_workers:
             self._source.place.share_memory_()  # workers live longer than an epoch
-        self._batches = StreamedBatches(
+        self._batches = Batches(
             self._source,
+            None,
             num_workers,
             timeout,
             pin_memory=pin_memory,
