@@ -80,6 +80,7 @@ def same(one: dict, other: dict) -> bool:
     return all((plain[0][name] == plain[1][name]).all() for name in names)
 
 
+@pytest.mark.slow  # 20 to 60 seconds of CPU each; the next one is of their kind
 @pytest.mark.parametrize(("run", "workers"), [(EPOCHS, 0), (ITERS, 2)], ids=["epochs", "iterations"])
 def test_two_processes_train_on_a_stream_and_go_on_at_the_right_sample(tmp_path, streamed, run, workers):
     run = {**run, "num_workers": workers}
@@ -98,12 +99,15 @@ def test_two_processes_train_on_a_stream_and_go_on_at_the_right_sample(tmp_path,
         assert rest[rank]["metrics"] == whole[rank]["metrics"]
 
 
-def test_a_run_from_a_web_server_is_the_run_from_the_folder(tmp_path, streamed, tars, shapes_root, monkeypatch):
+def test_a_run_from_a_web_server_killed_and_continued_is_the_run_from_the_folder(
+    tmp_path, streamed, tars, shapes_root, monkeypatch
+):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "cache"))
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
-    local = train(path := streamed("local", max_epoch=1))
+    run = {**EPOCHS, "max_epoch": 1}
+    local = train(path := streamed("local", **run))
     # The vocabulary is that of the whole split, made before the first sample; val is ranked by place.
     captions = [entry["caption"] for entry in json.loads((shapes_root / "train.json").read_text())]
     expected = ConceptVocabulary.from_captions(ConceptExtractor()(captions), 1)
@@ -111,8 +115,13 @@ def test_a_run_from_a_web_server_is_the_run_from_the_folder(tmp_path, streamed, 
     assert ConceptVocabulary.from_json(written) == expected
     assert local["metrics"]["val"]["queries"] == 22
     with serving(tars.parent) as server:
-        afar = train(streamed("afar", root=f"{server.url}/out", max_epoch=1))
-    assert afar["queries"] == local["queries"] and same(afar, local) and afar["metrics"] == local["metrics"]
+        path = streamed("afar", root=f"{server.url}/out", **run)
+        assert case.run_child(train, path, 5) == -signal.SIGKILL
+        fetched = len(server.requests)
+        afar = train(path)
+        assert server.requests[fetched] == "/out/stream.json" and len(server.requests) > fetched
+        assert len(set(server.requests[fetched:]) & set(server.requests[:fetched])) <= 1  # whole files are kept
+    assert afar["queries"] == local["queries"][4:] and same(afar, local) and afar["metrics"] == local["metrics"]
 
 
 def test_a_run_whose_order_would_be_another_is_not_continued(tmp_path, streamed):

@@ -83,8 +83,8 @@ def explained(error: BaseException) -> NeucoreError | None:
     text = " ".join(f"{error} {error.__cause__ or ''}".split())  # torch tells the signal in the cause
     if hang := re.search(r"DataLoader timed out after (\S+) seconds", text):
         return NeucoreError(
-            f"the processes that load data gave nothing for {hang[1]} s. Is the drive of the images slow, or gone? Use "
-            "run.num_workers=0 to see, or a larger run.loader_timeout (0: no limit)"
+            f"the processes that load data gave nothing for {hang[1]} s. Is the drive of the images, or the link to "
+            "their shards, slow or gone? Use run.num_workers=0 to see, or a larger run.loader_timeout (0: no limit)"
         )
     remedy = "use run.num_workers=0, fewer workers, or smaller batches"
     if re.search(r"shared memory|/torch_", text) and "No space left" in text:

@@ -157,6 +157,32 @@ def test_a_sparse_member_that_claims_gigabytes_is_not_read(samples):
         list(StreamLoader(case.streamed(samples), 6))
 
 
+def test_a_shard_that_is_replaced_meanwhile_is_looked_through_again(samples):
+    """Between epochs, and between the look at it and its reading."""
+    loader = StreamLoader(case.streamed(samples), 6)
+    assert len(list(loader)) == len(loader)
+    one, other = samples / "train-00000.tar", samples / "train-00001.tar"
+    other.replace(one)
+    loader.set_position(1)
+    with pytest.raises(DataError, match="is not where the manifest says|cannot be read to its end"):
+        list(loader)
+
+
+def test_what_was_looked_through_is_what_is_read(samples, monkeypatch):
+    look = stream.check_members
+
+    def replaced(file, shard):
+        look(file, shard)
+        strange = samples / "strange"
+        with tarfile.open(strange, "w") as archive:
+            archive.addfile(tarfile.TarInfo("x.pyd"))
+        strange.replace(shard.path)
+
+    monkeypatch.setattr(stream, "check_members", replaced)
+    loader = StreamLoader(case.streamed(samples), 6)
+    assert len(list(loader)) == len(loader)
+
+
 @pytest.mark.parametrize("zeros", [512, 3000])
 def test_a_stream_is_never_silently_short(samples, zeros):
     """A shard of the right size whose end is zeros is a whole tar file for tarfile: it only holds fewer members."""

@@ -1,8 +1,14 @@
 """Whole samples from a real web server on loopback, also one that stalls, cuts, lies, and answers with errors."""
 
+import contextlib
 import os
+import resource
 import shutil
+import signal
 import stat
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -24,7 +30,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    monkeypatch.setattr(remote, "STALL", 1.0)
+    monkeypatch.setattr(remote, "STALL", 1)
     return tmp_path / "cache" / "streams"
 
 
@@ -37,6 +43,9 @@ def server(whole):
 def read_all(url: str, workers: int = 0) -> list[int]:
     loader = StreamLoader(case.streamed(url), 9, seed=3, num_workers=workers)
     return [index for batch in case.indices(loader) for index in batch]
+
+
+TWO = "train-{00002..00003}.tar"  # enough for one of them to fail
 
 
 def kept(cache: Path) -> dict[str, bytes]:
@@ -112,34 +121,98 @@ PASSING = {
 @pytest.mark.parametrize(("file", "fault"), [pair for pairs in PASSING.values() for pair in pairs])
 def test_a_fault_that_passes_is_tried_again(server, cache, whole, file, fault):
     server.faults[file] = [fault]
-    assert sorted(read_all(f"{server.url}/out")) == sorted(read_all(str(whole)))
+    assert read_all(f"{server.url}/out/{TWO}") == read_all(f"{whole}/{TWO}") != []
     assert sum(path.endswith(f"/{file}") for path in server.requests) == 2
-    assert {path.read_bytes() for path in whole.rglob("*") if path.is_file()} == set(kept(cache).values())
+    assert set(kept(cache).values()) <= {path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert len(kept(cache)) == 1 + 1 + 2 + 3
+
+
+@pytest.mark.parametrize("kind", ["moved", "chunked", "gzip", "typed"])
+@pytest.mark.parametrize("file", ["stream.json", "train-00002.tar"])
+def test_other_ways_to_send_a_file_are_no_faults(server, cache, whole, kind, file):
+    server.faults[file] = [kind]
+    assert read_all(f"{server.url}/out/{TWO}") == read_all(f"{whole}/{TWO}") != []
+    assert sum(path.endswith(f"/{file}") for path in server.requests) == (2 if kind == "moved" else 1)
+
+
+def test_a_server_that_is_started_anew_meanwhile_is_waited_for(whole, cache, monkeypatch, caplog):
+    monkeypatch.setattr(remote, "PAUSE", 0.2)
+    with serving(whole.parent) as server:
+        samples = iter(StreamLoader(case.streamed(f"{server.url}/out"), 9, seed=3))
+        next(samples)
+    port = server.server.server_port
+    later = threading.Timer(0.5, lambda: started.append(stack.enter_context(serving(whole.parent, port))))
+    started: list = []
+    with contextlib.ExitStack() as stack:
+        later.start()
+        assert len(list(samples)) == 15
+        assert started[0].requests and "Couldn't connect to server; try 2 of 6" in caplog.text
+
+
+def test_a_shard_that_was_replaced_is_told_unless_it_was_fetched_before(server, cache, whole, monkeypatch):
+    monkeypatch.setattr(remote, "TRIES", 1)
+    loader = StreamLoader(case.streamed(f"{server.url}/out"), 9, seed=3)
+    assert len(list(loader)) == 16
+    server.faults["train-00002.tar"] = ["other"] * 9
+    loader.set_position(1)
+    assert len(list(loader)) == 16
+    shutil.rmtree(cache)
+    loader.set_position(2)
+    with pytest.raises(DataError, match=r"SHA-256 does not fit"):
+        list(loader)
+
+
+def test_processes_that_fetch_one_shard_do_not_disturb_each_other(server, cache, whole):
+    (file,) = stream.open_stream(f"{server.url}/out/train-00000.tar", wanted=["train"], allow_remote=True).train[
+        "train"
+    ][1]
+    with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
+        paths = {found.result() for found in [pool.submit(file.local) for _ in range(8)]}
+    assert {path.read_bytes() for path in paths} == {(whole / "train-00000.tar").read_bytes()}
+    assert not list(cache.rglob("*.tmp"))
+
+
+def test_a_full_drive_of_the_cache_is_told_at_once(server, cache, whole, monkeypatch):
+    dataset = case.streamed(f"{server.url}/out")
+    size = max(shard.size for shard in dataset.shards)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # a limit of files stands for the drive: the system refuses to write in the middle of a shard
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+        with pytest.raises(FileError, match="NEUCORE_CACHE names another cache"):
+            list(StreamLoader(dataset, 9))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sum("/train-" in path for path in server.requests) == 1
+    assert not list(cache.rglob("*.tmp"))
 
 
 LASTING = {
-    "cut": "the body was cut short",
-    "long": "the body was cut short",
+    "cut": r"curl: \(18\) .*remaining to read",
+    "long": r"curl: \(18\) .*remaining to read",
     "half": r"[\d,]+ of [\d,]+ bytes came",
     "short": r"[\d,]+ of [\d,]+ bytes came",
     "more": r"more than [\d,]+ bytes came",
     "html": "it is a web page, of a login or an error",
     "other": r"its content is not what was written \(SHA-256 does not fit\)",
-    404: r"the server answers with an error, such as 404 \(not found\)",
-    "stall": "nothing came for 1 seconds",
-    "trickle": "nothing came for 1 seconds",
-    500: "nothing came for 1 seconds|the server answers with an error",  # curl itself tries these again
+    404: "error: 404",
+    "circle": r"curl: \(47\) Maximum .* redirects followed",
+    "ftp": r"curl: \(1\) Protocol \"ftp\" not supported",
+    "stall": r"nothing came for 1 seconds|curl: \(28\) Operation too slow",
+    "trickle": r"curl: \(28\) Operation too slow",
+    500: "error: 500",
+    503: "error: 503",
 }
 
 
 @pytest.mark.parametrize(("fault", "workers"), [*((fault, 0) for fault in LASTING), ("cut", 1), ("stall", 2)])
 def test_a_fault_that_lasts_is_one_error_after_a_few_tries(server, cache, whole, fault, workers, monkeypatch):
     monkeypatch.setattr(remote, "TRIES", 2)
-    server.faults["train-00002.tar"] = [fault] * 99
+    server.faults["train-00002.tar"] = [fault] * 999
     with pytest.raises(DataError, match=rf"train-00002.tar' cannot be fetched: .*({LASTING[fault]})") as caught:
-        read_all(f"{server.url}/out", workers)
+        read_all(f"{server.url}/out/{TWO}", workers)
     assert "(2 tries)" in str(caught.value) and "\n" not in str(caught.value)
-    assert sum(path.endswith("/train-00002.tar") for path in server.requests) == 2
+    assert sum(path.endswith("/train-00002.tar") for path in server.requests) == (102 if fault == "circle" else 2)
     whole_files = {path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     assert set(kept(cache).values()) <= whole_files  # nothing half-written, nothing that is something else
 
@@ -151,7 +224,7 @@ def test_a_manifest_that_never_comes_leaves_nothing(server, cache, monkeypatch):
         with pytest.raises(DataError, match=r"stream.json' cannot be fetched"):
             stream.open_stream(f"{server.url}/out", allow_remote=True)
         assert kept(cache) == {}
-    with pytest.raises(DataError, match="cannot be fetched: the connection was refused"):
+    with pytest.raises(DataError, match="cannot be fetched: curl: .*Couldn't connect to server"):
         stream.open_stream("http://127.0.0.1:9/out", allow_remote=True)
 
 
@@ -159,7 +232,7 @@ def test_what_a_killed_download_left_is_removed(server, cache, whole):
     (file,) = stream.open_stream(f"{server.url}/out/train-00000.tar", wanted=["train"], allow_remote=True).train[
         "train"
     ][1]
-    left, fresh = (Path(file.path).with_name(f".{Path(file.path).name}.{n}.tmp") for n in "ab")
+    left, fresh = (Path(file.path).with_name(f".{n}.tar.{n}.tmp") for n in "ab")
     for path in (left, fresh):
         path.write_bytes(b"half")
     os.utime(left, (1, 1))

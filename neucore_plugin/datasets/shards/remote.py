@@ -1,18 +1,20 @@
 """Shards from web servers and object storage: fetched whole into the local cache, checked, then read as local files.
 
-A file is opened by webdataset's own openers (curl, gsutil; s3 by the `aws` program), whose arguments are a list: no
-shell sees an address. `pipe:`, which webdataset gives to a shell, is refused, as is every scheme that is not listed.
+A program fetches a file, as with webdataset and through its `Pipe`; the arguments are ours, since webdataset's curl
+repeats a server's error 30 times in silence and follows a redirect to FTP. They are a list: no shell sees an address.
+`pipe:`, which webdataset gives to a shell, is refused, as is every scheme that is not listed.
 Knows no host, no model.
 """
 
 import contextlib
 import hashlib
-import math
+import logging
 import re
 import shutil
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -20,10 +22,11 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.common.files import atomic_write, file_errors, parse_json
 
-PROGRAMS = {"http": "curl", "https": "curl", "s3": "aws", "gs": "gsutil"}
-TRIES = 4
-PAUSE = 1.0  # seconds before the second try, twice as long before each further one
-STALL = 30.0  # seconds without BLOCK bytes, after which a try is given up
+SCHEMES = ("http", "https", "s3", "gs")
+TRIES = 6
+PAUSE = 1.0  # seconds before the second try, twice as long before each further one: half a minute in all
+STALL = 30  # seconds without a byte, or with less than SLOWEST in each, after which a try is given up
+SLOWEST = 2000  # bytes
 BLOCK = 1 << 16
 MAX_UNKNOWN = 256 << 20  # bytes of a file whose size is not known before
 
@@ -31,15 +34,6 @@ _HOST = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\
 _PATH = re.compile(r"[A-Za-z0-9/._~%+=,:@-]*")  # what neither a shell nor curl nor gsutil reads as a sign of its own
 _QUERY = re.compile(r"[A-Za-z0-9/._~%+=,:@&?-]*")
 _NONE = re.compile("")
-_CURL = {  # the exit codes that a user can make something of
-    6: "the host is not known",
-    7: "the connection was refused",
-    18: "the body was cut short",
-    22: "the server answers with an error, such as 404 (not found) or 403 (forbidden)",
-    28: "the connection timed out",
-    35: "no TLS connection came about",
-    60: "the server's certificate is not trusted",
-}
 
 
 class _Failed(Exception):
@@ -51,12 +45,24 @@ def is_remote(text: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", text) is not None
 
 
+def _command(url: str) -> list[str]:
+    """What writes the content of an address to its output, and why it cannot to the other one."""
+    scheme = urlsplit(url).scheme
+    if scheme == "s3":
+        return ["aws", "s3", "cp", "--only-show-errors", url, "-"]
+    if scheme == "gs":
+        return ["gsutil", "cat", url]
+    # What comes in another coding (gzip) is decoded; the limits also end it where this process has been killed.
+    limits = ["--connect-timeout", str(STALL), "--speed-time", str(STALL), "--speed-limit", str(SLOWEST)]
+    return ["curl", "-sSfNL", "--compressed", "--proto", "=http,https", *limits, url]
+
+
 def checked_url(text: str) -> str:
     """An address that is safe to hand on, other letters than ASCII percent-encoded. Raises ConfigError."""
     parts = urlsplit(text) if text.isprintable() else None
-    if parts is None or parts.scheme not in PROGRAMS:
+    if parts is None or parts.scheme not in SCHEMES:
         raise ConfigError(
-            f"{shown(text)}: is no address that shards are fetched from; allowed: {', '.join(PROGRAMS)}, and local "
+            f"{shown(text)}: is no address that shards are fetched from; allowed: {', '.join(SCHEMES)}, and local "
             "folders by their path. `pipe:` is refused, since it runs commands"
         )
     if "@" in parts.netloc:
@@ -90,17 +96,20 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
     """The file of an address at `path`, fetched where it is not there already with that size.
 
     size, sha256: what it must have; without them it must be JSON. `TRIES` tries, each ended when nothing comes for
-    `STALL` seconds; `path` stands only when whole. Raises DataError, and FileError where the cache cannot be written.
+    `STALL` seconds; why one failed is logged. `path` stands only when whole. Raises DataError, and FileError where the
+    cache cannot be written.
     """
     if size is not None and path.is_file() and path.stat().st_size == size:
         return path
-    scheme = urlsplit(url).scheme
-    if shutil.which(PROGRAMS[scheme]) is None:
-        raise DataError(f"{shown(url)}: {scheme} is read by the program `{PROGRAMS[scheme]}`; install it")
+    program = _command(url)[0]
+    if shutil.which(program) is None:
+        raise DataError(f"{shown(url)}: {urlsplit(url).scheme} is read by the program `{program}`; install it")
     reason = ""
     for number in range(TRIES):
         if number:
-            time.sleep(PAUSE * 2 ** (number - 1))
+            pause = PAUSE * 2 ** (number - 1)
+            logging.warning("%s: %s; try %d of %d in %g seconds", shown(url), reason, number + 1, TRIES, pause)
+            time.sleep(pause)
         try:
             with file_errors(path, note="the environment variable NEUCORE_CACHE names another cache"):
                 _sweep(path)
@@ -116,8 +125,8 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
 
 
 def _sweep(path: Path) -> None:
-    """Remove what a killed process left of this file."""
-    for old in path.parent.glob(f".{path.name}.*.tmp"):
+    """Remove what killed processes left in the folder: the file that one was fetching may be there by now."""
+    for old in path.parent.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > 10 * STALL:
                 old.unlink()
@@ -155,46 +164,24 @@ def _page(head: bytes) -> str:
 @contextlib.contextmanager
 def _stream(url: str) -> Iterator[Callable[[], bytes]]:
     """A function that reads the next bytes; its end, also by an error, ends the program that fetches them."""
-    from webdataset.gopen import Pipe, gopen_schemes
+    from webdataset.gopen import Pipe
 
-    scheme = urlsplit(url).scheme
-    if scheme == "s3":  # the one that webdataset has no opener for
-        pipe = Pipe(["aws", "s3", "cp", "--only-show-errors", url, "-"], mode="rb", bufsize=BLOCK)
-    else:  # not gopen() itself, which would follow rewriting rules of the environment to anywhere
-        pipe = gopen_schemes[scheme](url, "rb", BLOCK)
-    done, stalled = threading.Event(), threading.Event()
-    waiting_since = math.inf
+    with tempfile.TemporaryFile() as told:
+        pipe = Pipe(_command(url), mode="rb", bufsize=0, stderr=told)
 
-    def watch() -> None:
-        while not done.wait(min(1.0, STALL / 4)):
-            if time.monotonic() - waiting_since > STALL:
-                stalled.set()
-                pipe.proc.kill()
-                return
+        def read() -> bytes:
+            if not wait([pipe.stream], STALL):
+                raise _Failed(f"nothing came for {STALL} seconds")
+            block = pipe.stream.read(BLOCK)
+            if not block and (code := pipe.proc.wait()) != 0:
+                told.seek(0)
+                words = told.read(BLOCK).decode(errors="replace").replace(url, shown(url)).split()
+                raise _Failed(" ".join(words)[:300] or f"the program that fetches it ended with {code}")
+            return block
 
-    def read() -> bytes:
-        nonlocal waiting_since
-        waiting_since = time.monotonic()
-        block = pipe.stream.read(BLOCK)
-        if not block and pipe.proc.wait() != 0:
-            raise _Failed(_why(pipe.proc.returncode, stalled.is_set()))
-        waiting_since = math.inf  # a slow disk is no stalled connection
-        return block
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield read
-    finally:
-        done.set()
-        thread.join()
-        if pipe.proc.poll() is None:
+        try:
+            yield read
+        finally:
             pipe.proc.kill()
-        pipe.stream.close()
-        pipe.proc.wait()
-
-
-def _why(code: int, stalled: bool) -> str:
-    if stalled:
-        return f"nothing came for {STALL:g} seconds"
-    return _CURL.get(code, f"the program that fetches it ended with {code}")
+            pipe.stream.close()
+            pipe.proc.wait()

@@ -24,7 +24,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
 from tqdm import tqdm
@@ -273,19 +273,20 @@ def verify(folder: str | Path, progress: bool = True) -> int:
             )
     shards = [shard for _, found in open_stream(str(root)).train.values() for shard in found]
     for shard in shards:
-        check_members(Path(shard.path), shard)
+        with open(shard.path, "rb") as stream:
+            check_members(stream, shard)
     return sum(len(shard["queries"]) for row in splits.values() for shard in row["shards"])
 
 
-def check_members(path: Path, shard: StreamFile) -> None:
-    """Look at a shard's headers before anything in it is read. Raises DataError.
+def check_members(stream: BinaryIO, shard: StreamFile) -> None:
+    """Look at an open shard's headers before anything in it is read, and go back to its start. Raises DataError.
 
     Its members are regular files of our names, none twice, of bounded size, of the triplets that the manifest lists, in
     its order. A sample may lack a member: that is told where the sample is asked for.
     """
     place, seen = -1, set()
     try:
-        with tarfile.open(path, mode="r:") as archive:
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
             for info in archive:
                 found = _MEMBER.fullmatch(info.name)
                 if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or found is None:
@@ -298,6 +299,7 @@ def check_members(path: Path, shard: StreamFile) -> None:
                 if place >= len(shard.numbers) or number != shard.numbers[place] or role in seen:
                     raise DataError(f"{shard}: {info.name} is not where the manifest says; {REMEDY}")
                 seen.add(role)
+        stream.seek(0)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{shard}: no whole tar file ({error}); copy it again") from None
     if place + 1 != len(shard.numbers):  # a cut at the end of a member looks like the end of the archive
@@ -395,8 +397,8 @@ class TripletStream(TripletDataset):
     def _opened(shards: Sequence[StreamFile]) -> Iterator[dict[str, Any]]:
         """Open shards as webdataset's `url_opener` does, fetched and looked through before."""
         for shard in shards:
-            check_members(path := shard.local(), shard)
-            with open(path, "rb") as stream:
+            with open(path := shard.local(), "rb") as stream:
+                check_members(stream, shard)
                 yield {"url": str(shard), "stream": stream, "local_path": str(path)}
 
     def _queries(self, source: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
