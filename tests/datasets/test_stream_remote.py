@@ -308,6 +308,10 @@ def test_object_storage_is_read_by_its_program(scheme, program, cache, whole, tm
         "gsutil": "cat gs://bucket/out/stream.json",
     }
     assert calls[0] == expected[program]
+    monkeypatch.setattr(remote, "TRIES", 1)
+    tool.write_text("#!/bin/sh\necho 'fatal error: (403)\n Forbidden' >&2\nexit 1\n")
+    with pytest.raises(DataError, match=r"cannot be fetched: fatal error: \(403\) Forbidden \(1 tries\)"):
+        stream.open_stream(f"{scheme}://bucket/out", allow_remote=True)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match=f"is read by the program `{program}`; install it"):
         stream.open_stream(f"{scheme}://bucket/out", allow_remote=True)
