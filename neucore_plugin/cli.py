@@ -71,6 +71,9 @@ def guarded(command: Callable[[], Any]) -> int:
     Of several processes only the first prints an error that all have (`shared`). What the system refuses (a file,
     memory) is such an error as well. What the terminal's encoding lacks is printed as its escape.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed (`2>&-`): imports want one, and the next file would get its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -78,7 +81,7 @@ def guarded(command: Callable[[], Any]) -> int:
         try:
             code = command()
         finally:
-            if sys.stdout is not None and not sys.stdout.closed:
+            if not sys.stdout.closed:
                 sys.stdout.flush()  # a reader that has gone is noticed here, not when the interpreter ends
     except NeucoreError as error:
         return _refused(error)

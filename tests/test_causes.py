@@ -302,6 +302,7 @@ def test_another_user_without_a_home(words, message, good, tmp_path, monkeypatch
         ("configs 2> /dev/full > /dev/full", 2, ""),
         ("configs | true; exit ${{PIPESTATUS[0]}}", None, ""),
         ("report {results} --html /dev/null --svg /dev/stdout | grep -q '</svg>'", 0, "page: /dev/null"),
+        ("vocab folder --root {root} --out {new}.json <&- >&- 2>&-; test -s {new}.json", 0, ""),
         ("report {results} --html /dev/full", 2, "error: /dev/full: No space left on device"),
         pytest.param("report {results} --html {new}/a/b/c.html", 0, "page: ", marks=pytest.mark.slow),
     ],
