@@ -29,7 +29,7 @@ def find_config(given: str | Path) -> Path:
         return shipped[path.stem]
     names = {*shipped, *(one.stem for one in path.parent.glob("*.yaml"))}
     hint = nearest(path.stem, names).partition(" Allowed:")[0].replace("'?", f"{path.suffix}'?")
-    what = "is a folder" if path.is_dir() else "does not exist"
+    what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
     raise ConfigError(
         f"config file {path} {what}.{hint} Give the path of a yaml file, or a name that `neucore configs` lists."
     )

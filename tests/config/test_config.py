@@ -404,6 +404,11 @@ def test_texts_that_no_file_name_holds(tmp_path):
                 loading.load_config(path, options)
 
 
+def test_a_device_is_no_config():
+    with pytest.raises(ConfigError, match="^config file /dev/null is no regular file"):
+        loading.read_yaml("/dev/null")
+
+
 def test_a_config_that_the_system_refuses(tmp_path, monkeypatch):
     path = write(tmp_path, minimal())
     refused = PermissionError(13, "Permission denied", str(path))
