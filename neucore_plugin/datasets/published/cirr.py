@@ -23,9 +23,7 @@ from neucore_plugin.datasets.annotations import good_entries, is_whole, read_jso
 from neucore_plugin.datasets.published.reader import Reader
 from neucore_plugin.datasets.triplets import Triplet
 
-FOLDERS = {"train": "train", "val": "dev", "test1": "test1"}  # split: its folder below img_raw/
-
-
+FOLDERS = {"train": "train", "val": "dev", "test1": "test1"}  # split: its folder below one of IMAGES
 IMAGES = ("img_raw", "")  # where FOLDERS lie: as published, as in CLIP4Cir
 
 

@@ -96,7 +96,6 @@ class ResNet(Encoder):
         from torchvision import models
 
         self.fit, self.moving_norms = fit, moving_norms
-
         side = image_size // 32
         self.width, self.grid, self.num_tokens, self.image_size = NETWORKS[network], (side, side), side**2, image_size
         self.network = getattr(models, network)(weights=None)
