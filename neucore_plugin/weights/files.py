@@ -1,6 +1,7 @@
 """Files of weights: read as weights only, and one report of what does not fit. Knows no host."""
 
 import contextlib
+import errno
 import pickletools
 import warnings
 import zipfile
@@ -55,7 +56,8 @@ def read(path: str | Path, allowed: Sequence[Any] = (), archives: Collection[str
                 f"{path} is refused: it contains code that would run on loading, or a type that is unknown here "
                 f"({first_few(code)}). Where you trust its author, save its state_dict alone with torch.save"
             ) from error
-        if isinstance(error, OSError) and error.errno:  # the drive's doing, not the file's
+        # The drive's doing, not the file's; EINVAL is what a seek by the lengths in a damaged file ends with.
+        if isinstance(error, OSError) and error.errno not in (None, 0, errno.EINVAL):
             raise CheckpointError(str(FileError.of(error, path))) from error
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(

@@ -166,7 +166,7 @@ def _stream(url: str) -> Iterator[Callable[[], bytes]]:
     """A function that reads the next bytes; its end, also by an error, ends the program that fetches them."""
     from webdataset.gopen import Pipe
 
-    with tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile("w+b") as told:
         pipe = Pipe(_command(url), mode="rb", bufsize=0, stderr=told)
 
         def read() -> bytes:
@@ -175,7 +175,7 @@ def _stream(url: str) -> Iterator[Callable[[], bytes]]:
             block = pipe.stream.read(BLOCK)
             if not block and (code := pipe.proc.wait()) != 0:
                 told.seek(0)
-                words = told.read(BLOCK).decode(errors="replace").replace(url, shown(url)).split()
+                words = told.read(BLOCK).decode("utf-8", errors="replace").replace(url, shown(url)).split()
                 raise _Failed(" ".join(words)[:300] or f"the program that fetches it ended with {code}")
             return block
 
