@@ -73,6 +73,12 @@ def train(path: Path, kill_at: int = -1) -> dict:
     return {"queries": seen, "metrics": metrics, "state": {name: value.numpy() for name, value in state.items()}}
 
 
+def train_with(environment: dict[str, str], path: Path, kill_at: int) -> None:
+    """`train` in a child, whose environment is that of the server process that starts it, not the test's."""
+    os.environ.update(environment)
+    train(path, kill_at)
+
+
 def same(one: dict, other: dict) -> bool:
     names = {name.removeprefix("module.") for name in one["state"]}
     plain = [{name.removeprefix("module."): value for name, value in run["state"].items()} for run in (one, other)]
@@ -102,8 +108,9 @@ def test_two_processes_train_on_a_stream_and_go_on_at_the_right_sample(tmp_path,
 def test_a_run_from_a_web_server_killed_and_continued_is_the_run_from_the_folder(
     tmp_path, streamed, tars, shapes_root, monkeypatch
 ):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("NEUCORE_CACHE", str(tmp_path / "cache"))
+    environment = {"no_proxy": "127.0.0.1", "NEUCORE_CACHE": str(tmp_path / "cache")}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     run = {**EPOCHS, "max_epoch": 1}
@@ -116,7 +123,7 @@ def test_a_run_from_a_web_server_killed_and_continued_is_the_run_from_the_folder
     assert local["metrics"]["val"]["queries"] == 22
     with serving(tars.parent) as server:
         path = streamed("afar", root=f"{server.url}/out", **run)
-        assert case.run_child(train, path, 5) == -signal.SIGKILL
+        assert case.run_child(train_with, environment, path, 5) == -signal.SIGKILL
         fetched = len(server.requests)
         afar = train(path)
         assert server.requests[fetched] == "/out/stream.json" and len(server.requests) > fetched
