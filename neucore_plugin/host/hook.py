@@ -1,10 +1,14 @@
 """Whoever imports lavis, before or after us, finds our model, task, builders, processors and runners registered."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from importlib.abc import Loader, MetaPathFinder
 from typing import Any
 
 from neucore_plugin.host import importing
+
+_host_under_way = False
 
 
 def _host_is_there() -> bool:
@@ -17,6 +21,28 @@ def _register() -> None:
     from neucore_plugin.host.registration import register_all
 
     register_all()
+
+
+@contextlib.contextmanager
+def host_import() -> Iterator[None]:
+    """Around the lines of the host's `__init__`, by our loader or as `host.wheel` writes them; the inner one does nothing.
+
+    Raises `HostError` with the remedy in the place of what they raise.
+    """
+    global _host_under_way
+    if _host_under_way:
+        yield
+        return
+    _host_under_way = True
+    try:
+        with importing.bent():
+            yield
+    except Exception as error:
+        raise importing.explain_import_failure(error) from error
+    finally:
+        _host_under_way = False
+    if not _WatchedLoader.under_way:  # nobody has imported us before the host
+        _register()
 
 
 class _WatchedLoader(Loader):
@@ -36,16 +62,11 @@ class _WatchedLoader(Loader):
 
     def exec_module(self, module: Any) -> None:
         is_host = module.__name__ == "lavis"
-        if is_host:
-            importing.before_import()
         module.__spec__.loader = module.__loader__ = self._loader  # resources and reload go the module's own way
         _WatchedLoader.under_way += 1
         try:
-            self._loader.exec_module(module)
-        except Exception as error:
-            if is_host:
-                raise importing.explain_import_failure(error) from error
-            raise
+            with host_import() if is_host else contextlib.nullcontext():
+                self._loader.exec_module(module)
         finally:
             _WatchedLoader.under_way -= 1
         if not _WatchedLoader.under_way and (is_host or _host_is_there()):

@@ -16,7 +16,7 @@ import torch
 from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 from neucore_plugin.common.errors import ConfigError, NeucoreError, nearest
 from neucore_plugin.models.backbones.bert_words import words_of
@@ -249,6 +249,8 @@ class RegisteredText(_Registered, TextEncoder):
         pieces = self.tokenizer.tokenize(text)
         if len(pieces) <= self.max_words:
             return " ".join(text.split())
+        if isinstance(self.tokenizer, BertTokenizer):  # transformers 5 would write "do not" as "don't": other pieces
+            return " ".join(pieces[: self.max_words]).replace(" ##", "")
         return self.tokenizer.convert_tokens_to_string(pieces[: self.max_words])
 
     def _encode(self, texts: list[str]) -> tuple[list[Tensor], Tensor]:
