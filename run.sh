@@ -4,7 +4,7 @@
 #   sh run.sh test [PYTEST ARGUMENTS]           style checks and tests
 #   sh run.sh docs                              the documentation site, into site/
 #   sh run.sh setup                             the environment alone
-# NEUCORE_VENV names another folder than .venv; PYTHON another Python (3.10 or 3.11).
+# NEUCORE_VENV names another folder than .venv; PYTHON another Python (3.10 to 3.14).
 set -eu
 cd "$(dirname "$0")"
 VENV="${NEUCORE_VENV:-.venv}"
@@ -17,49 +17,64 @@ fail() {
     exit 2
 }
 
-# Of a version that the host runs on, and able to make environments (Debian packs that part apart).
-usable() { "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 12))' >/dev/null 2>&1; }
+# Of a version that is supported, and able to make environments (Debian packs that part apart).
+usable() { "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 15))' >/dev/null 2>&1; }
 
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
         usable "$PYTHON" && printf '%s\n' "$PYTHON" && return 0
-        fail "PYTHON=$PYTHON is no Python 3.10 or 3.11 with the venv module"
+        fail "PYTHON=$PYTHON is no Python 3.10 to 3.14 with the venv module"
     fi
-    # Every folder of PATH, not only the first hit: a pyenv shim may stand there and fail when it is called.
-    for name in python3.11 python3.10 python3 python; do
+    # The newest first, but 3.14, which has been tried least, after 3.13 and 3.12. Of each, every folder of PATH, not only
+    # the first hit: a pyenv shim may stand there and fail when it is called.
+    for version in 3.13 3.12 3.14 3.11 3.10; do
         saved=$IFS
         IFS=:
-        for folder in $PATH; do
+        for folder in $PATH /usr/local/bin /opt/homebrew/bin; do
             IFS=$saved
-            if [ -x "$folder/$name" ] && usable "$folder/$name"; then
-                printf '%s\n' "$folder/$name"
+            if [ -x "$folder/python$version" ] && usable "$folder/python$version"; then
+                printf '%s\n' "$folder/python$version"
                 return 0
             fi
         done
         IFS=$saved
+        for candidate in "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$version".*/bin/python; do
+            if [ -x "$candidate" ] && usable "$candidate"; then
+                printf '%s\n' "$candidate"
+                return 0
+            fi
+        done
     done
-    for candidate in "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.11.*/bin/python "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.10.*/bin/python \
-        /usr/local/bin/python3.11 /opt/homebrew/bin/python3.11 /opt/homebrew/bin/python3.10; do
-        if [ -x "$candidate" ] && usable "$candidate"; then
-            printf '%s\n' "$candidate"
+    for name in python3 python; do  # where no name says the version
+        if usable "$name"; then
+            printf '%s\n' "$name"
             return 0
         fi
     done
-    fail "no Python 3.11 or 3.10 with the venv module found (the host library runs on no other). Install one:
-  Debian, Ubuntu   sudo apt install python3.11 python3.11-venv
-  Fedora           sudo dnf install python3.11
-  macOS            brew install python@3.11
-  pyenv            pyenv install 3.11
-  conda            conda create -n py311 python=3.11, then PYTHON=\"\$(conda run -n py311 which python)\" sh run.sh ...
-or point to one: PYTHON=/path/to/python3.11 sh run.sh ${1:-setup}"
+    fail "no Python 3.10 to 3.14 with the venv module found. Install one:
+  Debian, Ubuntu   sudo apt install python3 python3-venv
+  Fedora           sudo dnf install python3
+  macOS            brew install python
+  pyenv            pyenv install 3.13
+  conda            conda create -n py313 python=3.13, then PYTHON=\"\$(conda run -n py313 which python)\" sh run.sh ...
+or point to one: PYTHON=/path/to/python3.13 sh run.sh ${1:-setup}"
+}
+
+# The tested set of packages for the environment's Python: what the host asks for has no wheels for 3.12 and later.
+pins() {
+    if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+        echo constraints-3.12.txt
+    else
+        echo constraints.txt
+    fi
 }
 
 # What the environment must have been made from; also the folder, which an editable install remembers.
 wanted_stamp() {
-    "$VENV/bin/python" - <<'PY'
+    "$VENV/bin/python" - "$(pins)" <<'PY'
 import hashlib, os, sys
 digest = hashlib.sha256(f"{sys.version_info[:2]} {os.getcwd()}".encode())
-for name in ("constraints.txt", "setup.py"):
+for name in (sys.argv[1], "setup.py", "neucore_plugin/host/wheel.py"):
     digest.update(open(name, "rb").read())
 print(digest.hexdigest())
 PY
@@ -101,7 +116,8 @@ setup() {
     say "installing the tested set of packages into $VENV; the first time this takes minutes and some 5 GB"
     rm -f "$STAMP"
     : >"$UNFINISHED"
-    "$VENV/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[emoji,test]' ||
+    "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$(pins)" -e '.[emoji,test]' &&
+        "$VENV/bin/python" -m neucore_plugin setup-host ||
         fail "the installation did not finish (see above); the same command continues it"
     wanted_stamp >"$STAMP.new"
     mv "$STAMP.new" "$STAMP"
@@ -135,7 +151,7 @@ docs)
     setup docs
     if ! "$VENV/bin/python" -c 'import material, mkdocs, mkdocstrings' 2>/dev/null; then
         say "adding the packages of the extra 'docs'"
-        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]' ||
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$(pins)" -e '.[docs]' ||
             fail "the installation did not finish (see above); the same command continues it"
     fi
     NO_MKDOCS_2_WARNING=1 "$VENV/bin/python" -m mkdocs build --quiet "$@"

@@ -6,9 +6,12 @@ read as weights only, and the packages' own Python code is never imported.
 B batch, N image tokens, L words.
 """
 
+import timm
 import torch
+from lavis.models.med import BertModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BertConfig
 
 from neucore_plugin.common.errors import CheckpointError
 from neucore_plugin.models.backbones.bert_words import POSITION_IDS, BertText
@@ -35,8 +38,6 @@ class EfficientNetLite0(Encoder):
 
     def __init__(self, image_size: int, grid: int) -> None:
         super().__init__()
-        import timm
-
         self.image_size, self.grid, self.num_tokens = image_size, (grid, grid), grid * grid
         self.settings = f"efficientnet_lite0:{image_size}:{grid}"
         path = packaged_file(EFFICIENTNET_FILE, EFFICIENTNET_SHA256)
@@ -46,7 +47,7 @@ class EfficientNetLite0(Encoder):
         own = network.state_dict()
         names = [name for name in own if not name.endswith("num_batches_tracked")]
         if [tuple(own[name].shape) for name in names] != [tuple(value.shape) for value in source]:
-            raise CheckpointError(f"{path}: its tensors do not fit timm's tf_efficientnet_lite0; timm 0.4.12 is needed")
+            raise CheckpointError(f"{path}: its tensors do not fit the tf_efficientnet_lite0 of timm {timm.__version__}")
         network.load_state_dict(dict(zip(names, source, strict=True)), strict=False)
         network.classifier = nn.Identity()
         self.network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
@@ -74,6 +75,8 @@ class EfficientNetLite0(Encoder):
 class MiniLM(BertText):
     """all-MiniLM-L6-v2: contextual word-piece vectors and their mean, 384 wide; a concept word is read by itself.
 
+    It is built from the host's BERT: that of transformers gives other last bits and another state in later releases.
+
     Args:
         max_words: word pieces kept of a text, at most 510; a longer one is cut.
     """
@@ -84,9 +87,14 @@ class MiniLM(BertText):
 
     def __init__(self, max_words: int) -> None:
         super().__init__(max_words)
-        from transformers import BertConfig, BertModel
-
-        config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+        config = BertConfig(
+            hidden_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            intermediate_size=1536,
+            add_type_embeddings=True,
+            add_cross_attention=False,
+        )
         self.network = BertModel(config, add_pooling_layer=False)
         self.settings = f"minilm_l6:{max_words}"
         path = packaged_file(MINILM_FILE, MINILM_SHA256)
@@ -94,7 +102,10 @@ class MiniLM(BertText):
 
     def hidden_states(self, ids: Tensor, attention: Tensor) -> Tensor:
         """ids, attention [B,L] -> [B,L,384]."""
-        return self.network(input_ids=ids, attention_mask=attention).last_hidden_state
+        kinds = torch.zeros_like(ids)  # all of one segment
+        return self.network(
+            ids, attention_mask=attention, token_type_ids=kinds, return_dict=True, mode="text"
+        ).last_hidden_state
 
     def sentence(self, hidden: Tensor, words: Tensor, mask: Tensor) -> Tensor:
         """The mean of the words."""
