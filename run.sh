@@ -4,7 +4,8 @@
 #   sh run.sh test [PYTEST ARGUMENTS]           style checks and tests
 #   sh run.sh docs                              the documentation site, into site/
 #   sh run.sh setup                             the environment alone
-# NEUCORE_VENV names another folder than .venv; PYTHON another Python (3.10 to 3.14).
+#   sh run.sh python                            prints the Python that it would be made with
+# NEUCORE_VENV names another folder than .venv; PYTHON another Python: a path, or a version such as 3.11 (3.10 to 3.14).
 set -eu
 cd "$(dirname "$0")"
 VENV="${NEUCORE_VENV:-.venv}"
@@ -21,13 +22,17 @@ fail() {
 usable() { "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 15))' >/dev/null 2>&1; }
 
 find_python() {
-    if [ -n "${PYTHON:-}" ]; then
+    versions='3.13 3.12 3.14 3.11 3.10'
+    case ${PYTHON:-} in
+    3.1[0-4]) versions=$PYTHON ;;
+    ?*)
         usable "$PYTHON" && printf '%s\n' "$PYTHON" && return 0
         fail "PYTHON=$PYTHON is no Python 3.10 to 3.14 with the venv module"
-    fi
+        ;;
+    esac
     # The newest first, but 3.14, which has been tried least, after 3.13 and 3.12. Of each, every folder of PATH, not only
     # the first hit: a pyenv shim may stand there and fail when it is called.
-    for version in 3.13 3.12 3.14 3.11 3.10; do
+    for version in $versions; do
         saved=$IFS
         IFS=:
         for folder in $PATH /usr/local/bin /opt/homebrew/bin; do
@@ -46,12 +51,12 @@ find_python() {
         done
     done
     for name in python3 python; do  # where no name says the version
-        if usable "$name"; then
+        if [ -z "${PYTHON:-}" ] && usable "$name"; then
             printf '%s\n' "$name"
             return 0
         fi
     done
-    fail "no Python 3.10 to 3.14 with the venv module found. Install one:
+    fail "no Python ${PYTHON:-3.10 to 3.14} with the venv module found. Install one:
   Debian, Ubuntu   sudo apt install python3 python3-venv
   Fedora           sudo dnf install python3
   macOS            brew install python
@@ -127,6 +132,7 @@ setup() {
 command=${1:-help}
 [ $# -eq 0 ] || shift
 case $command in
+python) find_python ;;
 setup)
     setup setup
     say "ready: $VENV/bin/neucore --help"
@@ -158,7 +164,7 @@ docs)
     say "ready: site/index.html"
     ;;
 *)
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
-    [ "$command" = help ] || fail "unknown command '$command'; allowed: emoji, test, docs, setup"
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    [ "$command" = help ] || fail "unknown command '$command'; allowed: emoji, test, docs, setup, python"
     ;;
 esac
