@@ -8,6 +8,7 @@ from typing import Any
 
 from neucore_plugin.host import importing
 
+_OURS_IN_HOST = ("train", "evaluate")  # lavis/ of this distribution
 _host_under_way = False
 
 
@@ -77,9 +78,17 @@ class _WatchedLoader(Loader):
 
 
 class _HostFinder(MetaPathFinder):
-    """Watches for the import of lavis and of our own modules; the other finders find and load them."""
+    """Watches for the import of lavis and of our own modules; the other finders find and load them.
+
+    Where the host is not installed, importing it or a part of it raises `HostError` with the remedy.
+    """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        top, _, part = fullname.partition(".")
+        if top == "lavis" and part:
+            if getattr(sys.modules.get("lavis"), "__file__", None) or part in _OURS_IN_HOST:
+                return None
+            raise importing.missing_host()
         if fullname != "lavis" and not fullname.startswith("neucore_plugin."):
             return None
         for finder in sys.meta_path:
@@ -92,6 +101,8 @@ class _HostFinder(MetaPathFinder):
             if spec.origin and hasattr(spec.loader, "exec_module"):
                 spec.loader = _WatchedLoader(spec.loader)
             return spec
+        if fullname == "lavis":
+            raise importing.missing_host()
         return None
 
 

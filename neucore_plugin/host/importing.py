@@ -63,14 +63,20 @@ def explain_import_failure(error: BaseException) -> HostError:
                 f"cannot work with; run: pip install '{wanted}'  ({type(error).__name__}: {error})"
             )
     if isinstance(error, ModuleNotFoundError):
-        remedy = "pip install -e . (or `pip install neucore-plugin`)"
         if error.name == "lavis":
-            remedy = "neucore setup-host" if beside_todays_packages() else "pip install salesforce-lavis==1.0.2"
+            return missing_host()
+        remedy = "pip install -e . (or `pip install neucore-plugin`)"
         return HostError(f"`import lavis` failed: no module named {error.name}; run: {remedy}")
     return HostError(
         f"`import lavis` failed ({type(error).__name__}: {error}); the tested sets of packages are in constraints*.txt: "
         "`sh run.sh setup` makes an environment of one"
     )
+
+
+def missing_host() -> HostError:
+    """The message where salesforce-lavis is not installed: how to install it beside the packages that are here."""
+    remedy = "neucore setup-host" if beside_todays_packages() else "pip install salesforce-lavis==1.0.2"
+    return HostError(f"`import lavis` failed: no module named lavis; run: {remedy}")
 
 
 def _installed_version(package: str) -> tuple[int, ...] | None:
@@ -89,7 +95,7 @@ def import_host() -> None:
     try:
         lavis = importlib.import_module("lavis")
         if not getattr(lavis, "__file__", None):  # a mere folder of that name, such as the one with our two modules
-            raise ModuleNotFoundError("No module named 'lavis'", name="lavis")
+            raise missing_host()
         importlib.import_module("lavis.common.optims")
         importlib.import_module("lavis.runners")
     except Exception as error:

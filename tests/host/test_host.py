@@ -254,23 +254,47 @@ def test_import_failures_are_explained(monkeypatch, error, installed, message):
         raise explained
 
 
-def test_a_missing_host_is_one_clear_error(tmp_path):
-    """As in an environment without salesforce-lavis, where only our folder of that name may be in the way."""
-    (tmp_path / "lavis").mkdir()
-    code = """
+IMPORTS = (
+    "import neucore_plugin; neucore_plugin.register()",
+    "import neucore_plugin; import lavis",
+    "import neucore_plugin; from lavis.models import load_model",
+    "import neucore_plugin.task",
+    "import neucore_plugin; neucore_plugin.load_model('x.pth')",
+)
+
+
+@pytest.mark.parametrize("folder", [True, False], ids=["our folder of that name", "nothing"])
+def test_a_missing_host_is_one_clear_error(tmp_path, folder):
+    """As in an environment without salesforce-lavis; our two modules of that name may be in the way, and work."""
+    if folder:
+        (tmp_path / "lavis").mkdir()
+        (tmp_path / "lavis" / "train.py").write_text("print('ours')")
+    code = f"""
     import sys
-    class Hide:
+    from importlib.machinery import PathFinder
+    class InTheWay:
+        def __init__(self, finders):
+            self.finders = finders
         def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] == "lavis": raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    sys.meta_path.insert(0, Hide())
-    import neucore_plugin
-    try:
-        neucore_plugin.register()
-    except neucore_plugin.host.importing.HostError as error:
-        print(error)
+            if name == "lavis":
+                return PathFinder.find_spec(name, [{str(tmp_path)!r}])
+            return next((spec for each in self.finders if (spec := each.find_spec(name, path, target))), None)
+    sys.meta_path[:] = [InTheWay(list(sys.meta_path))]
+    from neucore_plugin.host.importing import HostError
+    for line in {IMPORTS!r}:
+        try:
+            exec(line)
+        except HostError as error:
+            print(error)
+        for name in [name for name in sys.modules if name.startswith("lavis")]:
+            del sys.modules[name]
+    if {folder}:
+        import lavis.train
     """
     remedy = "neucore setup-host" if importing.beside_todays_packages() else "pip install salesforce-lavis==1.0.2"
-    assert python(code) == f"`import lavis` failed: no module named lavis; run: {remedy}"
+    wanted = [f"`import lavis` failed: no module named lavis; run: {remedy}"] * len(IMPORTS)
+    wanted = wanted if not folder else [wanted[0], *wanted[2:]]  # a mere folder can be imported, but for its parts
+    assert python(code).splitlines() == wanted + ["ours"] * folder
 
 
 def test_before_any_package_is_there_python_decides_which_host(monkeypatch):
