@@ -48,7 +48,10 @@ HOST_LINE = (  # these alone may import lavis
     "models.base",
     "models.neucore",
     "models.baseline",
-    *(f"models.backbones.{name}" for name in ("albef", "blip", "blip2", "clip", "embedded", "host_model", "registered")),
+    *(
+        f"models.backbones.{name}"
+        for name in ("albef", "blip", "blip2", "clip", "embedded", "host_model", "registered")
+    ),
 )
 LIFTABLE = (
     "models.concept_alignment",

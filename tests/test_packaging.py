@@ -86,7 +86,9 @@ def requirements(*extras: str) -> list:
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign) and node.targets[0].id in ("REQUIREMENTS", "PEFT", "EXTRAS"):
             exec(compile(ast.Module([node], []), "setup.py", "exec"), scope)
-    return [Requirement(text) for text in scope["REQUIREMENTS"] + [t for extra in extras for t in scope["EXTRAS"][extra]]]
+    return [
+        Requirement(text) for text in scope["REQUIREMENTS"] + [t for extra in extras for t in scope["EXTRAS"][extra]]
+    ]
 
 
 @pytest.mark.parametrize(("constraints", "version"), [(name, v) for name, versions in SETS.items() for v in versions])

@@ -1,9 +1,9 @@
 """Methods that transformers 5 took from PreTrainedModel, for the host's own BERT classes, which call them.
 
-The host's lines: `self.init_weights()`, `self.get_head_mask(...)`, `self.invert_attention_mask(...)` and the tied output
-embeddings of models/med.py, blip2_models/Qformer.py and blip_models/nlvr_encoder.py. They are set on the host's
-BertPreTrainedModel of each, never on transformers' class, and do what transformers 4.26 did, to the last bit. The host's
-text generation is not brought back: transformers 5 generates through interfaces that these classes lack.
+The host's lines: `self.init_weights()`, `self.get_head_mask(...)`, `self.invert_attention_mask(...)` and the tied
+output embeddings of models/med.py, blip2_models/Qformer.py and blip_models/nlvr_encoder.py. They are set on the host's
+BertPreTrainedModel of each, never on transformers' class, and do what transformers 4.26 did, to the last bit. The
+host's text generation is not brought back: transformers 5 generates through interfaces that these classes lack.
 """
 
 import importlib

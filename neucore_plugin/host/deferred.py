@@ -1,12 +1,12 @@
 """Packages that are put off while the host is imported: each is imported when something of it is used.
 
-Of the host, which nothing here calls: `import cv2` (processors/randaugment.py), `import decord` (datasets/data_utils.py),
-`import pandas` and `from iopath... import` (common/utils.py), `from fairscale... import checkpoint_wrapper`
+Of the host, which nothing here calls: `import cv2` (processors/randaugment.py), `import decord` (data_utils.py of
+datasets), `import pandas` and `from iopath... import` (common/utils.py), `from fairscale... import checkpoint_wrapper`
 (models/vit.py, clip_vit.py, timesformer/vit.py), `from einops import rearrange` (timesformer/vit.py), `from
 pycocoevalcap... import` and `from pycocotools... import` (tasks/captioning.py, dialogue.py), `import spacy`
 (img2prompt_models/img2prompt_vqa.py). So none of them has to be installed; one that is not is named when it is used.
 
-Of torchvision and transformers, for the time that they take: torch's compiler and scipy's solvers, two seconds together.
+Of torchvision, timm and transformers, for the time that they take: torch's compiler, scipy's solvers.
 
 Light: the standard library alone.
 """

@@ -26,7 +26,7 @@ def _register() -> None:
 
 @contextlib.contextmanager
 def host_import() -> Iterator[None]:
-    """Around the lines of the host's `__init__`, by our loader or as `host.wheel` writes them; the inner one does nothing.
+    """Around the lines of the host's `__init__`, by our loader or as `host.wheel` writes them; the inner is idle.
 
     Raises `HostError` with the remedy in the place of what they raise.
     """

@@ -68,8 +68,8 @@ def explain_import_failure(error: BaseException) -> HostError:
         remedy = "pip install -e . (or `pip install neucore-plugin`)"
         return HostError(f"`import lavis` failed: no module named {error.name}; run: {remedy}")
     return HostError(
-        f"`import lavis` failed ({type(error).__name__}: {error}); the tested sets of packages are in constraints*.txt: "
-        "`sh run.sh setup` makes an environment of one"
+        f"`import lavis` failed ({type(error).__name__}: {error}); the tested sets of packages are in "
+        "constraints*.txt: `sh run.sh setup` makes an environment of one"
     )
 
 

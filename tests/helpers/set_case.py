@@ -18,7 +18,6 @@ neucore_plugin.register()
 from encoder_case import encoder  # noqa: E402 - the encoders need the host
 
 from neucore_plugin.models.backbones.bert_words import bert_tokenizer  # noqa: E402
-from neucore_plugin.weights.checkpoint import fingerprint  # noqa: E402
 
 TEXTS = (
     "make it red, and do not add dogs",

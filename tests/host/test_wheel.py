@@ -99,7 +99,9 @@ def test_its_init_runs_the_released_lines_within_the_hosts_import(released, tmp_
 def test_another_file_is_refused(released, tmp_path):
     damaged = tmp_path / "damaged.whl"
     damaged.write_bytes(released.read_bytes() + b"x")
-    with pytest.raises(importing.HostError, match=r"damaged\.whl is not the released salesforce-lavis 1\.0\.2: its sha"):
+    with pytest.raises(
+        importing.HostError, match=r"damaged\.whl is not the released salesforce-lavis 1\.0\.2: its sha"
+    ):
         wheel.rewrite(damaged, tmp_path)
 
 

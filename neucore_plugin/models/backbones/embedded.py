@@ -47,7 +47,9 @@ class EfficientNetLite0(Encoder):
         own = network.state_dict()
         names = [name for name in own if not name.endswith("num_batches_tracked")]
         if [tuple(own[name].shape) for name in names] != [tuple(value.shape) for value in source]:
-            raise CheckpointError(f"{path}: its tensors do not fit the tf_efficientnet_lite0 of timm {timm.__version__}")
+            raise CheckpointError(
+                f"{path}: its tensors do not fit the tf_efficientnet_lite0 of timm {timm.__version__}"
+            )
         network.load_state_dict(dict(zip(names, source, strict=True)), strict=False)
         network.classifier = nn.Identity()
         self.network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
