@@ -97,6 +97,8 @@ def wrong_command(command: str, whole: bool) -> str | None:
     if program == "make":
         known = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
         return wrong_script(rest, known)
+    if program == "uv" and rest[:2] == ["run", "--no-project"]:
+        return wrong_command(shlex.join(rest[2:]), whole)
     if program == "neucore":
         return wrong_arguments(rest, whole)
     if rest[:1] == ["-m"] and rest[1] == "neucore_plugin":
@@ -105,7 +107,7 @@ def wrong_command(command: str, whole: bool) -> str | None:
         return wrong_arguments([rest[1].removeprefix("lavis."), *rest[2:]], whole)
     if program.endswith("python") and rest[0].endswith(".py"):
         return None if (ROOT / rest[0]).is_file() else f"{rest[0]} is no file"
-    return None if program in ("pip", "python") else f"{program} is not known"
+    return None if program in ("pip", "python", "uv") else f"{program} is not known"
 
 
 def wrong_script(words: list[str], known: list[str]) -> str | None:
