@@ -15,6 +15,7 @@ from neucore_plugin.common.images import MAX_PIXELS, Picture, load_for
 from neucore_plugin.common.pillow import pillow_as_set_here
 from neucore_plugin.common.text import clean_caption
 from neucore_plugin.config.data import AUGMENTS, FITS
+from neucore_plugin.config.encoders import INTERPOLATIONS
 from neucore_plugin.host.registration import register_processor
 
 LONGEST = 65_535  # of a picture that is made square without being shrunk before, as no JPEG is longer
@@ -27,10 +28,12 @@ class ImageProcessor(BaseProcessor):
 
     Args:
         image_size: side in pixels. mean, std: of the three channels, for values in [0, 1].
-        fit: "pad" to a square on white, "crop" the middle, or "stretch"; "released": as in the authors' code, plain RGB
-            padded on white, resized to 8/7 (bilinear), the centre cropped.
+        fit: "pad" to a square on white, "crop" the middle, or "stretch"; "shortest": the shorter side resized to
+            `resize`, the centre cropped; "released": as in the authors' code, plain RGB padded on white, resized to
+            8/7 (bilinear), the centre cropped.
         augment: "none", or "crop_flip": resize to 8/7, random crop, random horizontal flip (the paper's training).
         max_pixels: pictures of more are refused.
+        interpolation: how pictures are resized. resize: with fit "shortest", at least image_size; None: image_size.
     Raises: ConfigError; of a picture that cannot be read ImageError.
     """
 
@@ -42,15 +45,20 @@ class ImageProcessor(BaseProcessor):
         fit="pad",
         augment="none",
         max_pixels: int = MAX_PIXELS,
+        interpolation="bicubic",
+        resize=None,
     ) -> None:
         super().__init__()
-        if fit not in FITS or augment not in AUGMENTS:
+        if fit not in FITS or augment not in AUGMENTS or interpolation not in INTERPOLATIONS:
             raise ConfigError(
-                f"cir_image: fit must be one of {', '.join(FITS)}, augment one of {', '.join(AUGMENTS)}; "
-                f"given fit {fit!r}, augment {augment!r}"
+                f"cir_image: fit must be one of {', '.join(FITS)}, augment one of {', '.join(AUGMENTS)}, interpolation "
+                f"one of {', '.join(INTERPOLATIONS)}; given fit {fit!r}, augment {augment!r}, interpolation "
+                f"{interpolation!r}"
             )
+        if resize is not None and (fit != "shortest" or resize < image_size):
+            raise ConfigError(f"cir_image: resize is {resize}; it needs fit shortest, and at least {image_size}")
         self.image_size, self.mean, self.std, self.fit, self.augment = image_size, tuple(mean), tuple(std), fit, augment
-        self.max_pixels = max_pixels
+        self.max_pixels, self.interpolation, self.resize = max_pixels, interpolation, resize
         steps = [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
         if augment == "crop_flip":
             steps = [transforms.RandomCrop(image_size), transforms.RandomHorizontalFlip(), *steps]
@@ -67,12 +75,14 @@ class ImageProcessor(BaseProcessor):
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments for evaluation, plain: what a checkpoint keeps."""
         plain = {"image_size": self.image_size, "mean": list(self.mean), "std": list(self.std), "fit": self.fit}
-        return plain | {"max_pixels": self.max_pixels}
+        return plain | {"max_pixels": self.max_pixels, "interpolation": self.interpolation, "resize": self.resize}
 
     @property
     def fingerprint(self) -> str:
         """Changes with anything that changes the pixels."""
-        return f"cir_image:{self.image_size}:{self.mean}:{self.std}:{self.fit}:{self.augment}"
+        usual = self.interpolation == "bicubic" and self.resize is None  # and older caches say nothing of it
+        further = "" if usual else f":{self.interpolation}:{self.resize}"
+        return f"cir_image:{self.image_size}:{self.mean}:{self.std}:{self.fit}:{self.augment}{further}"
 
     @property
     def plain(self) -> bool:
@@ -92,16 +102,17 @@ class ImageProcessor(BaseProcessor):
         if self.fit == "pad" and image.width != image.height:
             # Shrunk before it is padded: a square of a panorama's longer side could fill the memory.
             longest = max(image.size)
-            image = image.resize(
-                [max(1, round(edge * side / longest)) for edge in image.size], Image.Resampling.BICUBIC
-            )
+            shrunk = [max(1, round(edge * side / longest)) for edge in image.size]
+            image = image.resize(shrunk, Image.Resampling[self.interpolation.upper()])
             page = Image.new("RGB", (side, side), "white")
             page.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = page
+        elif self.fit == "shortest":
+            image = _centre(image, side, side if larger else self.resize or side, self.interpolation)
         elif self.fit == "crop" and image.width != image.height:
             image = ImageOps.fit(image, (min(image.size),) * 2)
         if image.size != (side, side):
-            resize = transforms.Resize((side, side), InterpolationMode.BICUBIC)
+            resize = transforms.Resize((side, side), InterpolationMode(self.interpolation))
             image = resize(image)
         return image
 
@@ -146,6 +157,16 @@ def _padded(image: Image.Image, side: int) -> Image.Image:
         band.paste(part, (left, 0))
         narrow.paste(band.resize((side, part.height), Image.Resampling.BILINEAR), (0, top + row))
     return narrow.resize((side, side), Image.Resampling.BILINEAR)
+
+
+def _centre(image: Image.Image, side: int, shorter: int, interpolation: str) -> Image.Image:
+    """The middle square of a picture whose shorter side is resized to `shorter`; nothing else of it is computed."""
+    least = min(image.size)
+    full = [shorter if edge == least else int(shorter * edge / least) for edge in image.size]  # as torchvision rounds
+    starts = [round((edge - side) / 2) for edge in full]
+    scale = [edge / size for edge, size in zip(image.size, full, strict=True)]
+    low, high = ([(start + add) * by for start, by in zip(starts, scale, strict=True)] for add in (0, side))
+    return image.resize((side, side), Image.Resampling[interpolation.upper()], box=(*low, *high))
 
 
 def _plain(cfg) -> dict:

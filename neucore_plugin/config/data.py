@@ -1,17 +1,18 @@
 """What the `datasets` section may say: a schema a data set, and those of the processors."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 from pydantic import Field, PlainValidator, ValidationInfo, create_model
 
 from neucore_plugin.common.images import MAX_PIXELS
-from neucore_plugin.config.encoders import HALF
+from neucore_plugin.config.encoders import FITS_OF_MODELS, HALF, INTERPOLATIONS
 from neucore_plugin.config.kinds import THREE, Allowed, NoneTwice, Real, Text
 from neucore_plugin.config.published import PRESETS
 from neucore_plugin.config.section import Problems, Section
 
-FITS = ("pad", "crop", "stretch", "released")
+FITS = (*FITS_OF_MODELS, "released")
 AUGMENTS = ("none", "crop_flip")
 
 # --- processors ------------------------------------------------------------------------------------------------------
@@ -26,13 +27,22 @@ class ImageProcessorSchema(Section):
     std: Annotated[list[Annotated[Real, Gt(0)]], THREE] = Field([*HALF[1]], description="deviation of the channels")
     fit: Literal[FITS] = Field(
         "pad",
-        description="pad to a square on white, crop the middle, or stretch; released: as the authors, plain RGB (alpha "
-        "dropped, not turned by EXIF), padded, resized to 8/7, the centre cropped",
+        description="pad to a square on white, crop the middle, or stretch; shortest: the shorter side is resized, the "
+        "centre cropped; released: as the authors, plain RGB (alpha dropped, not turned by EXIF), padded, resized to "
+        "8/7, the centre cropped",
     )
     augment: Literal[AUGMENTS] = Field(
         "none", description="crop_flip: random crop and horizontal flip, so that nothing is cached"
     )
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="pictures with more pixels are refused")
+    interpolation: Literal[INTERPOLATIONS] = Field("bicubic", description="how pictures are resized")
+    resize: int | None = Field(
+        None, ge=1, description="with fit: shortest, what the shorter side is resized to; null: image_size"
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.resize is not None and (self.fit != "shortest" or self.resize < self.image_size):
+            yield "resize", f"got {self.resize}; it needs fit: shortest, and at least image_size ({self.image_size})"
 
 
 class CaptionProcessorSchema(Section):

@@ -17,6 +17,10 @@ _WORDS = "words of a caption that are read"
 # Mean and deviation of an encoder's pixels, red, green, blue.
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# How pictures may be made square, and resized, where a model says it.
+FITS_OF_MODELS = ("pad", "crop", "stretch", "shortest")
+BRINGING = ("hf-hub:", "local-dir:")  # architectures of open_clip that come with weights
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
@@ -32,11 +36,13 @@ class EncoderSchema(Section):
     """Base of all encoders' schemas.
 
     encoder: the class below `neucore_plugin.models.backbones` that takes the settings. pixel_statistics: mean and
-    deviation of its pictures, where it has its own.
+    deviation of its pictures, where it has its own. pixels_from: the function beside the class that finds in the
+    model's files what its pictures look like, where they say it.
     """
 
     encoder: ClassVar[str]
     pixel_statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]] | None] = None
+    pixels_from: ClassVar[str | None] = None
 
     name: Text = Field(description="which encoder; the keys below are this one's")
     freeze: bool = Field(True, description="nothing of it is trained, so that its features can be cached")
@@ -171,6 +177,82 @@ class RegisteredImageSchema(RegisteredSchema):
     spatial: bool = Field(True, description="the last tokens form a square map of the image, if their number allows")
 
 
+class OwnPixelsSchema(Section):
+    """Of an image encoder whose files say what its pictures look like; what is null is as they say."""
+
+    image_size: int | None = Field(None, ge=1, description="side of the pictures in pixels; null: the model's")
+    mean: Channels | None = Field(None, description="mean of the pixels' channels; null: the model's")
+    std: Annotated[list[Annotated[Real, Gt(0)]], THREE] | None = Field(
+        None, description="their deviation; null: the model's"
+    )
+    fit: Literal[FITS_OF_MODELS] | None = Field(
+        None, description="how pictures become square, as of the processor cir_image; null: the model's"
+    )
+    interpolation: Literal[INTERPOLATIONS] | None = Field(
+        None, description="how pictures are resized; null: as the model's"
+    )
+    resize: int | None = Field(
+        None, ge=1, description="with fit: shortest, what the shorter side is resized to; null: the model's"
+    )
+
+
+class OpenClipSchema(TunedSchema):
+    """What both towers of a model of open_clip (the extra `open_clip`) take."""
+
+    name: Literal["open_clip"] = Field(description="open_clip")
+    arch: Text = Field(
+        "ViT-B-32",
+        description="a name of open_clip's, hf-hub:OWNER/NAME, or local-dir:FOLDER with open_clip_config.json",
+    )
+    config: Settings | None = Field(None, description="an architecture in place of `arch`, as in open_clip's files")
+    pretrained: Text | None = Field(
+        None, description="a tag of open_clip's, the path of a file, or none (random); null: what `arch` brings"
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if self.pretrained is None and (self.config is not None or not self.arch.startswith(BRINGING)):
+            yield "pretrained", "got null; allowed: a tag of open_clip's, the path of a file, or none for random weights"
+
+
+class OpenClipImageSchema(OwnPixelsSchema, OpenClipSchema):
+    """The image tower of a model of open_clip."""
+
+    encoder = "open_clip.OpenClipImage"
+    pixels_from = "open_clip.own_pixels"
+
+
+class HuggingFaceSchema(TunedSchema):
+    """What both sides of a model of transformers (the extra `huggingface`) take."""
+
+    name: Literal["huggingface"] = Field(description="huggingface")
+    repo: Text | None = Field(None, description="OWNER/NAME on the hub, or a folder as save_pretrained writes it")
+    revision: Text | None = Field(None, description="commit, branch or tag on the hub; null: main")
+    config: Settings | None = Field(None, description="a config in place of the repository's: model_type and sizes")
+    pretrained: Text | None = Field(None, description="null: the repository's weights; none: random ones")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="what its weights are kept and computed in; less than float32 only while it is frozen"
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if self.repo is None and self.config is None:
+            yield "repo", "got null; allowed: OWNER/NAME on the hub, or the path of a folder"
+        if self.pretrained not in (None, "none"):
+            yield "pretrained", f"got {self.pretrained!r}; allowed: null or none. Files of your own: name the folder in repo"
+        if self.config is not None and self.pretrained is None:
+            yield "pretrained", "got null; a config of your own has no weights: allowed is none"
+        if self.dtype != "float32" and not self.freeze:
+            yield "dtype", f"got {self.dtype}; it needs freeze: true (in training use run.amp)"
+
+
+class HuggingFaceImageSchema(OwnPixelsSchema, HuggingFaceSchema):
+    """The image tower of a model of two towers, or a vision model alone."""
+
+    encoder = "huggingface.HuggingFaceImage"
+    pixels_from = "huggingface.own_pixels"
+
+
 class VitSchema(Section):
     """Sizes of a ViT other than the published ones; what is null stays as published."""
 
@@ -284,6 +366,26 @@ class RegisteredTextSchema(RegisteredSchema):
     max_words: int = Field(64, ge=1, description=_WORDS)
 
 
+class OpenClipTextSchema(OpenClipSchema):
+    """The text tower of a model of open_clip."""
+
+    encoder = "open_clip.OpenClipText"
+
+    max_words: int | None = Field(None, ge=1, description=f"{_WORDS}; null: what the context holds")
+
+
+class HuggingFaceTextSchema(HuggingFaceSchema):
+    """The text tower of a model of two towers, or a text model alone, of sentence-transformers too."""
+
+    encoder = "huggingface.HuggingFaceText"
+
+    tokenizer: Text | None = Field(None, description="OWNER/NAME or folder of its tokenizer; null: repo's")
+    pooling: Literal["cls", "mean", "last"] | None = Field(
+        None, description="the sentence of a text model alone; null: as sentence-transformers' files say, else mean"
+    )
+    max_words: int | None = Field(None, ge=1, description=f"{_WORDS}; null: what the model was made for")
+
+
 class BertSchema(Section):
     """Sizes of a BERT other than the published ones; what is null stays as published."""
 
@@ -330,8 +432,8 @@ _TEXT = (MiniLMSchema, GloveBiGRUSchema, BlipTextSchema, AlbefTextSchema, Blip2T
 BACKBONE_SCHEMAS: dict[str, dict[str, type[EncoderSchema]]] = {
     side: {get_args(schema.model_fields["name"].annotation)[0]: schema for schema in schemas}
     for side, schemas in {
-        "image": (*_IMAGE, ClipImageSchema, RegisteredImageSchema),
-        "text": (*_TEXT, ClipTextSchema, RegisteredTextSchema),
+        "image": (*_IMAGE, ClipImageSchema, OpenClipImageSchema, HuggingFaceImageSchema, RegisteredImageSchema),
+        "text": (*_TEXT, ClipTextSchema, OpenClipTextSchema, HuggingFaceTextSchema, RegisteredTextSchema),
     }.items()
 }
 
@@ -358,14 +460,17 @@ def _clip_size(image: Mapping[str, Any]) -> Any:
     return int(size[1]) if size else {"RN50x4": 288, "RN50x16": 384}.get(name, 224)
 
 
+PIXELS = ("image_size", "mean", "std", "fit", "interpolation", "resize")
+
+
 def reads_raw(backbone: Mapping[str, Any]) -> bool:
     """Whether the text encoder of a section `model.backbone` takes raw captions, as the released code does."""
     return (backbone.get("text") or {}).get("captions") == "released"
 
 
 def pixels_of(image: Mapping[str, Any]) -> dict[str, Any]:
-    """What a section `model.backbone.image` says of its pixels: image_size, mean, std, fit, as far as it is known."""
-    pixels = {key: image.get(key) for key in ("image_size", "mean", "std", "fit")}
+    """What a section `model.backbone.image` says of its pixels (PIXELS), as far as it is known."""
+    pixels = {key: image.get(key) for key in PIXELS}
     if image.get("name") == "clip" and pixels["image_size"] is None:
         pixels["image_size"] = _clip_size(image)
     schema = BACKBONE_SCHEMAS["image"].get(image.get("name"))
