@@ -64,6 +64,8 @@ def registry_tables() -> Tables:
     from lavis.common.registry import registry
     from lavis.common.utils import get_abs_path
 
+    from neucore_plugin.models.backbones import own_pixels
+
     def files(kind: str, attribute: str) -> dict[str, dict[str, str]]:
         found = {}
         for name, cls in registry.mapping[f"{kind}_name_mapping"].items():
@@ -80,6 +82,7 @@ def registry_tables() -> Tables:
         tasks=tuple(registry.list_tasks()),
         runners=tuple(registry.list_runners()),
         processors=tuple(registry.list_processors()),
+        own_pixels=own_pixels,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from neucore_plugin.common.errors import CheckpointError
 from neucore_plugin.common.files import sha256_text
+from neucore_plugin.config.encoders import BACKBONE_SCHEMAS, PIXELS
 
 # Settings of the training: the config's are taken.
 _TRAINING = ("loss", "query_dropout", "matching.mask_duplicates", "matching.reference_negatives", "fusion.gumbel")
@@ -17,7 +18,10 @@ _TUNING = ("freeze", "freeze_words", "train_blocks", "layer_decay", "checkpoint_
 _TUNING += ("moving_norms",)
 _TRAINING += tuple(f"backbone.{side}.{key}" for side in ("image", "text") for key in _TUNING)
 # Where frozen weights that the checkpoint leaves out are found: the config's are taken where it names a place.
-_PLACES = tuple(f"backbone.{side}.{key}" for side in ("image", "text") for key in ("pretrained", "vit_pretrained"))
+_PLACES = ("pretrained", "vit_pretrained", "repo", "revision", "tokenizer")
+_PLACES = tuple(f"backbone.{side}.{key}" for side in ("image", "text") for key in _PLACES)
+# Of an encoder whose files say it: the checkpoint knows what they said.
+_PIXELS = tuple(f"backbone.image.{key}" for key in PIXELS)
 # No part of the architecture: where weights came from, and how the vocabulary was counted.
 _IGNORED = ("checkpoint", "model_type", "concepts.min_count", "backbone.image.weights", "backbone.text.glove")
 _IGNORED += ("backbone.text.glove_words",)
@@ -31,12 +35,14 @@ def reconciled(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str,
     where weights once came from does not matter.
     """
     result, old, new = copy.deepcopy(dict(stored)), leaves(stored), leaves(wanted)
+    says_pixels = getattr(BACKBONE_SCHEMAS["image"].get(old.get("backbone.image.name")), "pixels_from", None)
     problems = [
         f"model.{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} in the config"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
         and not _within(key, _TRAINING + _PLACES + _IGNORED)
         and not (key.endswith((".quick_gelu", ".module")) and new.get(key) is None)  # the checkpoint knows
+        and not (key in _PIXELS and new.get(key) is None and says_pixels)
     ]
     if problems:
         listed = "\n  ".join(problems)

@@ -295,6 +295,8 @@ def check(
     if "datasets" in content:
         backbone = result["model"].get("backbone") or {}
         image = backbone.get("image")
+        if image and tables.own_pixels and not problems.lines:
+            image.update(tables.own_pixels(image))
         pixels = pixels_of(image) if isinstance(image, Mapping) else {}
         read = {"vis_processor": {"train": pixels, "eval": {**pixels, **(eval_pixels or {})}}}
         result["datasets"] = _datasets(problems, content["datasets"], tables, {**read, **_caption_defaults(backbone)})

@@ -1,7 +1,8 @@
 """Which schema checks what, and which names are known."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from neucore_plugin.config.data import DATASET_SCHEMAS, PROCESSOR_SCHEMAS
 from neucore_plugin.config.model import CirBaselineSchema, ModelSchema, NeucoreSchema
@@ -25,7 +26,10 @@ def dataset_types(name: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Tables:
-    """Known names and default files: {arch: {model type: path}}, {data set: {type: path}}, {data set: its splits}."""
+    """Known names and default files: {arch: {model type: path}}, {data set: {type: path}}, {data set: its splits}.
+
+    own_pixels: of a section `model.backbone.image`, what its model's files say of its pixels; None: they are not asked.
+    """
 
     models: Mapping[str, Mapping[str, str]]
     datasets: Mapping[str, Mapping[str, str]]
@@ -33,6 +37,7 @@ class Tables:
     runners: tuple[str, ...] = RUNNERS
     processors: tuple[str, ...] = tuple(PROCESSOR_SCHEMAS)
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SPLITS)
+    own_pixels: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
 
 def package_tables() -> Tables:

@@ -20,6 +20,7 @@ from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import CheckpointError, ConfigError, first_few, nearest
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, ReleasedConceptExtractor
 from neucore_plugin.config.compare import reconciled
+from neucore_plugin.config.encoders import PIXELS
 from neucore_plugin.config.loading import model_defaults, stored_section
 from neucore_plugin.models.backbones import SIDES, Backbone, build_backbone
 from neucore_plugin.models.backbones.resnet_gru import released_classes, word_list
@@ -97,9 +98,8 @@ class CirModel(BaseModel):
         for name, reads in stand_ins.items():
             setattr(self, name, nn.Parameter(torch.randn(embed_dim) * 0.02) if reads in query_reads else None)
         self.matching_loss = MatchingLoss(**matching_loss)
-        self.image_processor = ImageProcessor(
-            image.image_size, image.mean, image.std, getattr(image, "fit", None) or "pad"
-        )
+        own = {key: value for key in PIXELS if (value := getattr(image, key, None)) is not None}
+        self.image_processor = ImageProcessor(**own)
         self.raw_captions = getattr(text, "captions", "default") == "released"
         self.caption_processor = CaptionProcessor(clean=not self.raw_captions)
         self._extractor: ConceptExtractor | None = None

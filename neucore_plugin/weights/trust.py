@@ -31,6 +31,13 @@ def refuse_strangers(path: str | Path, section: Mapping[str, Any], own: Mapping[
                 f"If you trust it, import it first, or name it: model.backbone.{side}.module={module} "
                 "(with search: --module)"
             )
+        for key, repo in _repositories(encoder):
+            if repo not in dict(_repositories(named)).values() and not _is_here(repo):
+                raise CheckpointError(
+                    f"{path}: its {side} encoder is made of the repository {repo} of the hub, which is not in the cache "
+                    f"here, and a checkpoint may not have it fetched. If you trust it, run: hf download {repo}, or name "
+                    f"it yourself: model.backbone.{side}.{key}={repo}, or the path of a folder"
+                )
         for key in ("pretrained", "vit_pretrained"):
             source = str(encoder.get(key) or "")
             strange = source.startswith(("http:", "https:")) and not source.startswith(KNOWN_SOURCES)
@@ -39,6 +46,32 @@ def refuse_strangers(path: str | Path, section: Mapping[str, Any], own: Mapping[
                     f"{path}: its {side} encoder's weights come from {source}, none of the host's places. If you trust "
                     f"it, name it yourself: model.backbone.{side}.{key}={source}, or a path of the file"
                 )
+
+
+def _repositories(encoder: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(key, repository of the hub) of everything that an encoder's section would have fetched by name."""
+    found = [(key, encoder.get(key)) for key in ("repo", "tokenizer")]
+    arch = str(encoder.get("arch") or "")
+    found += [("arch", arch.removeprefix("hf-hub:"))] if arch.startswith("hf-hub:") else []
+    text = (encoder.get("config") or {}).get("text_cfg")
+    if isinstance(text, Mapping):
+        found += [(f"config.text_cfg.{key}", text.get(key)) for key in ("hf_model_name", "hf_tokenizer_name")]
+    return [(key, str(repo)) for key, repo in found if repo]
+
+
+def _is_here(repo: str) -> bool:
+    """Whether a repository is a folder, or in the hub's cache."""
+    if expanded(repo).is_dir():
+        return True
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return True  # nothing can be fetched
+    names = ("config.json", "open_clip_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.txt")
+    try:
+        return any(isinstance(try_to_load_from_cache(repo, name), str) for name in names)
+    except ValueError:  # no name of a repository
+        return False
 
 
 def section_of(path: str | Path, own: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -5,7 +5,8 @@ B batch, N image tokens, L words, Di / Dp / Dt / Dw widths of image tokens, pool
 An image encoder is an `nn.Module` with
 - `width` (Di), `num_tokens` (N), `grid`: rows, columns of the map that the last rows*columns tokens form, or None where
   tokens have no place; `pooled_width` (Dp; Di where absent),
-- `image_size`, `mean`, `std`: what its pixels must look like,
+- `image_size`, `mean`, `std`: what its pixels must look like; `fit`, `interpolation`, `resize` (those of the processor
+  where absent): how pictures become such,
 - `forward(pixels [B,3,H,W]) -> {"tokens": [B,N,Di], "pooled": [B,Dp]}`.
 A text encoder is an `nn.Module` with
 - `width` (Dt, words and sentence) and `word_width` (Dw),
@@ -115,6 +116,15 @@ def encoder_class(side: str, name: str) -> type[nn.Module]:
         raise ConfigError(f"model.backbone.{side}.name: {name!r} is no {side} encoder.{nearest(name, known)}")
     module, _, kind = known[name].rpartition(".")
     return getattr(importlib.import_module(f"{__name__}.{module}"), kind)
+
+
+def own_pixels(image: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's files say of the pictures of a section `model.backbone.image`; nothing where none are asked."""
+    schema = BACKBONE_SCHEMAS["image"].get(image.get("name"))
+    if schema is None or schema.pixels_from is None:
+        return {}
+    module, _, function = schema.pixels_from.rpartition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), function)(image, "model.backbone.image")
 
 
 def _shared(

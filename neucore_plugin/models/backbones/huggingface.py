@@ -192,8 +192,8 @@ class HuggingFaceImage(_HuggingFace, ImageTower):
             self._cells = tuple(tokens.shape[2:])
             tokens = tokens.flatten(2).transpose(1, 2)
         if pooled is None:
-            square = self.patch and tokens.shape[1] == (self.image_size // self.patch) ** 2
-            pooled = tokens.mean(1) if square or not self.patch else tokens[:, 0]
+            alone = round(tokens.shape[1] ** 0.5) ** 2 == tokens.shape[1]  # patches without a class token
+            pooled = tokens.mean(1) if alone else tokens[:, 0]
         return tokens.float(), pooled.flatten(1).float()
 
 
@@ -228,13 +228,15 @@ class HuggingFaceText(_HuggingFace, TextTower):
             context = min(context, text.max_position_embeddings - 2)  # they count from behind the padding's number
         # SigLIP was trained on texts that fill its context, padding read like any other piece
         self.full = self.two_towers and self.config.model_type.startswith("siglip")
+        if not self.full:
+            self.tokenizer.padding_side = "right"
         added = self.tokenizer.num_special_tokens_to_add()
         most = context - added
         self.max_words = min(most, 510) if max_words is None else max_words
         if not 1 <= self.max_words <= most:
             raise ConfigError(f"{self.setting}.max_words is {max_words}; this model keeps 1 to {most} word pieces")
         self.length, self.context = self.max_words + added, context
-        self.pooling, self.dense = None, nn.Identity()
+        self.pooling = None
         if not self.two_towers:
             self.pooling = pooling or _pooling(self.repo, self.revision, self.setting)
         elif pooling is not None:
@@ -257,7 +259,7 @@ class HuggingFaceText(_HuggingFace, TextTower):
             tokenizer = AutoTokenizer.from_pretrained(found[0].parent, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # files of any kind
             raise CheckpointError(f"{self.setting}.{key}: no tokenizer can be made of {repo} ({short(error)})") from error
-        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        tokenizer.truncation_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -287,8 +289,9 @@ class HuggingFaceText(_HuggingFace, TextTower):
         ids, attention, special = (batch[key] for key in ("input_ids", "attention_mask", "special_tokens_mask"))
         if self.full:
             missing = self.context - ids.shape[1]
-            ids = nn.functional.pad(ids, (0, missing), value=self.tokenizer.pad_token_id)
-            attention, special = (nn.functional.pad(part, (0, missing), value=1) for part in (attention, special))
+            places = (missing, 0) if self.tokenizer.padding_side == "left" else (0, missing)
+            ids = nn.functional.pad(ids, places, value=self.tokenizer.pad_token_id)
+            attention, special = (nn.functional.pad(part, places, value=1) for part in (attention, special))
         device = self.table.device
         ids, attention, words = ids.to(device), attention.to(device), (attention.bool() & ~special.bool()).to(device)
         hidden, pooled = self._ask(input_ids=ids, **({} if self.full else {"attention_mask": attention}))

@@ -295,7 +295,7 @@ def _description(arch: str, config: Mapping[str, Any] | None, pretrained: str | 
     preprocess = {**(found.get("preprocess_cfg") or {}), **tag}
     return {
         "embed_dim": found["embed_dim"],
-        "vision_cfg": found["vision_cfg"],
+        "vision_cfg": {"image_size": 224, **found["vision_cfg"]},  # the library's own default
         "text_cfg": found["text_cfg"],
         "quick_gelu": quick_gelu,
         "preprocess_cfg": {
