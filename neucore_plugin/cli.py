@@ -19,6 +19,7 @@ from neucore_plugin.commands import (
     convert,
     data,
     evaluate,
+    models,
     report,
     search,
     setup_host,
@@ -29,7 +30,7 @@ from neucore_plugin.commands import (
 )
 from neucore_plugin.common.errors import FileError, NeucoreError, explained
 
-COMMANDS = (train, evaluate, search, report, configs, data, vocab, shards, submit, convert, setup_host)
+COMMANDS = (train, evaluate, search, report, configs, models, data, vocab, shards, submit, convert, setup_host)
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
 EXAMPLES = """\
 examples:
@@ -39,6 +40,7 @@ examples:
   neucore search --checkpoint BEST.pth --folder photos --image photos/cat.jpg --text "now asleep" --html found.html
   neucore report output/emoji
   neucore configs copy train_cirr
+  neucore models
   neucore data emoji
   neucore data check cirr --root /data/cirr
   neucore vocab cirr --root /data/cirr --out concepts.json

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
-from neucore_plugin.common.errors import ImageError
+from neucore_plugin.common.errors import ConfigError, ImageError
 from neucore_plugin.common.images import load_for, load_image
 from neucore_plugin.processors import ImageProcessor
 
@@ -19,7 +20,7 @@ def picture(mode: str, size: tuple[int, int]) -> Image.Image:
     return grey.convert("P").convert("PA") if mode == "PA" else grey.convert(mode)
 
 
-@pytest.mark.parametrize("fit", ["pad", "crop", "stretch", "released"])
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch", "shortest", "released"])
 @pytest.mark.parametrize("size", [(40, 40), (16, 16), (40, 24)])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "I", "F"])
 def test_a_picture_of_any_mode_is_taken(mode, size, fit):
@@ -66,7 +67,7 @@ def test_the_pixel_limit_is_the_processors_own():
 
 
 @pytest.mark.parametrize("augment", ["none", "crop_flip"])
-@pytest.mark.parametrize("fit", ["pad", "crop", "stretch", "released"])
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch", "shortest", "released"])
 def test_pillows_own_limit_does_not_matter(monkeypatch, fit, augment):
     """Pillow asks it before it crops, not only when a file is opened."""
     given, process = picture("RGB", (40, 24)), ImageProcessor(16, fit=fit, augment=augment)
@@ -76,3 +77,44 @@ def test_pillows_own_limit_does_not_matter(monkeypatch, fit, augment):
         torch.manual_seed(0)
         found.append(process(given))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
+@pytest.mark.parametrize("size", [(40, 64), (33, 31), (90, 20), (16, 16)])
+@pytest.mark.parametrize("resize", [None, 20])
+def test_the_middle_of_a_picture_whose_shorter_side_is_resized(size, resize, interpolation):
+    """As torchvision's Resize and CenterCrop, of which only the middle is computed."""
+    noise = np.random.default_rng(1).integers(0, 255, (*size, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    found = ImageProcessor(16, fit="shortest", resize=resize, interpolation=interpolation)(image)
+    by = transforms.InterpolationMode(interpolation)
+    steps = [transforms.Resize(resize or 16, by), transforms.CenterCrop(16), transforms.ToTensor()]
+    expected = transforms.Compose([*steps, transforms.Normalize((0.5,) * 3, (0.5,) * 3)])(image)
+    assert (found - expected).abs().max() <= (2.0 if interpolation == "nearest" else 2.1 / 255 * 2)
+    assert (found != expected).float().mean() < 0.05
+
+
+def test_a_panorama_is_not_resized_whole():
+    image = Image.new("RGB", (60_000, 1), "red")
+    assert ImageProcessor(224, fit="shortest")(image).shape == (3, 224, 224)
+
+
+def test_fingerprints_of_earlier_settings_stay_and_new_ones_count():
+    old = "cir_image:16:(0.5, 0.5, 0.5):(0.5, 0.5, 0.5):pad:none"
+    assert ImageProcessor(16).fingerprint == old
+    settings = [{"interpolation": "bilinear"}, {"fit": "shortest"}, {"fit": "shortest", "resize": 20}]
+    assert len({ImageProcessor(16, **one).fingerprint for one in settings} | {old}) == 4
+    assert ImageProcessor(**ImageProcessor(16, **settings[2]).settings).resize == 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"interpolation": "cubic"}, "interpolation one of .*bicubic.*given .*'cubic'"),
+        ({"resize": 20}, "resize is 20; it needs fit shortest"),
+        ({"fit": "shortest", "resize": 8}, "resize is 8; it needs fit shortest, and at least 16"),
+    ],
+)
+def test_wrong_ways_of_resizing(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ImageProcessor(16, **settings)

@@ -1,11 +1,13 @@
 """Every backbone end to end in the host: tiny random encoders, one epoch, checkpoint, evaluation; training modes."""
 
+import importlib.util
 import inspect
 import json
 import sys
 import warnings
 
 import encoder_case
+import hub_case
 import pytest
 import tiny
 import torch
@@ -59,6 +61,12 @@ TINY = {
     # the image side of one model, the text side of another
     "mixed": {"image": {"name": "clip", **clip(CLIP_VIT)}, "text": {"name": "minilm_l6"}},
 }
+# Of other libraries: their weights and tokenizers lie in folders, which `hub_root` writes.
+HUB = {
+    "open_clip": (hub_case.needs_open_clip, "local-dir:{root}/open_clip", "local-dir:{root}/open_clip"),
+    "siglip": (hub_case.needs_transformers, "{root}/siglip", "{root}/siglip"),
+    "dinov2_bert": (hub_case.needs_transformers, "{root}/dinov2", "{root}/bert"),
+}
 SECTION = {"arch": "neucore", "embed_dim": 16, "concept_alignment": {"heads": 2}}
 BLIP = {**SECTION, "backbone": TINY["blip"]}
 DEFAULT = ("blip", "clip", "mixed")
@@ -82,9 +90,39 @@ def chosen(name, **tuning):
     return change
 
 
+@pytest.fixture(scope="module")
+def hub_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    for kind in ("siglip", "dinov2", "bert"):
+        hub_case.write_transformers(root / kind, kind)
+    if importlib.util.find_spec("open_clip"):
+        hub_case.write_open_clip(root / "open_clip", hub_case.open_clip_config())
+    return root
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, (mark, *_) in HUB.items()])
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "tuned"])
+def test_models_of_other_libraries_from_training_to_search(
+    name, freeze, tiny_config, tmp_path, shapes_root, hub_root, monkeypatch
+):
+    mark, *places = HUB[name]
+    key, library = ("arch", "open_clip") if name == "open_clip" else ("repo", "huggingface")
+    places = [place.format(root=hub_root) for place in places]
+    for side, place in zip(("image", "text"), places, strict=True):
+        monkeypatch.setitem(TINY.setdefault(name, {}), side, {"name": library, key: place})
+    an_epoch_a_checkpoint_and_its_evaluation(name, freeze, tiny_config, tmp_path, shapes_root)
+    processor = loading.read_yaml(next((tmp_path / "output").glob("*/config.yaml")))["datasets"]["folder"]
+    fit = "shortest" if name == "open_clip" else "stretch"
+    assert processor["vis_processor"]["eval"]["fit"] == fit  # as the model's files say
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "tuned"])
 def test_an_epoch_a_checkpoint_and_its_evaluation(name, freeze, tiny_config, tmp_path, shapes_root):
+    an_epoch_a_checkpoint_and_its_evaluation(name, freeze, tiny_config, tmp_path, shapes_root)
+
+
+def an_epoch_a_checkpoint_and_its_evaluation(name, freeze, tiny_config, tmp_path, shapes_root):
     path = tiny_config(chosen(name, freeze=freeze))
     metrics = quiet(launch.run, path)["test"]
     best = next((tmp_path / "output").glob("*/checkpoint_best.pth"))
