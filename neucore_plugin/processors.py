@@ -160,10 +160,14 @@ def _padded(image: Image.Image, side: int) -> Image.Image:
 
 
 def _centre(image: Image.Image, side: int, shorter: int, interpolation: str) -> Image.Image:
-    """The middle square of a picture whose shorter side is resized to `shorter`; nothing else of it is computed."""
+    """The middle square of a picture whose shorter side is resized to `shorter`."""
     least = min(image.size)
     full = [shorter if edge == least else int(shorter * edge / least) for edge in image.size]  # as torchvision rounds
     starts = [round((edge - side) / 2) for edge in full]
+    if max(full) <= 8 * shorter:
+        image = image.resize(full, Image.Resampling[interpolation.upper()])
+        return image.crop((*starts, *(start + side for start in starts)))
+    # Of a panorama the middle alone is computed: the whole could fill the memory.
     scale = [edge / size for edge, size in zip(image.size, full, strict=True)]
     low, high = ([(start + add) * by for start, by in zip(starts, scale, strict=True)] for add in (0, side))
     return image.resize((side, side), Image.Resampling[interpolation.upper()], box=(*low, *high))

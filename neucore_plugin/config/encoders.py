@@ -212,7 +212,7 @@ class OpenClipSchema(TunedSchema):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
         if self.pretrained is None and (self.config is not None or not self.arch.startswith(BRINGING)):
-            yield "pretrained", "got null; allowed: a tag of open_clip's, the path of a file, or none for random weights"
+            yield "pretrained", "got null; allowed: a tag of open_clip's, the path of a file, or none"
 
 
 class OpenClipImageSchema(OwnPixelsSchema, OpenClipSchema):
@@ -239,7 +239,7 @@ class HuggingFaceSchema(TunedSchema):
         if self.repo is None and self.config is None:
             yield "repo", "got null; allowed: OWNER/NAME on the hub, or the path of a folder"
         if self.pretrained not in (None, "none"):
-            yield "pretrained", f"got {self.pretrained!r}; allowed: null or none. Files of your own: name the folder in repo"
+            yield "pretrained", f"got {self.pretrained!r}; allowed: null or none. Name a folder of your own in repo"
         if self.config is not None and self.pretrained is None:
             yield "pretrained", "got null; a config of your own has no weights: allowed is none"
         if self.dtype != "float32" and not self.freeze:

@@ -34,9 +34,9 @@ def refuse_strangers(path: str | Path, section: Mapping[str, Any], own: Mapping[
         for key, repo in _repositories(encoder):
             if repo not in dict(_repositories(named)).values() and not _is_here(repo):
                 raise CheckpointError(
-                    f"{path}: its {side} encoder is made of the repository {repo} of the hub, which is not in the cache "
-                    f"here, and a checkpoint may not have it fetched. If you trust it, run: hf download {repo}, or name "
-                    f"it yourself: model.backbone.{side}.{key}={repo}, or the path of a folder"
+                    f"{path}: its {side} encoder is made of the repository {repo} of the hub, which is not in the "
+                    f"cache, and a checkpoint may not have it fetched. If you trust it: hf download {repo}, or name it "
+                    f"yourself: model.backbone.{side}.{key}={repo}, or the path of a folder"
                 )
         for key in ("pretrained", "vit_pretrained"):
             source = str(encoder.get(key) or "")

@@ -27,7 +27,8 @@ def test_every_type_has_a_line(capsys):
 
 
 def test_neither_torch_nor_the_host_is_imported():
-    code = "import sys; from neucore_plugin.cli import main; main(['models']); print({'torch', 'lavis'} & {*sys.modules})"
+    code = "import sys; from neucore_plugin.cli import main; main(['models']); "
+    code += "print({'torch', 'lavis'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
 

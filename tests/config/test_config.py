@@ -155,7 +155,7 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
         (
             "datasets.emoji.vis_processor.eval.fit",
             "pads",
-            'got "pads"; allowed: one of crop, pad, released, stretch',
+            'got "pads"; allowed: one of crop, pad, released, shortest, stretch',
         ),
         ("datasets.emoji.vis_processor.eval.image_size", 64, "efficientnet_lite0 takes 224; leave it out"),
         ("datasets.emoji.vis_processor.eval.mean", [0.4, 0.4, 0.4], "efficientnet_lite0 takes [0.5, 0.5, 0.5]"),

@@ -8,7 +8,7 @@ import torch
 from encoder_case import encoder
 
 TEXTS = ["make it red", "", "a longer dress with no sleeves", "blue"]
-WORDS = ["[PAD]", "[UNK]", "<s>", "</s>", *"make it red a longer dress blue with no sleeves .".split()]
+WORDS = ["[PAD]", "[UNK]", "<s>", "</s>", "make", "it", "red", "a", "longer", "dress", "blue", "with", "no", "sleeves"]
 LONG = "red dress " * 60
 
 
@@ -92,7 +92,14 @@ VISION_ALONE = {
     "dinov3_vit": {**VISION, "num_register_tokens": 4},
     "vit": VISION,
     "convnext": {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "image_size": 32},
-    "swin": {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    "swin": {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 4,
+    },
 }
 TEXT_ALONE = {
     "bert": READS,

@@ -1,5 +1,5 @@
-"""Models of transformers (the extra `huggingface`): of two towers (CLIP, SigLIP, SigLIP 2, ALIGN, BLIP, Chinese-CLIP and
-so on), vision models alone (DINOv2, DINOv3, ViT), text models alone, those of sentence-transformers too.
+"""Models of transformers (the extra `huggingface`): of two towers (CLIP, SigLIP, SigLIP 2, ALIGN, BLIP, Chinese-CLIP
+and so on), vision models alone (DINOv2, DINOv3, ViT), text models alone, those of sentence-transformers too.
 
 Weights are safetensors, or read as weights only; code of a repository is never run. Knows no host.
 
@@ -8,7 +8,7 @@ B batch, N image tokens, S word pieces with those that the tokenizer adds, D wid
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ class _HuggingFace(Tower):
             missing = [name for name in found["missing_keys"] if name in expected and not name.endswith("position_ids")]
             missing += [str(one) for one in found["mismatched_keys"]]
             if missing:
-                raise CheckpointError(f"{folder} holds weights of another network; it lacks {first_few(sorted(missing))}")
+                lacking = first_few(sorted(missing))
+                raise CheckpointError(f"{folder} holds weights of another network; it lacks {lacking}")
         return model.eval()
 
     def _part(self) -> nn.Module | None:
@@ -165,14 +166,15 @@ class HuggingFaceImage(_HuggingFace, ImageTower):
         self.patch = self.patch if isinstance(self.patch, int) else None
         self.flat = "spatial_shapes" in self._takes()  # SigLIP 2 of any shape reads rows of patches
         if self.flat and pixels["image_size"] % self.patch:
-            raise ConfigError(f"{self.setting}.image_size is {pixels['image_size']}; allowed: a multiple of {self.patch}")
+            given = pixels["image_size"]
+            raise ConfigError(f"{self.setting}.image_size is {given}; allowed: a multiple of {self.patch}")
         other = getattr(sizes, "image_size", None) not in (None, pixels["image_size"])
         self.interpolated = other and "interpolate_pos_encoding" in self._takes()
         self.settings += f":{pixels['image_size']}"
         self._cells: tuple[int, int] | None = None
         self.settle(pixels, frozen)
         side = self.image_size // self.patch if self.patch else 0
-        has_side = 1 < side and side * side <= self.num_tokens
+        has_side = side > 1 and side * side <= self.num_tokens
         self.grid = self._cells or ((side, side) if has_side else self.grid)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +242,8 @@ class HuggingFaceText(_HuggingFace, TextTower):
         if not self.two_towers:
             self.pooling = pooling or _pooling(self.repo, self.revision, self.setting)
         elif pooling is not None:
-            raise ConfigError(f"{self.setting}.pooling is {pooling!r}; a {self.config.model_type} has a vector of its own")
+            kind = self.config.model_type
+            raise ConfigError(f"{self.setting}.pooling is {pooling!r}; a {kind} has a vector of its own")
         self.settings += f":{self.max_words}:{self.pooling}"
         self.settle(frozen)
 
@@ -250,7 +253,7 @@ class HuggingFaceText(_HuggingFace, TextTower):
         key = "repo" if source is None else "tokenizer"
         repo, revision = (self.repo, self.revision) if source is None else (source, None)
         if repo is None:
-            raise ConfigError(f"{self.setting}.tokenizer: a config of your own brings none; name a repository or folder")
+            raise ConfigError(f"{self.setting}.tokenizer: your own config brings none; name a repository or folder")
         found = [hub_file(repo, name, f"{self.setting}.{key}", revision, optional=True) for name in TOKENIZER]
         found = [path for path in found if path]
         if not found:
@@ -258,7 +261,7 @@ class HuggingFaceText(_HuggingFace, TextTower):
         try:
             tokenizer = AutoTokenizer.from_pretrained(found[0].parent, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # files of any kind
-            raise CheckpointError(f"{self.setting}.{key}: no tokenizer can be made of {repo} ({short(error)})") from error
+            raise CheckpointError(f"{self.setting}.{key}: {repo} gives no tokenizer ({short(error)})") from error
         tokenizer.truncation_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -432,10 +435,12 @@ def _pooling(repo: str | None, revision: str | None, setting: str) -> str:
     if "Pooling" not in kinds:
         return "mean"
     pooling = _json(hub_file(repo, f"{kinds['Pooling']}/config.json", key, revision))
-    modes = [name.removeprefix("pooling_mode_") for name, on in pooling.items() if name.startswith("pooling_mode_") and on]
+    modes = [name.removeprefix("pooling_mode_") for name in pooling if name.startswith("pooling_mode_")]
+    modes = [mode for mode in modes if pooling[f"pooling_mode_{mode}"]]
     modes = [pooling["pooling_mode"]] if isinstance(pooling.get("pooling_mode"), str) else modes
     if len(modes) != 1 or modes[0] not in _POOLINGS:
-        raise ConfigError(f"{setting}: {repo} pools by {', '.join(modes) or 'nothing'}; name a `pooling`: cls, mean, last")
+        found = ", ".join(modes) or "nothing"
+        raise ConfigError(f"{setting}: {repo} pools by {found}; name a `pooling`: cls, mean, last")
     return _POOLINGS[modes[0]]
 
 

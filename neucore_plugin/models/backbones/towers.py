@@ -4,7 +4,7 @@ Knows no host. B batch, N image tokens, L words, S word pieces with those that t
 """
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch

@@ -9,7 +9,17 @@ import pytest
 import torch
 from blip_case import check_adapters, check_fingerprint
 from encoder_case import check_alone, encoder
-from hub_case import LONG, TEXT_ALONE, TEXTS, TWO_TOWERS, VISION_ALONE, named, of_transformers, pixels, write_transformers
+from hub_case import (
+    LONG,
+    TEXT_ALONE,
+    TEXTS,
+    TWO_TOWERS,
+    VISION_ALONE,
+    named,
+    of_transformers,
+    pixels,
+    write_transformers,
+)
 from PIL import Image
 
 from neucore_plugin.common.errors import CheckpointError, ConfigError
@@ -117,7 +127,8 @@ def test_sentences_of_sentence_transformers(written, tmp_path):
         expected = whole.encode(["a longer dress", "red"], convert_to_tensor=True)
         torch.testing.assert_close(tower(["a longer dress", "red"])["sentence"], expected, atol=1e-5, rtol=0)
     modules = json.loads((folder / "modules.json").read_text())
-    (folder / "modules.json").write_text(json.dumps([*modules, {"type": "sentence_transformers.models.Dense", "path": "2"}]))
+    modules.append({"type": "sentence_transformers.models.Dense", "path": "2"})
+    (folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ConfigError, match="has Dense after its transformer.*name a `pooling`"):
         of_transformers("text", folder)
     assert of_transformers("text", folder, pooling="cls").pooling == "cls"
@@ -136,9 +147,8 @@ def test_a_text_does_not_depend_on_its_batch_and_a_long_one_keeps_its_end(writte
     few = of_transformers("text", folder, max_words=2)
     torch.testing.assert_close(few(["red dress blue"])["sentence"], tower(["red dress"])["sentence"], atol=1e-6, rtol=0)
     assert few.fingerprint != tower.fingerprint
-    table = tower.table
-    torch.testing.assert_close(tower.embed_words(["red", "", "longer dress"]), torch.stack([table[6], torch.zeros(32),
-                                                                                       table[[8, 9]].mean(0)]))  # fmt: skip
+    table, words = tower.table, tower.embed_words(["red", "", "longer dress"])
+    torch.testing.assert_close(words, torch.stack([table[6], torch.zeros(32), table[[8, 9]].mean(0)]))
     spelled = tower(["red </s> dress"])  # words like others, which end nothing
     assert (spelled["sentence"] - tower(["red"])["sentence"]).abs().max() > 1e-4 and spelled["mask"].sum() > 2
 
@@ -280,7 +290,7 @@ def test_a_side_that_a_model_lacks_is_told(written):
     with pytest.raises(ConfigError, match="text.max_words is 15; this model keeps 1 to 14"):
         of_transformers("text", written["clip"][0], max_words=15)
     own = {"config": {"model_type": "bert", **TEXT_ALONE["bert"]}, "pretrained": "none"}
-    with pytest.raises(ConfigError, match="text.tokenizer: a config of your own brings none"):
+    with pytest.raises(ConfigError, match="text.tokenizer: your own config brings none"):
         encoder("text", "huggingface", **own)
     assert encoder("text", "huggingface", **own, tokenizer=str(written["bert"][0])).in_checkpoint
     with pytest.raises(ConfigError, match="image: the config is of model_type 'clipp', which transformers lacks"):
@@ -315,5 +325,5 @@ def test_a_missing_or_old_library_is_told(monkeypatch):
             return version
 
         monkeypatch.setattr(importlib.metadata, "version", found)
-        with pytest.raises(ConfigError, match=rf"{message}.*4.49 or later; run: pip install 'neucore-plugin\[huggingface\]'"):
+        with pytest.raises(ConfigError, match=rf"{message}.*4.49 or later; run: pip install .*\[huggingface\]'"):
             encoder("image", "huggingface", repo="google/siglip2-base-patch16-224")
