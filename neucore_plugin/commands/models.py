@@ -4,10 +4,6 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from neucore_plugin.config.encoders import pixels_of
-from neucore_plugin.config.loading import model_defaults, read_yaml
-from neucore_plugin.config.sections import model_types
-
 HELP = "list the model types: encoders, sizes, where weights come from, what was tried"
 COLUMNS = ("model_type", "encoders", "pixels", "tokens", "words", "weights", "tried here")
 
@@ -27,6 +23,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def described() -> Iterator[tuple[str, ...]]:
     """COLUMNS of every type: tokens is their number and width, words the width of the text side."""
+    from neucore_plugin.config.encoders import pixels_of
+    from neucore_plugin.config.loading import model_defaults, read_yaml
+    from neucore_plugin.config.sections import model_types
+
     for name, path in model_types("neucore").items():
         section = model_defaults({"arch": "neucore", "model_type": name})["backbone"]
         about = read_yaml(path)["about"]

@@ -40,7 +40,8 @@ def reconciled(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str,
         f"model.{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} in the config"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-        and not _within(key, _TRAINING + _PLACES + _IGNORED)
+        and not _within(key, _TRAINING + _IGNORED)
+        and not _is_place(key, old.get(key), new.get(key))
         and not (key.endswith((".quick_gelu", ".module")) and new.get(key) is None)  # the checkpoint knows
         and not (key in _PIXELS and new.get(key) is None and says_pixels)
     ]
@@ -50,7 +51,7 @@ def reconciled(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str,
             f"{path} was trained with other settings; give the config the same, or train anew\n  {listed}"
         )
     for key, value in new.items():
-        elsewhere = _within(key, _PLACES) and value is not None and old.get(key) != "none"
+        elsewhere = _is_place(key, old.get(key), value) and value is not None and old.get(key) != "none"
         if _within(key, _TRAINING) or elsewhere:
             *outer, last = key.split(".")
             section = result
@@ -58,6 +59,12 @@ def reconciled(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str,
                 section = section.setdefault(name, {})
             section[last] = value
     return result
+
+
+def _is_place(key: str, old: Any, new: Any) -> bool:
+    """Whether a key says where weights lie; an architecture does where it is a folder."""
+    folders = key.endswith(".arch") and all(str(value).startswith("local-dir:") for value in (old, new))
+    return _within(key, _PLACES) or folders
 
 
 def _within(key: str, places: tuple[str, ...]) -> bool:

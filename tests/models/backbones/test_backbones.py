@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import shutil
 import sys
 import warnings
 
@@ -114,6 +115,15 @@ def test_models_of_other_libraries_from_training_to_search(
     processor = loading.read_yaml(next((tmp_path / "output").glob("*/config.yaml")))["datasets"]["folder"]
     fit = "shortest" if name == "open_clip" else "stretch"
     assert processor["vis_processor"]["eval"]["fit"] == fit  # as the model's files say
+    # The same files elsewhere, which the checkpoint's user names; the pixels' settings are the checkpoint's.
+    moved = tmp_path / "moved"
+    shutil.copytree(hub_root, moved)
+    best = next((tmp_path / "output").glob("*/checkpoint_best.pth"))
+    sides = {side: {"name": library, key: settings[key].replace(str(hub_root), str(moved)), "freeze": freeze}
+             for side, settings in TINY[name].items()}  # fmt: skip
+    stored = checkpoint.load(best)["architecture"]["config"]
+    again = NeucoreModel.from_config({**stored, "backbone": sides, "checkpoint": str(best)})
+    assert again.image_processor.fit == fit and str(moved) in again.config["backbone"]["image"][key]
 
 
 @pytest.mark.parametrize("name", ALL)
