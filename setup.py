@@ -88,8 +88,8 @@ EXTRAS = {
     # More encoders. The towers' own steps, which are called one by one, have had their names since open_clip 3; 3.3 was
     # tried. It needs timm 1, which the released host's own bounds rule out.
     "open_clip": ["open_clip_torch>=3,<4"],
-    # SigLIP 2 came with transformers 4.49, which the released host's own bounds rule out; 5.24 was tried. The hub's
-    # client comes with it. Older tokenizers are SentencePiece files.
+    # SigLIP 2 came with transformers 4.49, which the released host's own bounds rule out; 4.57 and 5.24 were
+    # tried. The hub's client comes with it. Older tokenizers are SentencePiece files.
     "huggingface": ["transformers>=4.49,<6", "sentencepiece>=0.2"],
     # The documentation site (`sh run.sh docs`). docs/generate.py makes pages by File.generated, new in mkdocs 1.6, and
     # mkdocs 2 has no plugins. Of the other two the next major versions are not known to work.

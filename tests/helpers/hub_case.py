@@ -12,14 +12,24 @@ WORDS = ["[PAD]", "[UNK]", "<s>", "</s>", "make", "it", "red", "a", "longer", "d
 LONG = "red dress " * 60
 
 
+def version(package):
+    """Its first two numbers; None where it is not installed."""
+    try:
+        return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def needs(package, least):
     """A mark that skips, with the reason, where an optional library is absent or too old."""
-    try:
-        found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    if (found := version(package)) is None:
         return pytest.mark.skip(reason=f"{package} is not installed")
-    old = tuple(int(part) for part in found.split(".")[:2]) < least
-    return pytest.mark.skipif(old, reason=f"{package} {found} is older than {'.'.join(map(str, least))}")
+    texts = (".".join(map(str, one)) for one in (found, least))
+    return pytest.mark.skipif(found < least, reason=f"{package} {' is older than '.join(texts)}")
+
+
+def transformers_is_before(least):
+    return version("transformers") < least
 
 
 needs_open_clip, needs_transformers = needs("open_clip_torch", (3, 0)), needs("transformers", (4, 49))

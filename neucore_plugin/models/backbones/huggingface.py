@@ -271,7 +271,9 @@ class HuggingFaceText(_HuggingFace, TextTower):
     def table(self) -> Tensor:
         """The input embeddings [V,Dw]."""
         model = self._part() if self.two_towers else self.network
-        return model.get_input_embeddings().weight
+        words = getattr(self.config, "text_config", self.config).vocab_size
+        parts = (part for part in model.modules() if isinstance(part, nn.Embedding))
+        return next(part.weight for part in parts if part.num_embeddings == words)
 
     def pieces_of(self, word: str) -> list[int]:
         """Word pieces without those that the tokenizer adds."""

@@ -1,6 +1,5 @@
 """Models of transformers against the library's own vectors; texts, sizes, pictures, weights, training, settings."""
 
-import importlib.metadata
 import json
 
 import hub_case
@@ -28,6 +27,12 @@ from neucore_plugin.processors import ImageProcessor
 
 pytestmark = hub_case.needs_transformers
 IMAGES, READERS = {**TWO_TOWERS, **VISION_ALONE}, {**TWO_TOWERS, **TEXT_ALONE}
+
+
+def working(kinds):
+    """Those whose own get_text_features works."""
+    broken = pytest.mark.skipif(hub_case.transformers_is_before((5, 0)), reason="Chinese-CLIP's fails before 5.0")
+    return [pytest.param(kind, marks=broken) if kind == "chinese_clip" else kind for kind in kinds]
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +63,16 @@ def test_images_of_two_towers_are_the_librarys(written, kind):
     images = pixels(3, tower.image_size)
     inputs = {"pixel_values": images}
     if kind == "siglip2":
-        from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
-
-        rows = torch.stack([convert_image_to_patches(image, 8) for image in images])
+        cells = [(row, column) for row in range(0, 32, 8) for column in range(0, 32, 8)]
+        rows = torch.stack(
+            [images[:, :, row : row + 8, column : column + 8].permute(0, 2, 3, 1).flatten(1) for row, column in cells],
+            1,
+        )
         shapes = torch.tensor([[4, 4]] * 3)
         inputs = {"pixel_values": rows, "pixel_attention_mask": torch.ones(3, 16), "spatial_shapes": shapes}
     out = tower(images)
     torch.testing.assert_close(out["pooled"], named(library.get_image_features(**inputs)), atol=1e-5, rtol=0)
-    hidden = library.vision_model(**inputs).last_hidden_state
+    hidden = library.vision_model(*inputs.values()).last_hidden_state
     hidden = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
     torch.testing.assert_close(out["tokens"], hidden, atol=1e-5, rtol=0)
     assert out["tokens"].shape == (3, tower.num_tokens, tower.width)
@@ -87,7 +94,7 @@ def test_images_of_a_vision_model_alone_are_the_librarys(written, kind):
     assert (tower.grid, tower.num_tokens) == ((4, 4), {"dinov3_vit": 21, "convnext": 16, "swin": 16}.get(kind, 17))
 
 
-@pytest.mark.parametrize("kind", TWO_TOWERS)
+@pytest.mark.parametrize("kind", working(TWO_TOWERS))
 @torch.no_grad()
 def test_sentences_of_two_towers_are_the_librarys(written, kind):
     folder, library = written[kind]
@@ -134,7 +141,7 @@ def test_sentences_of_sentence_transformers(written, tmp_path):
     assert of_transformers("text", folder, pooling="cls").pooling == "cls"
 
 
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("kind", working(READERS))
 @torch.no_grad()
 def test_a_text_does_not_depend_on_its_batch_and_a_long_one_keeps_its_end(written, kind):
     folder = written[kind][0]
@@ -258,7 +265,7 @@ def test_gradients_reach_every_trained_part_of_an_image_side(written, kind):
     assert len(tower.blocks) >= 2
 
 
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("kind", working(READERS))
 def test_gradients_reach_every_trained_part_of_a_text_side(written, kind):
     tower = of_transformers("text", written[kind][0], frozen=False).train()
     out = tower(TEXTS)
@@ -314,16 +321,3 @@ def test_offline_the_repository_the_file_and_the_cache_are_named(tmp_path, monke
         assert str(tmp_path / "hub" / "models--google--siglip2-base-patch16-224") in text
     with pytest.raises(ConfigError, match="'no/such/place' is no folder here, and no repository"):
         encoder("image", "huggingface", repo="no/such/place")
-
-
-def test_a_missing_or_old_library_is_told(monkeypatch):
-    for version, message in (("4.26.1", "transformers 4.26.1 is too old"), (None, "which is not installed")):
-
-        def found(name, version=version):
-            if version is None:
-                raise importlib.metadata.PackageNotFoundError(name)
-            return version
-
-        monkeypatch.setattr(importlib.metadata, "version", found)
-        with pytest.raises(ConfigError, match=rf"{message}.*4.49 or later; run: pip install .*\[huggingface\]'"):
-            encoder("image", "huggingface", repo="google/siglip2-base-patch16-224")

@@ -296,18 +296,3 @@ def test_wrong_number_of_words_and_a_folder_that_lacks_something(written, tmp_pa
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": open_clip_config()}))
     with pytest.raises(CheckpointError, match="holds no weights; wanted: open_clip_model.safetensors"):
         of_open_clip("image", tmp_path)
-
-
-def test_a_missing_or_old_library_is_told(monkeypatch):
-    import importlib.metadata
-
-    for version, message in (("2.20.0", "open_clip_torch 2.20.0 is too old"), (None, "which is not installed")):
-
-        def found(name, version=version):
-            if version is None:
-                raise importlib.metadata.PackageNotFoundError(name)
-            return version
-
-        monkeypatch.setattr(importlib.metadata, "version", found)
-        with pytest.raises(ConfigError, match=rf"{message}.*pip install 'neucore-plugin\[open_clip\]'"):
-            encoder("image", "open_clip", pretrained="none")

@@ -1,5 +1,6 @@
 """Every backbone end to end in the host: tiny random encoders, one epoch, checkpoint, evaluation; training modes."""
 
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -380,6 +381,15 @@ def test_an_activation_that_followed_from_a_name_is_kept_in_the_checkpoint(tmp_p
             "lora: is given beside train_blocks",
         ),
         ("image", {"name": "efficientnet_lite0", "lora": {"rank": 2}}, "lora: unknown key"),
+        ("image", {"name": "open_clip"}, "pretrained: got null; allowed: a tag of open_clip's, the path of a file, or"),
+        ("text", {"name": "open_clip", "pretrained": "no/where.pt"}, "'no/where.pt' does not exist"),
+        ("text", {"name": "huggingface"}, "repo: got null; allowed: OWNER/NAME on the hub, or the path of a folder"),
+        ("text", {"name": "huggingface", "repo": "a/b", "pretrained": "x.pt"}, "got 'x.pt'; allowed: null or none"),
+        (
+            "image",
+            {"name": "huggingface", "repo": "a/b", "dtype": "float16", "freeze": False, "image_size": 32},
+            "dtype: got float16; it needs freeze: true",
+        ),
         ("image", {"name": "registered", "arch": "blip_feature_extractr"}, "Did you mean 'blip_feature_extractor'"),
     ],
 )
@@ -391,3 +401,25 @@ def test_mistakes_in_an_encoder_are_told_by_the_check_of_the_config(side, change
     with pytest.raises(ConfigError) as caught:
         loading.load_config(tiny_config(set_), tables=launch.registry_tables())
     assert message in str(caught.value) and "has 1 problem" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "package", "old"),
+    [
+        ("open_clip", {"pretrained": "none"}, "open_clip_torch", "2.20.0"),
+        ("huggingface", {"repo": "google/siglip2-base-patch16-224"}, "transformers", "4.26.1"),
+    ],
+)
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_missing_or_old_library_is_told(name, settings, package, old, side, monkeypatch):
+    remedy = rf"needs {package} .* or later; run: pip install 'neucore-plugin\[{name}\]'"
+    for version, message in ((old, f"{package} {old} is too old for {name}"), (None, "which is not installed")):
+
+        def found(name, version=version):
+            if version is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return version
+
+        monkeypatch.setattr(importlib.metadata, "version", found)
+        with pytest.raises(ConfigError, match=f"model.backbone.{side}: .*{message}.*{remedy}"):
+            encoder_case.encoder(side, name, **settings)
