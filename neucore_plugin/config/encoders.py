@@ -229,7 +229,9 @@ class HuggingFaceSchema(TunedSchema):
     repo: Text | None = Field(None, description="OWNER/NAME on the hub, or a folder as save_pretrained writes it")
     revision: Text | None = Field(None, description="commit, branch or tag on the hub; null: main")
     config: Settings | None = Field(None, description="a config in place of the repository's: model_type and sizes")
-    pretrained: Text | None = Field(None, description="null: the repository's weights; none: random ones")
+    pretrained: Literal["none"] | None = Field(
+        None, description="null: the repository's weights (name a folder in repo for your own); none: random ones"
+    )
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="what its weights are kept and computed in; less than float32 only while it is frozen"
     )
@@ -238,8 +240,6 @@ class HuggingFaceSchema(TunedSchema):
         yield from super().conflicts()
         if self.repo is None and self.config is None:
             yield "repo", "got null; allowed: OWNER/NAME on the hub, or the path of a folder"
-        if self.pretrained not in (None, "none"):
-            yield "pretrained", f"got {self.pretrained!r}; allowed: null or none. Name a folder of your own in repo"
         if self.config is not None and self.pretrained is None:
             yield "pretrained", "got null; a config of your own has no weights: allowed is none"
         if self.dtype != "float32" and not self.freeze:

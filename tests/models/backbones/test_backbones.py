@@ -384,7 +384,7 @@ def test_an_activation_that_followed_from_a_name_is_kept_in_the_checkpoint(tmp_p
         ("image", {"name": "open_clip"}, "pretrained: got null; allowed: a tag of open_clip's, the path of a file, or"),
         ("text", {"name": "open_clip", "pretrained": "no/where.pt"}, "'no/where.pt' does not exist"),
         ("text", {"name": "huggingface"}, "repo: got null; allowed: OWNER/NAME on the hub, or the path of a folder"),
-        ("text", {"name": "huggingface", "repo": "a/b", "pretrained": "x.pt"}, "got 'x.pt'; allowed: null or none"),
+        ("text", {"name": "huggingface", "repo": "a/b", "pretrained": "x.pt"}, 'got "x.pt"; allowed: one of none'),
         (
             "image",
             {"name": "huggingface", "repo": "a/b", "dtype": "float16", "freeze": False, "image_size": 32},
