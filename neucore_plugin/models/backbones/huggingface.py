@@ -165,7 +165,7 @@ class HuggingFaceImage(_HuggingFace, ImageTower):
         self.patch = getattr(sizes, "patch_size", None)
         self.patch = self.patch if isinstance(self.patch, int) else None
         self.flat = "spatial_shapes" in self._takes()  # SigLIP 2 of any shape reads rows of patches
-        if self.flat and pixels["image_size"] % self.patch:
+        if self.flat and (pixels["image_size"] or 0) % self.patch:
             given = pixels["image_size"]
             raise ConfigError(f"{self.setting}.image_size is {given}; allowed: a multiple of {self.patch}")
         other = getattr(sizes, "image_size", None) not in (None, pixels["image_size"])
@@ -332,6 +332,7 @@ def _pixels(config: Any, repo: str | None, revision: str | None, setting: str) -
     from neucore_plugin.config.encoders import CLIP
 
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    size = size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
     size = size if isinstance(size, int) else None
     named = [hub_file(repo, name, f"{setting}.repo", revision, optional=True) for name in PIXELS] if repo else []
     found = next((path for path in named if path), None)

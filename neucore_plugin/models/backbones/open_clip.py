@@ -19,6 +19,7 @@ from neucore_plugin.common.errors import CheckpointError, ConfigError, nearest
 from neucore_plugin.common.files import expanded
 from neucore_plugin.config.encoders import BRINGING
 from neucore_plugin.models.backbones.towers import ImageTower, TextTower, Tower, required, short, with_given
+from neucore_plugin.models.backbones.vit import resized_positions
 from neucore_plugin.weights.files import read_state
 from neucore_plugin.weights.hub import TOKENIZER, hub_file, hub_folder, is_local
 from neucore_plugin.weights.pretrained import NONE, fit, read_pretrained
@@ -79,6 +80,10 @@ class _OpenClip(Tower):
         state.pop("text.transformer.embeddings.position_ids", None)  # a constant
         if part == "visual":
             library.resize_pos_embed(state, model)
+            table = "visual.attnpool.positional_embedding"  # of a ResNet, which the library leaves as it is
+            if table in state and hasattr(tower, "attnpool"):
+                side = tower.image_size // DOWNSCALE
+                state[table] = resized_positions(state[table], (side, side), path=path)
         state = {name: value for name, value in state.items() if name.startswith(f"{part}.")}
         fit(tower, state, path, prefix=f"{part}.", exact=True)
         return tower

@@ -101,6 +101,8 @@ class ImageTower(Tower):
 
         cells: rows and columns of the tokens' map; None: found, where they form a square, or it has a token before.
         """
+        if pixels["image_size"] is None:
+            raise ConfigError(f"{self.setting}.image_size is null, and the model's files say no size; give it")
         for key in PIXELS:
             setattr(self, key, pixels[key])
         self.mean, self.std = tuple(self.mean), tuple(self.std)

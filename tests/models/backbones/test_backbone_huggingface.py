@@ -300,6 +300,8 @@ def test_a_side_that_a_model_lacks_is_told(written):
     with pytest.raises(ConfigError, match="text.tokenizer: your own config brings none"):
         encoder("text", "huggingface", **own)
     assert encoder("text", "huggingface", **own, tokenizer=str(written["bert"][0])).in_checkpoint
+    with pytest.raises(ConfigError, match="image.image_size is null, and the model's files say no size; give it"):
+        encoder("image", "huggingface", config={"model_type": "resnet"}, pretrained="none")
     with pytest.raises(ConfigError, match="image: the config is of model_type 'clipp', which transformers lacks"):
         encoder("image", "huggingface", config={"model_type": "clipp"}, pretrained="none")
 

@@ -156,6 +156,18 @@ def test_pictures_are_prepared_as_by_the_library(tmp_path, mode, interpolation):
     assert wide.grid == (6, 6) and wide.fingerprint != tower.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "side"),
+    [("vit", 48, 6), ("vit", 16, 2), ("resnet", 96, 3), ("siglip", 192, 12), ("convnext", 192, 6), ("coca", 48, 6)],
+)
+@torch.no_grad()
+def test_another_size_interpolates_the_positions(written, name, size, side):
+    tower, own = of_open_clip("image", written[name][0], image_size=size), of_open_clip("image", written[name][0])
+    assert (tower.grid, tower.image_size) == ((side, side), size) and tower.fingerprint != own.fingerprint
+    out = tower(pixels(2, size))
+    assert out["tokens"].shape[1] == tower.num_tokens and torch.isfinite(out["pooled"]).all()
+
+
 def test_what_a_tag_says_of_its_pictures_and_of_its_activation():
     image = {"name": "open_clip", "arch": "ViT-B-32", "pretrained": "openai"}
     assert own_pixels(image)["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
