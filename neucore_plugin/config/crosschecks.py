@@ -6,7 +6,7 @@ from typing import Any
 from neucore_plugin.common.errors import nearest
 from neucore_plugin.common.files import expanded
 from neucore_plugin.config.data import DATASET_SCHEMAS
-from neucore_plugin.config.encoders import pixels_of
+from neucore_plugin.config.encoders import BACKBONE_SCHEMAS, pixels_of
 from neucore_plugin.config.published import PUBLISHED
 from neucore_plugin.config.run import RUNNERS, TASKS
 from neucore_plugin.config.sections import MODEL_SCHEMAS, Tables
@@ -82,7 +82,11 @@ def _dataset(name: str, dataset: Mapping[str, Any], image: Mapping[str, Any]) ->
         if isinstance(processor, Mapping) and processor.get("name") == "cir_image":
             for key, value in pixels_of(image).items():
                 if processor[key] != value:
-                    text = f"got {processor[key]}, but the image encoder {image['name']} takes {value}; leave it out"
+                    own = BACKBONE_SCHEMAS["image"][image["name"]].pixels_from
+                    hint = f", or say it in model.backbone.image.{key}" if own else ""
+                    text = (
+                        f"got {processor[key]}, but the image encoder {image['name']} takes {value}; leave it out{hint}"
+                    )
                     yield f"{path}.vis_processor.{side}.{key}", text
 
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 from neucore_plugin.common.errors import CheckpointError, ConfigError
 from neucore_plugin.common.files import expanded
@@ -77,7 +78,7 @@ def _fetch_weights(repo: str, setting: str, revision: str | None) -> None:
     raise CheckpointError(f"{setting}: {repo} holds no weights; wanted: one of {', '.join(WEIGHTS)}")
 
 
-def _hub(setting: str):
+def _hub(setting: str) -> ModuleType:
     try:
         import huggingface_hub
         import huggingface_hub.errors
@@ -86,10 +87,13 @@ def _hub(setting: str):
     return huggingface_hub
 
 
-def _unfetched(hub, repo: str, name: str, setting: str, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
+def _unfetched(hub: ModuleType, repo: str, name: str, setting: str, error: Exception) -> CheckpointError:
+    root: BaseException = error
+    while root.__cause__ is not None:  # what the network said, under what the client made of it
+        root = root.__cause__
+    reason = " ".join(str(root).split())[:160] or type(root).__name__
     cache = Path(hub.constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
     return CheckpointError(
         f"{setting}: cannot fetch {name} of the repository {repo} ({reason}). It is looked for in {cache}: fill it on "
-        f"another machine with `hf download {repo}` and copy it there, or give the path of a folder with its files"
+        f"another machine with `hf download {repo}` and copy it there, or give a path of this machine instead"
     )

@@ -127,6 +127,20 @@ def test_models_of_other_libraries_from_training_to_search(
     assert again.image_processor.fit == fit and str(moved) in again.config["backbone"]["image"][key]
 
 
+@hub_case.needs_transformers
+def test_how_pictures_become_square_is_said_where_the_encoder_is(tiny_config, hub_root):
+    def change(content, **image):
+        content["model"]["backbone"] = {"image": {"name": "huggingface", "repo": str(hub_root / "siglip"), **image}}
+        content["datasets"]["folder"]["vis_processor"] = {"eval": {"name": "cir_image", "fit": "pad"}}
+
+    tables = launch.registry_tables()
+    with pytest.raises(ConfigError, match=r"eval.fit: got pad, .* takes stretch; .* in model.backbone.image.fit"):
+        loading.load_config(tiny_config(change), tables=tables)
+    config = loading.load_config(tiny_config(lambda content: change(content, fit="pad")), tables=tables).to_dict()
+    assert config["model"]["backbone"]["image"]["interpolation"] == "bilinear"
+    assert config["datasets"]["folder"]["vis_processor"]["train"]["fit"] == "pad"
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "tuned"])
 def test_an_epoch_a_checkpoint_and_its_evaluation(name, freeze, tiny_config, tmp_path, shapes_root):
