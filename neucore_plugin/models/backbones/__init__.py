@@ -13,8 +13,13 @@ A text encoder is an `nn.Module` with
 - `forward(texts) -> {"words": [B,L,Dt], "mask": [B,L] bool, "sentence": [B,Dt]}`, L may be 0,
 - `embed_words(words) -> [n,Dw]`: one embedding a concept word, for any word,
 - `known(text)` (where absent, any text that is not blank): whether anything in a text is read,
-- `words_live` (False where absent): `embed_words` is cheap and its weights may change, so nothing is remembered of it.
+- `words_live` (False where absent): `embed_words` is cheap and its weights may change, so nothing is remembered of it,
+- for textual inversion, `sentence_with(texts, placeholder, vectors [B,Dw]) -> [B,Dt]`: the sentences of `forward`, but
+  for the first word piece of each text that reads `placeholder`, which has its row of `vectors` as input embedding (Dw
+  is the width of these then); ValueError where the cut text has no such piece.
 Both have
+- `joint_space` (None where absent): a text, the same on both sides of one two-tower model and on no other's: pooled
+  and sentence are the vectors that this model was trained to compare by their cosine (Dp = Dt),
 - `fingerprint`: a text that changes whenever the output may change (weights, size, pooling),
 - `moving_norms` (False where absent): batch norms follow the batches of a training, though the encoder is frozen,
 - `in_checkpoint` (False where absent): frozen weights travel in our checkpoints, since nobody could fetch them again,

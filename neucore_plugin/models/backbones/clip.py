@@ -54,7 +54,8 @@ class _Clip(Encoder):
             if quick_gelu is None
             else quick_gelu
         )
-        self.settings = f"clip_{self.side}:{json.dumps([self.config, self.quick_gelu], sort_keys=True)}"
+        kind = json.dumps([self.config, self.quick_gelu], sort_keys=True)
+        self.settings, self.joint_space = f"clip_{self.side}:{kind}", f"clip:{kind}:{self.source}"
 
     def _read(self) -> tuple[dict[str, Tensor], Path] | None:
         """(the file's weights by the host's names, the file); None for random weights."""
@@ -212,21 +213,46 @@ class ClipText(_Clip):
 
     def forward(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """texts -> words [B,L,E], mask [B,L], sentence [B,E]; an empty text has no word and a zero sentence."""
+        ids, counts = self._numbered(texts)
+        x, sentence = self._read_embedded(self.token_embedding(ids), counts)
+        mask = torch.arange(ids.shape[1] - 2, device=ids.device) < counts[:, None]
+        return {"words": x[:, 1:-1] * mask[..., None], "mask": mask, "sentence": sentence * (counts > 0)[:, None]}
+
+    def sentence_with(self, texts: Sequence[str], placeholder: str, vectors: Tensor) -> Tensor:
+        """texts and vectors [B,Dw] -> [B,E]: a vector in place of the embedding of the first `placeholder` of its text.
+
+        Raises ValueError where a text, as far as it is read, has none, or where the placeholder is no single word piece.
+        """
+        piece = _word_pieces(placeholder)
+        if len(piece) != 1:
+            raise ValueError(f"the placeholder {placeholder!r} is {len(piece)} word pieces; give a sign that is one")
+        ids, counts = self._numbered(texts)
+        found = ids == piece[0]  # [B,L+2]
+        if not found.any(1).all():
+            text = texts[int((~found.any(1)).nonzero()[0])]
+            raise ValueError(f"{text!r}: its first {self.max_words} word pieces hold no {placeholder!r}")
+        first = found & (found.cumsum(1) == 1)
+        x = torch.where(first[..., None], vectors.to(self.token_embedding.weight)[:, None], self.token_embedding(ids))
+        return self._read_embedded(x, counts)[1]
+
+    def _numbered(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """texts -> word pieces [B,L+2] between start and end, and how many of the L each text has [B]."""
         pieces = [_word_pieces(text)[: self.max_words] for text in texts]
-        counts = torch.tensor([len(row) for row in pieces], dtype=torch.long)  # [B]
         length = max(map(len, pieces), default=0)
         ids = torch.full((len(pieces), length + 2), _END)
         for place, row in enumerate(pieces):
             ids[place, : len(row) + 1] = torch.tensor([_START, *row])  # filled up with end tokens, which nobody sees
         device = self.token_embedding.weight.device
-        ids, counts = ids.to(device), counts.to(device)
-        x = self.token_embedding(ids) + self.positional_embedding[: length + 2]  # [B,L+2,Dw]
-        causal = self.causal[: length + 2, : length + 2].to(x.dtype)
+        return ids.to(device), torch.tensor([len(row) for row in pieces], dtype=torch.long).to(device)
+
+    def _read_embedded(self, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Input embeddings [B,L+2,Dw] -> all outputs [B,L+2,E], and those at the end tokens [B,E]."""
+        length = x.shape[1]
+        causal = self.causal[:length, :length].to(x.dtype)
+        x = x + self.positional_embedding[:length]
         x = self.transformer(x.transpose(0, 1), attn_mask=causal).transpose(0, 1)
         x = self.ln_final(x) @ self.text_projection  # [B,L+2,E]
-        mask = torch.arange(length, device=device) < counts[:, None]
-        sentence = x[torch.arange(len(x), device=device), counts + 1]
-        return {"words": x[:, 1:-1] * mask[..., None], "mask": mask, "sentence": sentence * (counts > 0)[:, None]}
+        return x, x[torch.arange(len(x), device=x.device), counts + 1]
 
     def embed_words(self, words: Sequence[str]) -> Tensor:
         """words -> [n,Dw]: the mean of each one's input embeddings; with gradient where they are trained."""
