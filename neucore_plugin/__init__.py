@@ -34,7 +34,7 @@ def load_model(
     is_eval: bool = True,
 ) -> Any:
     """The model of a checkpoint that training wrote, in eval mode, NEUCORE or a baseline; without one, NEUCORE's
-    `model_type` with an untrained head.
+    `model_type` with an untrained head, or a baseline that needs no training (`zeroshot_...`).
 
     The host's `load_model("neucore", checkpoint=...)` gives the same, but builds an untrained one first.
     Raises `CheckpointError` where the file is missing, damaged or of another architecture, `ConfigError` where the type
@@ -43,11 +43,13 @@ def load_model(
     register()
     from neucore_plugin.common.errors import ConfigError
     from neucore_plugin.models.base import CirModel
+    from neucore_plugin.models.baseline import CirBaseline
     from neucore_plugin.models.neucore import NeucoreModel
 
     if checkpoint is not None and model_type is not None:
         raise ConfigError(f"a checkpoint knows its model type; leave out model_type={model_type!r}")
-    model = NeucoreModel.from_pretrained(model_type) if checkpoint is None else CirModel.from_checkpoint(checkpoint)
+    kind = CirBaseline if (model_type or "").startswith("zeroshot_") else NeucoreModel
+    model = kind.from_pretrained(model_type) if checkpoint is None else CirModel.from_checkpoint(checkpoint)
     return model.train(not is_eval).to(device)
 
 

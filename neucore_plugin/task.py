@@ -16,6 +16,7 @@ from neucore_plugin.common.files import features_dir
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, ReleasedConceptExtractor, cached_concepts
 from neucore_plugin.config.crosschecks import unknown_splits
 from neucore_plugin.config.encoders import reads_raw
+from neucore_plugin.config.model import ZERO_SHOT
 from neucore_plugin.datasets.encode_ahead import encode_ahead
 from neucore_plugin.datasets.triplets import TripletDataset
 from neucore_plugin.evaluation.evaluator import Evaluator
@@ -84,9 +85,12 @@ class ComposedImageRetrievalTask(BaseTask):
             dataset.concepts = [concepts[count][text] for text, count in zip(dataset.texts, repeats, strict=True)]
 
     def build_model(self, cfg: Any, datasets: Datasets | None = None) -> Any:
-        """The model of the config: from `model.checkpoint` where given, else new with the train splits' concepts."""
+        """The model of the config: from `model.checkpoint` where given, else new with the train splits' concepts.
+
+        A method that trains nothing needs neither.
+        """
         model_class = registry.get_model_class(cfg.model_cfg.arch)
-        if cfg.model_cfg.get("checkpoint"):
+        if cfg.model_cfg.get("checkpoint") or cfg.model_cfg.get("method") in ZERO_SHOT:
             return model_class.from_config(cfg.model_cfg)
         train = [dataset for dataset in _all(datasets or {}) if dataset.split in self.run.train_splits]
         least = cfg.model_cfg.concepts.min_count
@@ -108,7 +112,7 @@ class ComposedImageRetrievalTask(BaseTask):
             model.tell_unknown(text for dataset in everything for text in dataset.texts)
         shown_as = [dataset for dataset in everything if not dataset.train] or everything[:1]
         model.image_processor = shown_as[-1].images.processor
-        root, cache = features_dir(self.run.cache_dir), bool(self.run.cache_features)
+        root, cache = features_dir(self.run.cache_dir), bool(self.run.cache_features) and not model.reads_pairs
         encode_ahead(everything, model.backbone, model.device, root, distributed.on_main, cache, output_dir)
 
     # ---- training and evaluation ----------------------------------------------------------------------------------

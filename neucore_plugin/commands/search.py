@@ -16,7 +16,9 @@ HELP = "search a folder of images with a picture and a sentence"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, the folder, the query, and the form of the answer."""
-    parser.add_argument("--checkpoint", required=True, type=Path, help="what training wrote: .../checkpoint_best.pth")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, help="what training wrote: .../checkpoint_best.pth")
+    model.add_argument("--model-type", metavar="TYPE", help="one that needs no training, such as zeroshot_clip_vitb32")
     parser.add_argument("--folder", required=True, type=Path, help="images to search; sub-folders are included")
     parser.add_argument("--image", help="reference: an image file, or the name of an image of the folder")
     parser.add_argument("--text", type=name_of, help="relative caption: what should be different from the reference")
@@ -51,7 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
             importlib.import_module(arguments.module)
         except ImportError as error:
             raise ConfigError(f"--module {arguments.module}: {error}; install it, or put it on PYTHONPATH") from error
-    model = load_model(arguments.checkpoint, device=pick_device(arguments.device))
+    if arguments.model_type and not arguments.model_type.startswith("zeroshot_"):
+        raise ConfigError(f"--model-type {arguments.model_type}: has nothing trained to search with; give --checkpoint")
+    model = load_model(arguments.checkpoint, arguments.model_type, pick_device(arguments.device))
     if arguments.max_pixels is not None:
         model.image_processor.max_pixels = arguments.max_pixels
     log = logging.getLogger("neucore_plugin.retrieval")

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """NAME with a config and a checkpoint, or --check FILE."""
     parser.add_argument("name", choices=tuple(SPLITS), help="the data set")
     train.add_arguments(parser, required=False)
-    parser.add_argument("--checkpoint", help="what training wrote: .../checkpoint_best.pth")
+    parser.add_argument(
+        "--checkpoint", help="what training wrote: .../checkpoint_best.pth; not for a method that trains nothing"
+    )
     parser.add_argument("--split", help="test1 (CIRR) or test (CIRCO) by default; val to try it out")
     parser.add_argument(
         "--out", type=Path, default=Path("output/submission"), help="folder (default output/submission)"
@@ -37,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
             found += f" ({'image ids' if arguments.name == 'circo' else 'pair ids and image names'} were not compared)"
         print(f"{arguments.check}: good: {found}")
         return
-    if not arguments.cfg_path or not arguments.checkpoint:
+    if not arguments.cfg_path:
         raise ConfigError("give --cfg-path and --checkpoint to make the files, or --check FILE to check one")
     dataset, model, task = _load(arguments, split)
     for path, content in _contents(arguments, dataset, model, task, split):
@@ -63,7 +65,9 @@ def _load(arguments: argparse.Namespace, split: str) -> tuple[Any, Any, Any]:
     from neucore_plugin import launch
     from neucore_plugin.config import loading
 
-    options = [*loading.dotlist(arguments.options), ("model.checkpoint", arguments.checkpoint), ("run.evaluate", True)]
+    options = [*loading.dotlist(arguments.options), ("run.evaluate", True)]
+    if arguments.checkpoint is not None:
+        options.append(("model.checkpoint", arguments.checkpoint))
     cfg, task = launch.prepared(arguments.cfg_path, options)
     if list(cfg.datasets_cfg) != [arguments.name]:
         raise ConfigError(f"{arguments.cfg_path}: describes {', '.join(cfg.datasets_cfg)}, not {arguments.name} alone")

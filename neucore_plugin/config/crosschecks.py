@@ -7,6 +7,7 @@ from neucore_plugin.common.errors import nearest
 from neucore_plugin.common.files import expanded
 from neucore_plugin.config.data import DATASET_SCHEMAS
 from neucore_plugin.config.encoders import BACKBONE_SCHEMAS, pixels_of
+from neucore_plugin.config.model import ZERO_SHOT
 from neucore_plugin.config.published import PUBLISHED
 from neucore_plugin.config.run import RUNNERS, TASKS
 from neucore_plugin.config.sections import MODEL_SCHEMAS, Tables
@@ -18,13 +19,17 @@ _WEIGHTS = (".pth", ".pt", ".bin", ".safetensors")
 def cross_checks(content: Mapping[str, Any], tables: Tables) -> Conflicts:
     """What is wrong between sections of a completed config, and between it and the disk."""
     model, run, datasets = content["model"], content["run"], content["datasets"]
-    backbone = model.get("backbone") or {}
+    backbone, zero_shot = model.get("backbone") or {}, model.get("method") in ZERO_SHOT
     if model.get("arch") in MODEL_SCHEMAS:
         yield from _missing("model.checkpoint", model["checkpoint"], "null, or the path of a checkpoint")
+        if zero_shot:
+            yield from _missing("model.inversion.weights", model["inversion"]["weights"], "the path of phi's weights")
         for side, encoder in backbone.items():
             yield from _encoder(f"model.backbone.{side}", encoder, bool(model["checkpoint"]), tables)
     if run.get("runner") in RUNNERS:
-        if run["evaluate"] and run["task"] in TASKS and not model.get("checkpoint"):
+        if zero_shot and not run["evaluate"]:
+            yield "model.method", f"{model['method']} trains nothing; evaluate it: neucore evaluate --cfg-path ..."
+        if run["evaluate"] and run["task"] in TASKS and not (model.get("checkpoint") or zero_shot):
             yield "model.checkpoint", "is null, but run.evaluate=true needs trained weights; give a checkpoint"
         if run["keep_optimizer"] and not model.get("checkpoint"):
             yield (

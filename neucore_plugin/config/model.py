@@ -13,6 +13,9 @@ from neucore_plugin.config.section import Section
 PARTS_OF_SPEECH = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "SCONJ")
 PARTS_OF_SPEECH += ("VERB",)
 WITH_DROPOUT = ("combiner", "cross_attention")  # methods of cir_baseline
+ZERO_SHOT = ("average", "inversion", "joint")  # those that train nothing: a pretrained model's own vectors
+PLACEHOLDER = "$"  # where the prompt of inversion has the reference's word
+_METHODS = ("image_only", "text_only", "sum", "tirg", "artemis", "combiner", "cross_attention", *ZERO_SHOT)
 
 
 class BackboneSchema(Section):
@@ -109,6 +112,20 @@ class CrossAttentionSchema(Section):
     mlp_ratio: Real = Field(2.0, gt=0, description="width of a block's MLP over its tokens'")
 
 
+class InversionSchema(Section):
+    weights: Text | None = Field(None, description="path of phi: pic2word's, SEARLE's or LinCIR's; needed by inversion")
+    prompt: Text = Field(
+        f"a photo of {PLACEHOLDER} that {{}}",
+        description=f"what the text tower reads: {PLACEHOLDER} is the reference's word, {{}} the relative caption",
+    )
+    normalised: bool = Field(False, description="phi takes the reference's vector at unit length")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        head, *rest = self.prompt.split("{}")
+        if len(rest) != 1 or self.prompt.count(PLACEHOLDER) != 1 or PLACEHOLDER not in head:
+            yield "prompt", f"got {self.prompt!r}; allowed: a text with one {PLACEHOLDER}, and after it one {{}}"
+
+
 class ModelSchema(Section):
     """What every model here takes."""
 
@@ -116,7 +133,9 @@ class ModelSchema(Section):
     model_type: Text | None = Field(None, description="set of defaults: a file of configs/models; null: embedded")
     checkpoint: Text | None = Field(None, description="a trained checkpoint to start from or to evaluate")
     backbone: BackboneSchema = Field(default_factory=BackboneSchema, description="the two encoders")
-    embed_dim: int = Field(256, ge=1, description="width of everything behind the encoders' projections")
+    embed_dim: int = Field(
+        256, ge=1, description="width of everything behind the encoders' projections; zero-shot methods have none"
+    )
     query_dropout: QueryDropoutSchema = Field(
         default_factory=QueryDropoutSchema, description="learned stand-ins in place of a part of the query, in training"
     )
@@ -139,8 +158,9 @@ class CirBaselineSchema(ModelSchema):
     """The baselines, on the same backbones and with the same loss; the keys that NEUCORE has too mean the same."""
 
     arch: Literal["cir_baseline"] = Field(description="cir_baseline")
-    method: Literal["image_only", "text_only", "sum", "tirg", "artemis", "combiner", "cross_attention"] = Field(
-        "combiner", description="how reference image and relative caption are composed"
+    method: Literal[_METHODS] = Field(
+        "combiner",
+        description=f"how reference image and relative caption are composed; {', '.join(ZERO_SHOT)} train nothing",
     )
     dropout: Probability | None = Field(
         None, description="of combiner (null: 0.5, as published) and cross_attention (null: 0)"
@@ -148,6 +168,8 @@ class CirBaselineSchema(ModelSchema):
     cross_attention: CrossAttentionSchema = Field(
         default_factory=CrossAttentionSchema, description="of the method of that name"
     )
+    text_weight: Real = Field(0.5, ge=0, le=1, description="of average: the caption's share beside the reference's")
+    inversion: InversionSchema = Field(default_factory=InversionSchema, description="of the method of that name")
     matching: ContrastiveMatchingSchema = Field(
         default_factory=ContrastiveMatchingSchema, description="scores and their loss"
     )
@@ -158,6 +180,14 @@ class CirBaselineSchema(ModelSchema):
             yield "dropout", f"got {self.dropout}; {self.method} has none, only {' and '.join(WITH_DROPOUT)}"
         if self.method == "cross_attention":
             yield from self.heads_conflict("cross_attention.heads", self.cross_attention.heads)
+        if self.method == "inversion" and self.inversion.weights is None:
+            yield (
+                "inversion.weights",
+                "got null; allowed: the path of the weights of phi, without which nothing is done",
+            )
+        for side in ("image", "text") if self.method in ZERO_SHOT else ():
+            if not getattr(self.backbone, side).freeze:
+                yield f"backbone.{side}.freeze", f"got false; {self.method} trains nothing"
         if self.method == "image_only" and self.backbone.text.freeze is False:
             yield "backbone.text.freeze", "got false; image_only reads no text, so that nothing would train it"
 

@@ -14,9 +14,13 @@ MODEL_SCHEMAS: dict[str, type[ModelSchema]] = {"neucore": NeucoreSchema, "cir_ba
 
 
 def model_types(arch: str) -> dict[str, str]:
-    """{model type: path of its yaml} of a model of ours; the authors' form is NEUCORE's alone."""
+    """{model type: path of its yaml} of a model of ours.
+
+    The authors' form is NEUCORE's alone, what needs no training the baselines'.
+    """
     files = {path.stem: str(path) for path in sorted((CONFIGS / "models").glob("*.yaml"))}
-    return {name: path for name, path in files.items() if arch == "neucore" or not name.startswith("official_")}
+    others = "zeroshot_" if arch == "neucore" else "official_"
+    return {name: path for name, path in files.items() if not name.startswith(others)}
 
 
 def dataset_types(name: str) -> dict[str, str]:

@@ -50,14 +50,16 @@ class CirModel(BaseModel):
         concept_pos: parts of speech that count as concepts.
         matching_loss: keyword arguments of MatchingLoss.
         config: the model section this was built from; kept in checkpoints.
-        projected: whether words and sentences are projected to the width D, and images normalised before.
+        projected: whether words and sentences are projected to the width D, and images normalised before; None: nothing
+            is projected.
         query_reads: what queries read: tokens or pooled (of the reference), words, sentence, concepts. Only that gets
             projections and stand-ins, so that no parameter is idle.
         gallery_reads: what gallery images are encoded from, tokens or pooled.
     """
 
     arch: ClassVar[str]
-    head_parts: ClassVar[str]  # what has random weights before the training, for a warning
+    head_parts: ClassVar[str | None]  # what has random weights before the training, for a warning
+    reads_pairs = False  # whether picture and text of a query are read together, so that neither can be read ahead
     DEFAULT_TYPE = "embedded"
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {}
     matching: Matching
@@ -72,7 +74,7 @@ class CirModel(BaseModel):
         concept_pos: Sequence[str],
         matching_loss: Mapping[str, bool],
         config: Mapping[str, Any],
-        projected: bool,
+        projected: bool | None,
         query_reads: Sequence[str],
         gallery_reads: str,
     ) -> None:
@@ -85,7 +87,7 @@ class CirModel(BaseModel):
         pooled_width = getattr(image, "pooled_width", image.width)
         self.image_projection = projection(image.width, embed_dim, projected) if "tokens" in read else None
         self.pooled_projection = projection(pooled_width, embed_dim, projected) if "pooled" in read else None
-        if not projected and text.width != embed_dim:
+        if projected is False and text.width != embed_dim:
             raise ConfigError(
                 f"the released form has no projection of the words: model.backbone.text gives width "
                 f"{text.width}, model.embed_dim is {embed_dim}; make them equal"
@@ -412,7 +414,7 @@ class CirModel(BaseModel):
 
     def to(self, *args: Any, **kwargs: Any) -> "CirModel":
         """As in torch; warns once of an untrained head: the host's load_model ends here, checkpoint loaded or not."""
-        if not self.trained:
+        if not self.trained and self.head_parts:
             self.trained = True
             warnings.warn(
                 f"{self.arch}: {self.head_parts} have random weights (an untrained head); train it, or load a trained "

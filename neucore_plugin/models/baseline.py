@@ -1,17 +1,19 @@
 """Baselines behind NEUCORE's interface: same backbones, loss, index and report, another way to compose a query.
 
-The ways are in `composers.py`. Gallery images are their projected pooled vector.
+The ways are in `composers.py`, those without a training in `zero_shot.py`. Gallery images are their pooled vector,
+projected where something is trained.
 
 B batch, D width, Q queries, G gallery images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.concepts import ConceptVocabulary
-from neucore_plugin.config.model import WITH_DROPOUT
+from neucore_plugin.config.model import WITH_DROPOUT, ZERO_SHOT
 from neucore_plugin.config.sections import model_types
 from neucore_plugin.host.registration import register_model
 from neucore_plugin.models.backbones import Backbone
@@ -19,6 +21,7 @@ from neucore_plugin.models.base import CirModel, by_side, shared_settings
 from neucore_plugin.models.composers import COMPOSERS, Artemis
 from neucore_plugin.models.inputs import Query
 from neucore_plugin.models.matching import Matching
+from neucore_plugin.models.zero_shot import COMPOSERS as WITHOUT_TRAINING
 
 DROPOUT = {"combiner": 0.5, "cross_attention": 0.0}  # what `dropout: null` means
 
@@ -58,9 +61,11 @@ class CirBaseline(CirModel):
         return self.method
 
     @classmethod
-    def from_section(cls, backbone: Backbone, vocabulary: ConceptVocabulary, config: dict[str, Any]) -> "CirBaseline":
-        """Build from a complete `model` section."""
+    def from_section(cls, backbone: Backbone, vocabulary: ConceptVocabulary, config: dict[str, Any]) -> CirModel:
+        """Build from a complete `model` section; of a method without a training a `ZeroShotBaseline`."""
         method, dropout = config["method"], config["dropout"]
+        if method in ZERO_SHOT:
+            return ZeroShotBaseline.from_section(backbone, vocabulary, config)
         options = dict(config["cross_attention"]) if method == "cross_attention" else {}
         if method in WITH_DROPOUT:
             options["dropout"] = DROPOUT[method] if dropout is None else dropout
@@ -83,3 +88,86 @@ class CirBaseline(CirModel):
     def represent(self, features: Tensor) -> dict[str, Tensor]:
         """Gallery images, pooled [G,D] -> {"fg": [G,D]}."""
         return {"fg": features}
+
+
+class ZeroShotBaseline(CirModel):
+    """A baseline that trains nothing: a pretrained model's own vectors, and its own comparison by their cosine.
+
+    A query without its image is its caption's vector, one without its text its reference's (of inversion: a sentence
+    that ends behind the reference's word).
+
+    Args:
+        method: one of WITHOUT_TRAINING. options: keyword arguments of its composer. shared: as in CirModel.
+    """
+
+    arch = "cir_baseline"
+    head_parts = None
+    DEFAULT_TYPE = "zeroshot_clip_vitb32"
+    PRETRAINED_MODEL_CONFIG_DICT = CirBaseline.PRETRAINED_MODEL_CONFIG_DICT
+
+    def __init__(self, *, backbone: Backbone, method: str, options: Mapping[str, Any], **shared: Any) -> None:
+        composer = WITHOUT_TRAINING[method](backbone=backbone, **options)
+        width = getattr(backbone.image, "pooled_width", backbone.image.width)
+        super().__init__(
+            backbone=backbone, embed_dim=width, projected=None, query_reads=(), gallery_reads="pooled", **shared
+        )
+        self.method, self.composer, self.reads_pairs = method, composer, composer.reads == "pixels"
+        self.matching = Matching(
+            dim=width, terms=["fused"], temperature=0.0, learn_temperature=False, released=False
+        )  # no loss is taken
+
+    title = CirBaseline.title
+
+    @classmethod
+    def from_section(cls, backbone: Backbone, vocabulary: ConceptVocabulary, config: dict[str, Any]) -> CirModel:
+        """Build from a complete `model` section."""
+        method, shared = config["method"], shared_settings(config)
+        for unused in ("embed_dim", "matching"):
+            del shared[unused]
+        options = {
+            "average": {"text_weight": config["text_weight"]},
+            "inversion": dict(config["inversion"]),
+            "joint": {},
+        }[method]
+        return cls(backbone=backbone, vocabulary=vocabulary, method=method, options=options, **shared)
+
+    def forward(self, samples: Mapping[str, Any], by_pair: bool = False) -> dict[str, Tensor]:
+        """Raises ConfigError: there is nothing to train."""
+        raise ConfigError(f"{self.method} trains nothing; evaluate it as it is")
+
+    def represent(self, features: Tensor) -> dict[str, Tensor]:
+        """Gallery images, pooled [G,D] -> {"fg": [G,D]}."""
+        return {"fg": features}
+
+    def encode_query(
+        self,
+        pixels: Tensor | None = None,
+        texts: Sequence[str] | None = None,
+        *,
+        tokens: Tensor | None = None,
+        pooled: Tensor | None = None,
+        text_features: Mapping[str, Tensor] | None = None,
+        concept_words: Sequence[Sequence[str]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Queries -> {"fused": [Q,D]}; see CirModel.encode_query."""
+        images = next((given for given in (pixels, pooled, tokens) if given is not None), None)
+        if images is None and texts is None:
+            raise ValueError("a query needs a reference image, a text, or both")
+        if images is not None and texts is not None and len(images) != len(texts):
+            raise ValueError(f"{len(images)} reference images but {len(texts)} texts")
+        captions = None if texts is None else [self.caption_processor(text) for text in texts]
+        if self.reads_pairs:
+            if images is not None and pixels is None:
+                raise ValueError(f"{self.method} reads picture and text together: give the reference as pixels")
+            return {"fused": self.composer(None if pixels is None else pixels.to(self.device), captions)}
+        reference, sentence = None, None
+        if images is not None:
+            reference = self.image_features(["pooled"], pixels, tokens, pooled)["pooled"]
+            if self.composer.reads == "texts":
+                return {"fused": self.composer(reference, captions or [""] * len(reference))}
+        if captions is not None:
+            found = self.backbone.text(captions) if text_features is None else text_features
+            sentence = found["sentence"].to(self.device)
+        if reference is None or sentence is None:
+            return {"fused": sentence if reference is None else reference}
+        return {"fused": self.composer(reference, sentence)}

@@ -27,8 +27,10 @@ class Pairs(Query):
     negative: Tensor | None = None  # the references, read as gallery images are
 
 
-def projection(width: int, dim: int, normalised: bool) -> nn.Module:
-    """Features of an encoder -> width D."""
+def projection(width: int, dim: int, normalised: bool | None) -> nn.Module:
+    """Features of an encoder -> width D; None: as they are."""
+    if normalised is None:
+        return nn.Identity()
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim)) if normalised else nn.Linear(width, dim)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,17 +19,12 @@ from neucore_plugin.released.captions import FILES, training_captions
 from neucore_plugin.released.names import cnn_of, converted_state, grouped, is_cnn, settings_from
 from neucore_plugin.released.vocabulary import read_vocabulary
 from neucore_plugin.weights import checkpoint
-from neucore_plugin.weights.files import misfits, read, state_of
+from neucore_plugin.weights.files import SCALARS, misfits, read, state_of
 
 NEW = ("absent_image", "absent_word", "absent_sentence")  # stand-ins that the released form does not have
 _HEADS = ("module_heads", "concept_heads")  # no shape tells them
-# Plain values that may stand beside the weights: a Namespace holds settings, numpy's scalars a metric. None runs code.
-_PLAIN = [
-    argparse.Namespace,
-    np.dtype,
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *dict.fromkeys(type(np.dtype(kind)) for kind in "?bhilqBHILQefd"),
-]
+# Plain values that may stand beside the weights: a Namespace holds settings. None runs code.
+_PLAIN = [argparse.Namespace, *SCALARS]
 _SETTINGS = ("opt", "args", "config", "options")
 
 

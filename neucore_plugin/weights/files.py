@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,12 @@ from neucore_plugin.common.errors import CheckpointError, FileError, first_few
 from neucore_plugin.common.files import sha256_file
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # where a training file keeps its weights
+# numpy's scalars, such as a metric beside the weights, for `allowed` of `read`.
+SCALARS = [
+    np.dtype,
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *dict.fromkeys(type(np.dtype(kind)) for kind in "?bhilqBHILQefd"),
+]
 _IMPORTS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ"}  # operations of a pickle
 
 

@@ -25,7 +25,7 @@ def test_a_project_is_complete_but_for_what_the_user_gives(name, tmp_path):
     assert found["run"]["output_dir"].startswith("output/")
     # the command in the head of the file names the file
     head = (PROJECTS / name).read_text().split("model:\n")[0]
-    verb = "evaluate" if name.startswith("eval_") else "train"
+    verb = "evaluate" if name.startswith(("eval_", "zeroshot_")) else "train"
     assert f"neucore {verb} --cfg-path {name.removesuffix('.yaml')}" in head
 
 

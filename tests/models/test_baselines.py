@@ -19,14 +19,16 @@ from neucore_plugin import cli, launch
 from neucore_plugin.common.errors import CheckpointError, ConfigError
 from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config import loading
-from neucore_plugin.config.model import CirBaselineSchema
+from neucore_plugin.config.model import ZERO_SHOT, CirBaselineSchema
 from neucore_plugin.models.base import CirModel
 from neucore_plugin.models.baseline import CirBaseline
 from neucore_plugin.models.composers import COMPOSERS, Artemis
 from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.models.zero_shot import COMPOSERS as WITHOUT_TRAINING
 from neucore_plugin.training.checkpointer import load_weights
 from neucore_plugin.weights import checkpoint, trust
 
+ZERO_SHOT_TYPES = ("zeroshot_clip_vitb32", "zeroshot_clip_vitl14")
 EMOJI = PROJECTS / "train_emoji.yaml"
 
 
@@ -40,7 +42,8 @@ def built():
 
 
 def test_the_schema_names_the_methods():
-    assert get_args(CirBaselineSchema.model_fields["method"].annotation) == tuple(COMPOSERS)
+    known = get_args(CirBaselineSchema.model_fields["method"].annotation)
+    assert known == (*COMPOSERS, *WITHOUT_TRAINING) and tuple(WITHOUT_TRAINING) == ZERO_SHOT
 
 
 def test_no_encoder_runs_for_what_a_method_does_not_read(built):
@@ -161,10 +164,12 @@ def test_two_options_make_a_job_of_neucore_a_baseline(method):
     assert not {"fusion", "concept_alignment", "loss", "form"} & set(found["model"])
 
 
-def test_types_are_those_of_neucore_but_the_released_form():
+def test_types_are_those_of_neucore_but_the_released_form_and_those_that_train_nothing():
     tables = loading.package_tables()
     shared = {name: path for name, path in tables.models["neucore"].items() if not name.startswith("official_")}
-    assert tables.models["cir_baseline"] == shared == CirBaseline.PRETRAINED_MODEL_CONFIG_DICT
+    own = CirBaseline.PRETRAINED_MODEL_CONFIG_DICT
+    assert tables.models["cir_baseline"] == own and own.keys() - shared.keys() == set(ZERO_SHOT_TYPES)
+    assert shared.items() <= own.items() and all(name.startswith("zeroshot_") for name in ZERO_SHOT_TYPES)
     for name in shared:
         section = loading.model_defaults({"arch": "cir_baseline", "model_type": name})
         assert section["backbone"] == loading.model_defaults({"model_type": name})["backbone"]

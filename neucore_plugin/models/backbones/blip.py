@@ -70,6 +70,7 @@ class BlipImage(Encoder):
         self.settings = f"{self.name}:{image_size}:{patch_size}:{sizes['heads']}"
         source = pretrained or self.urls[vit]
         self.in_checkpoint = not is_url(source)
+        self.joint_space = f"{self.name}:{proj_dim}:{source}" if projected else None
         if load and (found := read_pretrained(source, "model.backbone.image.pretrained", self.name)):
             state, path = found
             if (positions := "visual_encoder.pos_embed") in state:
@@ -138,6 +139,7 @@ class BlipText(BertText):
         self.settings = f"{self.name}:{max_words}:{sizes['heads']}"
         source = pretrained or self.url
         self.in_checkpoint = not is_url(source)
+        self.joint_space = f"{self.name}:{proj_dim}:{source}" if projected else None
         if load and (found := read_pretrained(source, "model.backbone.text.pretrained", self.name)):
             if self.text_proj is not None:
                 fit(self.text_proj, *found, prefix="text_proj.")

@@ -219,9 +219,9 @@ class ClipText(_Clip):
         return {"words": x[:, 1:-1] * mask[..., None], "mask": mask, "sentence": sentence * (counts > 0)[:, None]}
 
     def sentence_with(self, texts: Sequence[str], placeholder: str, vectors: Tensor) -> Tensor:
-        """texts and vectors [B,Dw] -> [B,E]: a vector in place of the embedding of the first `placeholder` of its text.
+        """texts, vectors [B,Dw] -> [B,E]: each vector instead of the embedding of the first `placeholder` of its text.
 
-        Raises ValueError where a text, as far as it is read, has none, or where the placeholder is no single word piece.
+        Raises ValueError where a text, as far as it is read, has none, or where the placeholder is not one word piece.
         """
         piece = _word_pieces(placeholder)
         if len(piece) != 1:

@@ -1,0 +1,443 @@
+"""Baselines that train nothing: against the host's CLIP fed by hand, files of phi good and bad, and end to end."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from clip_case import VIT, clip_text, pixels, write_hosts
+from lavis.models.clip_models.tokenizer import tokenize
+from PIL import Image
+from places import PROJECTS
+from published_case import cirr_entry, pictures, put, write_cirr
+from tiny import save
+from torch import nn
+
+import neucore_plugin
+from neucore_plugin import cli, launch
+from neucore_plugin.common.errors import CheckpointError, ConfigError
+from neucore_plugin.config import loading
+from neucore_plugin.evaluation import submission
+from neucore_plugin.models.baseline import CirBaseline
+from neucore_plugin.models.zero_shot import read_phi
+from neucore_plugin.retrieval import GalleryIndex
+
+TEXTS = ["make it red", "a longer dress, with no sleeves", "costs $ 5"]
+LONG = "red dress " * 60
+E, W = VIT["embed_dim"], VIT["text_cfg"]["width"]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    return write_hosts(tmp_path_factory.mktemp("clip"))
+
+
+def searle(seed=1, first=E, hidden=4 * E, last=W) -> nn.Sequential:
+    torch.manual_seed(seed)
+    drop = nn.Dropout(0.5)
+    parts = (nn.Linear(first, hidden), nn.GELU(), drop, nn.Linear(hidden, hidden), nn.GELU(), drop)
+    return nn.Sequential(*parts, nn.Linear(hidden, last)).eval()
+
+
+class Im2Text(nn.Module):
+    """pic2word's: blocks of Linear, Dropout, ReLU, and a last Linear."""
+
+    def __init__(self, layers=2, middle=16):
+        super().__init__()
+        torch.manual_seed(2)
+        blocks = [
+            nn.Sequential(nn.Linear(middle if n else E, middle), nn.Dropout(0.1), nn.ReLU()) for n in range(layers)
+        ]
+        self.layers, self.fc_out = nn.Sequential(*blocks), nn.Linear(middle, W)
+
+    def forward(self, x):
+        return self.fc_out(self.layers(x))
+
+
+def named(phi: nn.Sequential) -> dict:
+    return {f"layers.{name}": value for name, value in phi.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def phi(tmp_path_factory):
+    """(SEARLE's network, its file as published)."""
+    path, network = tmp_path_factory.mktemp("phi") / "SEARLE_ViT-B32.pt", searle()
+    torch.save({"epoch": 3, "loss": np.float64(0.5), "Phi": named(network)}, path)
+    return network, str(path)
+
+
+def build(hosts, method="average", **settings):
+    sides = {side: {"name": "clip", "config": VIT, "pretrained": hosts["vit"][1]} for side in ("image", "text")}
+    model = CirBaseline.from_config({"method": method, "backbone": sides, **settings})
+    return model.eval()
+
+
+def inverted(hosts, phi, **settings):
+    return build(hosts, "inversion", inversion={"weights": phi[1], **settings})
+
+
+def by_hand(host, prompt: str, vector: torch.Tensor) -> torch.Tensor:
+    """The host's text tower over its whole context: `$` has the vector's place, the end token gives the sentence."""
+    ids = tokenize([prompt])
+    x = host.token_embedding(ids)
+    x[0, ids[0].tolist().index(259)] = vector
+    x = host.transformer((x + host.positional_embedding).permute(1, 0, 2), attn_mask=host.attn_mask).permute(1, 0, 2)
+    return (host.ln_final(x)[0, ids[0].argmax()] @ host.text_projection)[None]
+
+
+# ---- average ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0])
+def test_average_is_the_mean_of_the_hosts_unit_vectors(hosts, weight):
+    model, host, images = build(hosts, text_weight=weight), hosts["vit"][0], pixels(3, 32)
+    seen, read = (F.normalize(v, dim=-1) for v in (host.encode_image(images), host.encode_text(tokenize(TEXTS))))
+    expected = F.normalize((1 - weight) * seen + weight * read, dim=-1)
+    found = model.encode_query(images, TEXTS)
+    torch.testing.assert_close(F.normalize(found["fused"], dim=-1), expected, atol=1e-5, rtol=0)
+    gallery = pixels(5, 32)
+    scores = model.score(found, model.encode_image(gallery))
+    torch.testing.assert_close(scores, expected @ F.normalize(host.encode_image(gallery), dim=-1).T, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_query_of_one_side_is_that_sides_vector(hosts):
+    model, host, images = build(hosts), hosts["vit"][0], pixels(3, 32)
+    torch.testing.assert_close(model.encode_query(images)["fused"], host.encode_image(images), atol=1e-5, rtol=0)
+    alone = model.encode_query(texts=TEXTS)["fused"]
+    torch.testing.assert_close(alone, host.encode_text(tokenize(TEXTS)), atol=1e-5, rtol=0)
+    blank = model.encode_query(images, ["", " ", ""])["fused"]
+    torch.testing.assert_close(F.normalize(blank), F.normalize(host.encode_image(images)), atol=1e-5, rtol=0)
+    for wrong in ({}, {"pixels": images, "texts": TEXTS[:2]}):
+        with pytest.raises(ValueError, match=r"needs a reference image|3 reference images but 2"):
+            model.encode_query(**wrong)
+
+
+def test_vectors_that_cannot_be_compared_are_refused(hosts, tmp_path):
+    clip = {"name": "clip", "config": VIT, "pretrained": hosts["vit"][1]}
+    other = tmp_path / "other.pt"
+    torch.save(torch.load(hosts["vit"][1]), other)
+    for image, text, message in (
+        (clip, {"name": "minilm_l6"}, "never trained to be compared"),
+        ({"name": "efficientnet_lite0"}, {"name": "minilm_l6"}, "never trained to be compared"),
+        (clip, {**clip, "pretrained": str(other)}, "two different models"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            CirBaseline.from_config({"method": "average", "backbone": {"image": image, "text": text}})
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+@torch.no_grad()
+def test_blip_projected_has_a_joint_space_and_plain_blip_none():
+    small = {"image_size": 32, "architecture": {"width": 32, "depth": 1, "heads": 2}}
+    text = {"architecture": {"width": 32, "layers": 1, "heads": 2}}
+    for name in ("blip", "albef"):
+        for projected in (True, False):
+            shared = {"name": name, "projected": projected, "proj_dim": 16, "pretrained": "none"}
+            section = {"method": "average", "backbone": {"image": {**shared, **small}, "text": {**shared, **text}}}
+            if not projected:
+                with pytest.raises(ConfigError, match="never trained to be compared"):
+                    CirBaseline.from_config(section)
+                continue
+            model = CirBaseline.from_config(section).eval()
+            assert model.encode_query(pixels(2, 32), TEXTS[:2])["fused"].shape == (2, 16)
+
+
+# ---- textual inversion -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", ["a photo of $ that {}", "a photo of $ , {} !"])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_inversion_is_the_hosts_text_tower_with_a_word_replaced(hosts, phi, prompt, normalised):
+    """Also of a caption that holds the sign itself: the first one is the reference's."""
+    model, host, images = inverted(hosts, phi, prompt=prompt, normalised=normalised), hosts["vit"][0], pixels(3, 32)
+    seen = host.encode_image(images)
+    vectors = phi[0](F.normalize(seen, dim=-1) if normalised else seen)
+    texts = [model.caption_processor(text) for text in TEXTS]
+    expected = [by_hand(host, prompt.replace("{}", text), v) for text, v in zip(texts, vectors, strict=True)]
+    found = model.encode_query(images, TEXTS)["fused"]
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=0)
+    head = torch.cat([by_hand(host, "a photo of $", vector) for vector in vectors])
+    for without in (model.encode_query(images), model.encode_query(images, ["", "", " "])):
+        torch.testing.assert_close(without["fused"], head, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.encode_query(texts=TEXTS)["fused"], host.encode_text(tokenize(texts)), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(model.encode_image(images)["fg"], seen, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_caption_that_is_too_long_is_cut_before_the_end_token(hosts, phi):
+    model, host, images = inverted(hosts, phi), hosts["vit"][0], pixels(1, 32)
+    kept = "a photo of $ that " + " ".join(LONG.split()[: 75 - 5])  # each a piece
+    expected = by_hand(host, kept, phi[0](host.encode_image(images))[0])
+    torch.testing.assert_close(model.encode_query(images, [LONG])["fused"], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["average", "inversion"])
+def test_nothing_depends_on_batch_mates_or_on_a_cache(hosts, phi, method):
+    model = build(hosts, method, inversion={"weights": phi[1]})
+    images, texts = pixels(3, 32), ["red", LONG, TEXTS[1]]
+    together = model.encode_query(images, texts)["fused"]
+    for row in range(3):
+        alone = model.encode_query(images[row : row + 1], texts[row : row + 1])["fused"]
+        torch.testing.assert_close(together[row], alone[0], atol=1e-6, rtol=0)
+    out, text = model.backbone.image(images), model.backbone.text(texts)
+    features = {"words": text["words"], "word_mask": text["mask"], "sentence": text["sentence"]}
+    cached = model.encode_query(pooled=out["pooled"], tokens=out["tokens"], texts=texts, text_features=features)
+    torch.testing.assert_close(cached["fused"], together, atol=1e-6, rtol=0)
+
+
+def test_a_prompt_must_leave_the_placeholder_in_what_is_read(hosts, phi):
+    for prompt in ("a photo of $", "{} on $", "$ and $ that {}", "a photo of * that {}", "$ {} {}"):
+        with pytest.raises(ConfigError, match=r"inversion.prompt: got .*allowed: a text with one \$"):
+            inverted(hosts, phi, prompt=prompt)
+    sides = {side: {"name": "clip", "config": VIT, "pretrained": hosts["vit"][1]} for side in ("image", "text")}
+    sides["text"]["max_words"] = 3
+    with pytest.raises(ConfigError, match=r"inversion.prompt: 'a photo of \$ that ': its first 3 word pieces hold no"):
+        CirBaseline.from_config({"method": "inversion", "backbone": sides, "inversion": {"weights": phi[1]}})
+    text = clip_text(config=VIT, pretrained=hosts["vit"][1])
+    with pytest.raises(ValueError, match="is 2 word pieces"):
+        text.sentence_with(["a red dog"], "red dog", torch.zeros(1, W))
+
+
+# ---- files of phi ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_pic2words_layout(tmp_path, layers):
+    network, x = Im2Text(layers).eval(), torch.randn(4, E)
+    whole = {"epoch": 1, "state_dict": {"visual.proj": torch.zeros(2)}}  # CLIP's weights stand in the same file
+    whole["state_dict_img2text"] = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save(whole, tmp_path / "pic2word.pt")
+    torch.save(network.state_dict(), tmp_path / "bare.pt")
+    for name in ("pic2word.pt", "bare.pt"):
+        torch.testing.assert_close(read_phi(tmp_path / name, E, W)(x), network(x))
+
+
+@torch.no_grad()
+def test_searles_layout_bare_in_half_precision_and_as_safetensors(tmp_path, phi):
+    from safetensors.torch import save_file
+
+    x = torch.randn(4, E)
+    torch.testing.assert_close(read_phi(phi[1], E, W)(x), phi[0](x))
+    save_file(named(phi[0]), tmp_path / "phi.safetensors")
+    torch.testing.assert_close(read_phi(tmp_path / "phi.safetensors", E, W)(x), phi[0](x))
+    torch.save({name: value.half() for name, value in named(phi[0]).items()}, tmp_path / "half.pt")
+    half = read_phi(tmp_path / "half.pt", E, W)
+    assert half[0].weight.dtype == torch.float32 and not any(p.requires_grad for p in half.parameters())
+    torch.testing.assert_close(half(x), phi[0](x), atol=1e-2, rtol=0)
+
+
+def without(*names):
+    return lambda: {name: value for name, value in named(searle()).items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: named(searle(first=512)), r"layers.0.weight \[96, 512\].*\n.*takes width 24 .*gives 64"),
+        (lambda: named(searle(last=768)), r"phi of another model.\n  found: .*layers.6.weight \[768, 96\]"),
+        (lambda: named(searle()) | {"layers.3.weight": torch.zeros(96, 5)}, "another model"),
+        (lambda: named(searle()) | {"layers.3.bias": torch.zeros(5)}, "another model"),
+        (lambda: named(searle()) | {"layers.3.weight": torch.zeros(96)}, "another model"),
+        (without("layers.3.bias"), "no phi of a known layout.\n  found: layers.0.weight .*\n  expected: layers.0, "),
+        (lambda: {f"mlp.{name}": value for name, value in named(searle()).items()}, "no phi of a known layout"),
+        (lambda: {"layers.0.weight": torch.zeros(W, E), "layers.0.bias": torch.zeros(W)}, "no phi of a known layout"),
+        (lambda: {"Phi": {"a": 1}}, "holds no weights"),
+        (lambda: {"Phi": named(searle()), "run": Path("x")}, "is refused: it contains code"),
+    ],
+)
+def test_bad_files_of_phi(tmp_path, make, message):
+    torch.save(make(), tmp_path / "phi.pt")
+    with pytest.raises(CheckpointError, match=message):
+        read_phi(tmp_path / "phi.pt", E, W)
+
+
+def test_a_file_that_is_missing_or_damaged(tmp_path, phi, hosts):
+    with pytest.raises(ConfigError, match=r"inversion.weights: got null; allowed: the path"):
+        build(hosts, "inversion")
+    with pytest.raises(CheckpointError, match="no file"):
+        read_phi(tmp_path / "gone.pt", E, W)
+    (tmp_path / "half.pt").write_bytes(Path(phi[1]).read_bytes()[:3000])
+    with pytest.raises(CheckpointError, match="truncated, damaged"):
+        read_phi(tmp_path / "half.pt", E, W)
+
+
+# ---- as models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["average", "inversion"])
+def test_nothing_is_trained_and_nothing_warns_of_an_untrained_head(hosts, phi, method, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = build(hosts, method, inversion={"weights": phi[1]}).to("cpu")
+    assert not any(parameter.requires_grad for parameter in model.parameters()) and model.parameter_groups() == []
+    assert model.title == method
+    with pytest.raises(ConfigError, match=f"{method} trains nothing"):
+        model({})
+    for side in ("image", "text"):
+        clip = {"name": "clip", "config": VIT, "pretrained": hosts["vit"][1]}
+        sides = {"image": dict(clip), "text": dict(clip)}
+        sides[side]["freeze"] = False
+        with pytest.raises(ConfigError, match=rf"backbone.{side}.freeze: got false; {method} trains nothing"):
+            CirBaseline.from_config({"method": method, "backbone": sides, "inversion": {"weights": phi[1]}})
+    again = neucore_plugin.load_model(save(model, tmp_path / "zero.pth"))
+    images = pixels(3, 32)
+    assert torch.equal(again.encode_query(images, TEXTS)["fused"], model.encode_query(images, TEXTS)["fused"])
+
+
+def test_an_index_takes_it(hosts, tmp_path):
+    model = build(hosts)
+    pictures(tmp_path / "pictures" / f"{number}.png" for number in range(6))
+    index = GalleryIndex.build(model, tmp_path / "pictures")
+    index.save(tmp_path / "index")
+    hits = GalleryIndex.load(tmp_path / "index", model).search("0.png", "make it red", k=3)
+    assert len(hits) == 3 and hits == index.search("0.png", "make it red", k=3)
+
+
+def test_model_types_are_the_baselines_alone():
+    types = CirBaseline.PRETRAINED_MODEL_CONFIG_DICT
+    assert {"zeroshot_clip_vitb32", "zeroshot_clip_vitl14"} <= set(types)
+    for name in (name for name in types if name.startswith("zeroshot_")):
+        with pytest.raises(ConfigError, match="no model type|known model type|model_type"):
+            loading.model_defaults({"arch": "neucore", "model_type": name})
+    found = loading.model_defaults({"arch": "cir_baseline", "model_type": "zeroshot_clip_vitl14"})
+    assert (found["method"], found["backbone"]["text"]["arch"]) == ("average", "ViT-L-14")
+
+
+def test_a_search_with_a_type_that_needs_training_is_refused(tmp_path, capsys):
+    arguments = ["search", "--model-type", "embedded", "--folder", str(tmp_path), "--text", "red"]
+    assert cli.main(arguments) == 2
+    assert "has nothing trained to search with; give --checkpoint" in capsys.readouterr().err
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+def noise(root: Path) -> Path:
+    """Each picture below a root another one, so that no two scores tie."""
+    draw = np.random.default_rng(5)
+    for path in sorted([*root.rglob("*.png"), *root.rglob("*.jpg")]):
+        Image.fromarray(draw.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((32, 32)).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def circo_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("circo")
+    names = {number: f"{number:012}.jpg" for number in range(1, 61)}
+    images = [{"id": number, "file_name": name} for number, name in names.items()]
+    put(root / "annotations/image_info_unlabeled2017.json", {"images": images})
+    pictures(root / "unlabeled2017" / name for name in names.values())
+    for split in ("val", "test"):
+        queries = [
+            {"id": n, "reference_img_id": n + 1, "relative_caption": f"has {n} red dogs"}
+            | ({"target_img_id": n + 2, "gt_img_ids": [n + 2, n + 9]} if split == "val" else {})
+            for n in range(5)
+        ]
+        put(root / f"annotations/{split}.json", queries)
+    return noise(root)
+
+
+@pytest.fixture(scope="module")
+def cirr_root(tmp_path_factory):
+    places, queries = {}, {}
+    for split in ("val", "test1"):
+        members = [[f"{split}-{group}-img{side}" for side in range(6)] for group in range(10)]
+        queries[split] = [
+            cirr_entry(group, members[group], 0, None if split == "test1" else 1, caption="show it red")
+            for group in range(10)
+        ]
+        places[split] = {name: f"./{split}/{name}.png" for names in members for name in names}
+    return noise(write_cirr(tmp_path_factory.mktemp("cirr"), places, queries))
+
+
+def write_yaml(hosts, root: Path, folder: Path, name: str, cache: Path, **model) -> Path:
+    content = yaml.safe_load((PROJECTS / f"zeroshot_{name}.yaml").read_text())
+    sides = {side: {"name": "clip", "config": VIT, "pretrained": hosts["vit"][1]} for side in ("image", "text")}
+    sides["image"]["image_size"] = 32
+    content["model"] |= {"backbone": sides, **model}
+    content["datasets"][name]["build_info"]["root"] = str(root)
+    content["run"] |= {"output_dir": str(folder / "output"), "cache_dir": str(cache), "device": "cpu"}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("name", ["circo", "cirr"])
+@pytest.mark.parametrize("method", ["average", "inversion"])
+def test_evaluation_and_submission_without_a_training(
+    hosts, phi, circo_root, cirr_root, cache_root, tmp_path, monkeypatch, name, method, alone
+):
+    root = circo_root if name == "circo" else cirr_root
+    model = {"method": method} | ({"inversion": {"weights": phi[1]}} if method == "inversion" else {})
+    config = write_yaml(hosts, root, tmp_path, name, cache_root, **model)
+    metrics = launch.run(config, evaluate=True)
+    rows = json.loads((tmp_path / "output/results.json").read_text())["val"]
+    assert list(rows) == [method, "text_only", "image_only"]
+    key = "mAP@25" if name == "circo" else "R@50"
+    assert metrics["val"][key] == rows[method][key]
+    expected = slow(build(hosts, **model), name, root)
+    assert rows[method][key] == pytest.approx(expected, abs=1e-4)
+    out = tmp_path / "submission"
+    assert cli.main(["submit", name, "--cfg-path", str(config), "--out", str(out)]) == 0
+    files = sorted(out.glob(f"{name}_*.json"))
+    assert len(files) == (1 if name == "circo" else 2)
+    for file in files:
+        assert f"{name.upper()}" in submission.check(file)
+    again = ["evaluate", "--cfg-path", str(config), "--options", "run.cache_features=false"]
+    assert cli.main(again) == 0
+    uncached = json.loads((tmp_path / "output/results.json").read_text())["val"]
+    assert {row: values[key] for row, values in uncached.items()} == {row: values[key] for row, values in rows.items()}
+
+
+@torch.no_grad()
+def slow(model, name: str, root: Path) -> float:
+    """mAP@25 of CIRCO or R@50 of CIRR, percent, one query and one image at a time."""
+
+    def scores(reference, caption, images):
+        from neucore_plugin.common.images import load_image
+
+        pixels_of = {path: model.image_processor(load_image(path))[None] for path in (reference, *images)}
+        query = F.normalize(model.encode_query(pixels_of[reference], [caption])["fused"], dim=-1)
+        vectors = [F.normalize(model.encode_image(pixels_of[path])["fg"], dim=-1) for path in images]
+        return [float(query @ vector.T) for vector in vectors]
+
+    found = []
+    if name == "circo":
+        images = [root / f"unlabeled2017/{number:012}.jpg" for number in range(1, 61)]
+        for n, query in enumerate(json.loads((root / "annotations/val.json").read_text())):
+            values = scores(images[n], query["relative_caption"], images)
+            order = sorted(range(60), key=lambda place: -values[place])[:25]
+            right = [place + 1 in query["gt_img_ids"] for place in order]
+            found.append(sum(sum(right[: k + 1]) / (k + 1) for k in range(25) if right[k]) / 2)
+        return 100 * sum(found) / len(found)
+    split = json.loads((root / "image_splits/split.rc2.val.json").read_text())
+    for query in json.loads((root / "captions/cap.rc2.val.json").read_text()):
+        names = [image for image in split if image != query["reference"]]
+        files = [root / "img_raw" / split[image] for image in names]
+        values = scores(root / "img_raw" / split[query["reference"]], query["caption"], files)
+        own = values[names.index(query["target_hard"])]
+        found.append(sum(value > own for value in values) < 50)
+    return 100 * sum(found) / len(found)
+
+
+def test_a_training_of_it_and_an_evaluation_that_lacks_weights_are_refused(hosts, circo_root, tmp_path, capsys):
+    config = write_yaml(hosts, circo_root, tmp_path, "circo", tmp_path)
+    arguments = ["train", "--cfg-path", str(config), "--options", "run.evaluate=false"]
+    assert cli.main(arguments) == 2
+    assert "model.method: average trains nothing; evaluate it: neucore evaluate" in capsys.readouterr().err
+    lacking = ["model.method=inversion", f"model.inversion.weights={tmp_path / 'gone.pt'}"]
+    assert cli.main(["evaluate", "--cfg-path", str(config), "--options", *lacking]) == 2
+    assert "gone.pt' does not exist; allowed: the path of phi's weights" in capsys.readouterr().err
+    assert cli.main(["submit", "circo", "--cfg-path", "eval_circo"]) == 2
+    assert "give a checkpoint" in capsys.readouterr().err
