@@ -17,6 +17,7 @@ _WORDS = "words of a caption that are read"
 # Mean and deviation of an encoder's pixels, red, green, blue.
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+RAW = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # its own processor does it
 # How pictures may be made square, and resized, where a model says it.
 FITS_OF_MODELS = ("pad", "crop", "stretch", "shortest")
 BRINGING = ("hf-hub:", "local-dir:")  # architectures of open_clip that come with weights
@@ -177,6 +178,27 @@ class RegisteredImageSchema(RegisteredSchema):
     spatial: bool = Field(True, description="the last tokens form a square map of the image, if their number allows")
 
 
+class EmbedderSchema(EncoderSchema):
+    """A universal multimodal embedder of sentence-transformers (the extra `embedder`), the same model on both sides."""
+
+    name: Literal["embedder"] = Field(description="embedder")
+    repo: Text = Field(description="OWNER/NAME on the hub, or a folder as sentence-transformers saves it")
+    revision: Text | None = Field(None, description="commit, branch or tag on the hub; null: main")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="of weights and computation")
+    prompt: Text | None = Field(None, description="what the model is told of a query; null: what its files say")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if not self.freeze:
+            yield "freeze", "got false; an embedder is used as it is"
+
+
+class EmbedderImageSchema(EmbedderSchema):
+    """Pictures, and queries of a picture and a text, each as one vector."""
+
+    encoder = "embedder.EmbedderImage"
+    pixel_statistics = RAW
+
+    image_size: int = Field(448, ge=1, description="side of the square pictures that the model's own processor gets")
 class OwnPixelsSchema(Section):
     """Of an image encoder whose files say what its pictures look like; what is null is as they say."""
 
@@ -386,6 +408,12 @@ class HuggingFaceTextSchema(HuggingFaceSchema):
     max_words: int | None = Field(None, ge=1, description=f"{_WORDS}; null: what the model was made for")
 
 
+class EmbedderTextSchema(EmbedderSchema):
+    """Texts, each as one vector."""
+
+    encoder = "embedder.EmbedderText"
+
+
 class BertSchema(Section):
     """Sizes of a BERT other than the published ones; what is null stays as published."""
 
@@ -432,8 +460,8 @@ _TEXT = (MiniLMSchema, GloveBiGRUSchema, BlipTextSchema, AlbefTextSchema, Blip2T
 BACKBONE_SCHEMAS: dict[str, dict[str, type[EncoderSchema]]] = {
     side: {get_args(schema.model_fields["name"].annotation)[0]: schema for schema in schemas}
     for side, schemas in {
-        "image": (*_IMAGE, ClipImageSchema, OpenClipImageSchema, HuggingFaceImageSchema, RegisteredImageSchema),
-        "text": (*_TEXT, ClipTextSchema, OpenClipTextSchema, HuggingFaceTextSchema, RegisteredTextSchema),
+        "image": (*_IMAGE, ClipImageSchema, OpenClipImageSchema, HuggingFaceImageSchema, EmbedderImageSchema, RegisteredImageSchema),
+        "text": (*_TEXT, ClipTextSchema, OpenClipTextSchema, HuggingFaceTextSchema, EmbedderTextSchema, RegisteredTextSchema),
     }.items()
 }
 

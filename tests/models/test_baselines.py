@@ -28,7 +28,7 @@ from neucore_plugin.models.zero_shot import COMPOSERS as WITHOUT_TRAINING
 from neucore_plugin.training.checkpointer import load_weights
 from neucore_plugin.weights import checkpoint, trust
 
-ZERO_SHOT_TYPES = ("zeroshot_clip_vitb32", "zeroshot_clip_vitl14")
+ZERO_SHOT_TYPES = ("zeroshot_clip_vitb32", "zeroshot_clip_vitl14", "zeroshot_qwen3vl_2b")
 EMOJI = PROJECTS / "train_emoji.yaml"
 
 

@@ -441,3 +441,22 @@ def test_a_training_of_it_and_an_evaluation_that_lacks_weights_are_refused(hosts
     assert "gone.pt' does not exist; allowed: the path of phi's weights" in capsys.readouterr().err
     assert cli.main(["submit", "circo", "--cfg-path", "eval_circo"]) == 2
     assert "give a checkpoint" in capsys.readouterr().err
+
+
+def test_joint_from_evaluation_to_submission(circo_root, cache_root, tmp_path, alone):
+    pytest.importorskip("sentence_transformers.base.modality", reason="needs sentence-transformers 5.4 or later")
+    from embedder_case import SIDE, write_embedder
+
+    encoder = {"name": "embedder", "repo": str(write_embedder(tmp_path))}
+    backbone = {"image": {**encoder, "image_size": SIDE}, "text": encoder}
+    content = yaml.safe_load((PROJECTS / "zeroshot_circo.yaml").read_text())
+    content["model"] |= {"method": "joint", "backbone": backbone}
+    content["datasets"]["circo"]["build_info"]["root"] = str(circo_root)
+    content["run"] |= {"output_dir": str(tmp_path / "output"), "cache_dir": str(cache_root), "device": "cpu"}
+    (tmp_path / "circo.yaml").write_text(yaml.safe_dump(content))
+    metrics = launch.run(tmp_path / "circo.yaml", evaluate=True)
+    model = CirBaseline.from_config({"method": "joint", "backbone": backbone}).eval()
+    assert metrics["val"]["mAP@25"] == pytest.approx(slow(model, "circo", circo_root), abs=1e-4)
+    submit = ["submit", "circo", "--cfg-path", str(tmp_path / "circo.yaml"), "--out", str(tmp_path / "files")]
+    assert cli.main(submit) == 0
+    assert submission.check(tmp_path / "files/circo_test.json") == "CIRCO, 5 queries"

@@ -20,6 +20,7 @@ A text encoder is an `nn.Module` with
 Both have
 - `joint_space` (None where absent): a text, the same on both sides of one two-tower model and on no other's: pooled
   and sentence are the vectors that this model was trained to compare by their cosine (Dp = Dt),
+- of an image encoder that reads queries whole, `fuse(pixels [B,3,H,W] | None, texts | None) -> [B,Dp]`: in that space,
 - `fingerprint`: a text that changes whenever the output may change (weights, size, pooling),
 - `moving_norms` (False where absent): batch norms follow the batches of a training, though the encoder is frozen,
 - `in_checkpoint` (False where absent): frozen weights travel in our checkpoints, since nobody could fetch them again,
