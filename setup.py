@@ -91,6 +91,8 @@ EXTRAS = {
     # SigLIP 2 came with transformers 4.49, which the released host's own bounds rule out; 4.57 and 5.24 were
     # tried. The hub's client comes with it. Older tokenizers are SentencePiece files.
     "huggingface": ["transformers>=4.49,<6", "sentencepiece>=0.2"],
+    # Universal multimodal embedders: 5.4 is the first that reads a picture and a text together.
+    "embedder": ["sentence-transformers>=5.4"],
     # The documentation site (`sh run.sh docs`). docs/generate.py makes pages by File.generated, new in mkdocs 1.6, and
     # mkdocs 2 has no plugins. Of the other two the next major versions are not known to work.
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings-python>=2,<3"],

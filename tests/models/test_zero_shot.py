@@ -444,7 +444,9 @@ def test_a_training_of_it_and_an_evaluation_that_lacks_weights_are_refused(hosts
 
 
 def test_joint_from_evaluation_to_submission(circo_root, cache_root, tmp_path, alone):
-    pytest.importorskip("sentence_transformers.base.modality", reason="needs sentence-transformers 5.4 or later")
+    pytest.importorskip(
+        "sentence_transformers.base.modality", exc_type=ImportError, reason="needs sentence-transformers 5.4 or later"
+    )
     from embedder_case import SIDE, write_embedder
 
     encoder = {"name": "embedder", "repo": str(write_embedder(tmp_path))}

@@ -44,7 +44,9 @@ def test_an_embedder_is_never_trained(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    pytest.importorskip("sentence_transformers.base.modality", reason="needs sentence-transformers 5.4 or later")
+    pytest.importorskip(
+        "sentence_transformers.base.modality", exc_type=ImportError, reason="needs sentence-transformers 5.4 or later"
+    )
     from embedder_case import write_embedder
 
     return write_embedder(tmp_path_factory.mktemp("embedder"))
@@ -100,7 +102,7 @@ def test_nothing_depends_on_batch_mates(model):
 def test_a_prompt_of_the_files_and_one_of_the_config(folder, tmp_path):
     from embedder_case import write_embedder
 
-    pytest.importorskip("sentence_transformers.base.modality")
+    pytest.importorskip("sentence_transformers.base.modality", exc_type=ImportError)
     own = write_embedder(tmp_path, prompts={"query": "find: ", "document": ""})
     plain, prompted = (
         CirBaseline.from_config({"method": "joint", "backbone": sections(place)}).eval() for place in (folder, own)
