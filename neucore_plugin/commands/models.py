@@ -23,12 +23,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def described() -> Iterator[tuple[str, ...]]:
     """COLUMNS of every type: tokens is their number and width, words the width of the text side."""
-    from neucore_plugin.config.encoders import pixels_of
+    from neucore_plugin.config.encoders import pixels_of  # within: the help of all commands comes at once
     from neucore_plugin.config.loading import model_defaults, read_yaml
     from neucore_plugin.config.sections import model_types
 
-    for name, path in model_types("neucore").items():
-        section = model_defaults({"arch": "neucore", "model_type": name})["backbone"]
+    for name, path in sorted({**model_types("cir_baseline"), **model_types("neucore")}.items()):
+        arch = "neucore" if name in model_types("neucore") else "cir_baseline"
+        section = model_defaults({"arch": arch, "model_type": name})["backbone"]
         about = read_yaml(path)["about"]
         pixels = str(pixels_of(section["image"])["image_size"])
         encoders = dict.fromkeys(_encoder(section[side]) for side in ("image", "text"))

@@ -199,6 +199,8 @@ class EmbedderImageSchema(EmbedderSchema):
     pixel_statistics = RAW
 
     image_size: int = Field(448, ge=1, description="side of the square pictures that the model's own processor gets")
+
+
 class OwnPixelsSchema(Section):
     """Of an image encoder whose files say what its pictures look like; what is null is as they say."""
 
@@ -460,8 +462,22 @@ _TEXT = (MiniLMSchema, GloveBiGRUSchema, BlipTextSchema, AlbefTextSchema, Blip2T
 BACKBONE_SCHEMAS: dict[str, dict[str, type[EncoderSchema]]] = {
     side: {get_args(schema.model_fields["name"].annotation)[0]: schema for schema in schemas}
     for side, schemas in {
-        "image": (*_IMAGE, ClipImageSchema, OpenClipImageSchema, HuggingFaceImageSchema, EmbedderImageSchema, RegisteredImageSchema),
-        "text": (*_TEXT, ClipTextSchema, OpenClipTextSchema, HuggingFaceTextSchema, EmbedderTextSchema, RegisteredTextSchema),
+        "image": (
+            *_IMAGE,
+            ClipImageSchema,
+            OpenClipImageSchema,
+            HuggingFaceImageSchema,
+            EmbedderImageSchema,
+            RegisteredImageSchema,
+        ),
+        "text": (
+            *_TEXT,
+            ClipTextSchema,
+            OpenClipTextSchema,
+            HuggingFaceTextSchema,
+            EmbedderTextSchema,
+            RegisteredTextSchema,
+        ),
     }.items()
 }
 

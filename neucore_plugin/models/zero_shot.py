@@ -65,14 +65,24 @@ class Inversion(nn.Module):
         if self.read is None:
             raise ConfigError(
                 "model.method inversion puts a vector in place of a word, which this text encoder does not take; "
-                "clip's does"
+                "those of clip, open_clip and huggingface do"
             )
         self.phi, self.normalised = read_phi(weights, backbone.image.pooled_width, text.word_width), normalised
+        self._try(text.word_width)
+
+    @torch.no_grad()
+    def _try(self, width: int) -> None:
+        """Raise ConfigError where, whatever the caption, the word would not stand where the prompt has it."""
+        words, vector = self.before[: self.before.index(PLACEHOLDER)], torch.zeros(1, width)
         try:
-            with torch.no_grad():  # the longest caption leaves this much of the prompt
-                self.read([self.before], PLACEHOLDER, torch.zeros(1, text.word_width))
+            self.read([self.before], PLACEHOLDER, vector)
         except ValueError as error:
             raise ConfigError(f"model.inversion.prompt: {error}") from error
+        try:
+            self.read([words], PLACEHOLDER, vector)
+        except ValueError:
+            return
+        raise ConfigError(f"model.inversion.prompt: the text encoder reads a word of {words!r} as {PLACEHOLDER}")
 
     def forward(self, pooled: Tensor, texts: Sequence[str]) -> Tensor:
         """References [Q,E], relative captions -> [Q,E]; without a caption the sentence ends behind the word."""

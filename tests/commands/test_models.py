@@ -21,7 +21,8 @@ EMBEDDED = {"image": {"name": "efficientnet_lite0"}, "text": {"name": "minilm_l6
 def test_every_type_has_a_line(capsys):
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:-2]] == sorted(model_types("neucore"))
+    known = {*model_types("neucore"), *model_types("cir_baseline")}
+    assert [line.split()[0] for line in lines[1:-2]] == sorted(known)
     assert all(all(row.values()) for row in ROWS.values())
     assert "google/siglip2-base-patch16-224" in next(line for line in lines if line.startswith("siglip2_b16_cirr"))
 

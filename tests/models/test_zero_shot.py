@@ -1,9 +1,11 @@
 """Baselines that train nothing: against the host's CLIP fed by hand, files of phi good and bad, and end to end."""
 
+import copy
 import json
 import warnings
 from pathlib import Path
 
+import hub_case
 import numpy as np
 import pytest
 import torch
@@ -201,11 +203,67 @@ def test_a_prompt_must_leave_the_placeholder_in_what_is_read(hosts, phi):
             inverted(hosts, phi, prompt=prompt)
     sides = {side: {"name": "clip", "config": VIT, "pretrained": hosts["vit"][1]} for side in ("image", "text")}
     sides["text"]["max_words"] = 3
-    with pytest.raises(ConfigError, match=r"inversion.prompt: 'a photo of \$ that ': its first 3 word pieces hold no"):
+    with pytest.raises(ConfigError, match=r"inversion.prompt: text 0: what is read of it holds no '\$'"):
         CirBaseline.from_config({"method": "inversion", "backbone": sides, "inversion": {"weights": phi[1]}})
     text = clip_text(config=VIT, pretrained=hosts["vit"][1])
     with pytest.raises(ValueError, match="is 2 word pieces"):
         text.sentence_with(["a red dog"], "red dog", torch.zeros(1, W))
+
+
+# ---- other libraries' towers -----------------------------------------------------------------------------------------
+
+OPEN_CLIP = [pytest.param("open_clip", text, marks=hub_case.needs_open_clip) for text in ("clip", "siglip", "coca")]
+TRANSFORMERS = [pytest.param("huggingface", kind, marks=hub_case.needs_transformers) for kind in hub_case.TWO_TOWERS]
+
+
+def tower_sections(library, kind, folder):
+    """Both sides of one tiny model, written as its library does."""
+    if library == "open_clip":
+        texts = {"clip": hub_case.TEXT, "siglip": hub_case.SIGLIP_TEXT}
+        texts["coca"] = {**hub_case.TEXT, "embed_cls": True, "context_length": 76}
+        hub_case.write_open_clip(folder, hub_case.open_clip_config(text=texts[kind]))
+        side = {"name": "open_clip", "arch": f"local-dir:{folder}"}
+    else:
+        hub_case.write_transformers(folder, kind)
+        side = {"name": "huggingface", "repo": str(folder)}
+        if kind == "siglip2":
+            return {"image": side, "text": {**side, "tokenizer": str(folder / "words")}}
+    return {"image": side, "text": side}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("library", "kind"), [*OPEN_CLIP, *TRANSFORMERS])
+def test_towers_of_other_libraries_average_and_take_a_word(library, kind, tmp_path):
+    sections = tower_sections(library, kind, tmp_path)
+    model = CirBaseline.from_config({"method": "average", "backbone": sections}).eval()
+    images, texts = hub_case.pixels(2, model.image_processor.image_size), ["make it red", "longer"]
+    seen, read = model.backbone.image(images)["pooled"], model.backbone.text(texts)["sentence"]
+    expected = F.normalize((F.normalize(seen, dim=-1) + F.normalize(read, dim=-1)) / 2, dim=-1)
+    found = F.normalize(model.encode_query(images, texts)["fused"], dim=-1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    text = model.backbone.text  # the same with the word's own row of the table changed
+    vectors, prompts = torch.randn(2, text.word_width), [f"make it blue {one}" for one in texts]
+    (piece,) = text.pieces_of("blue")
+    given = text.sentence_with(prompts, "blue", vectors)
+    moved = (given - text(prompts)["sentence"]).abs().max()
+    for row in range(2):
+        changed = copy.deepcopy(text)
+        changed.table.data[piece] = vectors[row]
+        assert (given[row] - changed(prompts)["sentence"][row]).abs().max() < min(1e-5, 0.01 * moved)
+    torch.testing.assert_close(text(texts)["sentence"], read)  # nothing of it stays
+    with pytest.raises(ValueError, match="text 1: what is read of it holds no 'blue'"):
+        text.sentence_with(["blue", "red"], "blue", vectors)
+
+
+@hub_case.needs_transformers
+def test_a_tokenizer_that_mistakes_a_word_of_the_prompt_for_the_placeholder_is_refused(tmp_path):
+    sections = tower_sections("huggingface", "clip", tmp_path / "clip")
+    torch.save(named(searle(first=24, last=32)), tmp_path / "phi.pt")
+    section = {"method": "inversion", "backbone": sections, "inversion": {"weights": str(tmp_path / "phi.pt")}}
+    with pytest.raises(ConfigError, match=r"reads a word of 'a photo of ' as \$"):  # all of them are unknown to it
+        CirBaseline.from_config(section)
+    section["inversion"]["prompt"] = "make it $ with {}"
+    assert CirBaseline.from_config(section).encode_query(hub_case.pixels(1, 32), ["red"])["fused"].shape == (1, 24)
 
 
 # ---- files of phi ----------------------------------------------------------------------------------------------------

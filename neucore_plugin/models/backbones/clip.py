@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from neucore_plugin.common.errors import ConfigError, nearest
 from neucore_plugin.common.files import expanded
-from neucore_plugin.models.backbones.encoder import Encoder, check_pixels, normalisation
+from neucore_plugin.models.backbones.encoder import Encoder, check_pixels, normalisation, with_vectors
 from neucore_plugin.models.backbones.vit import resized_positions
 from neucore_plugin.weights.files import is_torchscript
 from neucore_plugin.weights.pretrained import NONE, fit, is_url, read_pretrained
@@ -223,16 +223,9 @@ class ClipText(_Clip):
 
         Raises ValueError where a text, as far as it is read, has none, or where the placeholder is not one word piece.
         """
-        piece = _word_pieces(placeholder)
-        if len(piece) != 1:
-            raise ValueError(f"the placeholder {placeholder!r} is {len(piece)} word pieces; give a sign that is one")
         ids, counts = self._numbered(texts)
-        found = ids == piece[0]  # [B,L+2]
-        if not found.any(1).all():
-            text = texts[int((~found.any(1)).nonzero()[0])]
-            raise ValueError(f"{text!r}: its first {self.max_words} word pieces hold no {placeholder!r}")
-        first = found & (found.cumsum(1) == 1)
-        x = torch.where(first[..., None], vectors.to(self.token_embedding.weight)[:, None], self.token_embedding(ids))
+        pieces = _word_pieces(placeholder)
+        x = with_vectors(self.token_embedding(ids), ids, placeholder, pieces, vectors)
         return self._read_embedded(x, counts)[1]
 
     def _numbered(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

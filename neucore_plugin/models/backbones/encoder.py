@@ -78,3 +78,18 @@ def check_pixels(pixels: Tensor, name: str, image_size: int) -> None:
     """Raise ValueError unless pixels are [B,3,image_size,image_size]."""
     if tuple(pixels.shape[1:]) != (3, image_size, image_size):
         raise ValueError(f"{name} expects {image_size} px squares, given {list(pixels.shape)}")
+
+
+def with_vectors(embedded: Tensor, ids: Tensor, placeholder: str, pieces: Sequence[int], vectors: Tensor) -> Tensor:
+    """Input embeddings [B,S,Dw] of word pieces [B,S], a row of vectors [B,Dw] at the first `placeholder` of each text.
+
+    pieces: those of the placeholder. ValueError unless they are one, which every text holds as far as it is read.
+    """
+    if len(pieces) != 1:
+        raise ValueError(f"the placeholder {placeholder!r} is {len(pieces)} word pieces; give a sign that is one")
+    found = ids == pieces[0]  # [B,S]
+    if not found.any(1).all():
+        place = int((~found.any(1)).nonzero()[0])
+        raise ValueError(f"text {place}: what is read of it holds no {placeholder!r}")
+    first = found & (found.cumsum(1) == 1)
+    return torch.where(first[..., None], vectors.to(embedded)[:, None], embedded)

@@ -65,7 +65,9 @@ class _HuggingFace(Tower):
         if pretrained is not None:
             read_pretrained(pretrained, f"{self.setting}.pretrained", f"{raw.get('model_type')}'s {self.side} side")
         self.network = self._model(folder if load else None).to(self.dtype)
-        self.settings = f"huggingface_{self.side}:{json.dumps(_plain(raw), sort_keys=True, default=str)}:{dtype}"
+        kind = json.dumps(_plain(raw), sort_keys=True, default=str)
+        self.settings = f"huggingface_{self.side}:{kind}:{dtype}"
+        self.joint_space = f"huggingface:{kind}:{repo}:{revision}" if self.two_towers else None
 
     def _model(self, folder: Path | None) -> nn.Module:
         """The model with this side alone, with the weights of a folder or random ones."""

@@ -51,7 +51,8 @@ class _OpenClip(Tower):
         self.description = _description(arch, config, pretrained, self.setting)
         self.source = _source(arch, config, pretrained, self.setting)
         self.in_checkpoint = self.source == NONE or isinstance(self.source, Path)
-        self.settings = f"open_clip_{self.side}:{json.dumps(self.description, sort_keys=True)}"
+        kind = json.dumps(self.description, sort_keys=True)
+        self.settings, self.joint_space = f"open_clip_{self.side}:{kind}", f"open_clip:{kind}:{self.source}"
 
     def _built(self, **towers: Mapping[str, Any]) -> nn.Module:
         """open_clip's model with the tower that is given, random weights."""

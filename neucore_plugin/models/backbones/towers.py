@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from neucore_plugin.common.errors import ConfigError, NeucoreError
 from neucore_plugin.config.encoders import PIXELS
-from neucore_plugin.models.backbones.encoder import Encoder, TextEncoder, check_pixels
+from neucore_plugin.models.backbones.encoder import Encoder, TextEncoder, check_pixels, with_vectors
 
 
 class Tower(Encoder):
@@ -154,6 +154,21 @@ class TextTower(Tower, TextEncoder):
         mask = torch.arange(int(counts.max()), device=words.device) < counts[:, None]
         rows = pad_sequence([row[kept] for row, kept in zip(hidden, words, strict=True)], batch_first=True)
         return {"words": rows, "mask": mask, "sentence": sentence * mask.any(1)[:, None]}
+
+    def sentence_with(self, texts: Sequence[str], placeholder: str, vectors: Tensor) -> Tensor:
+        """texts, vectors [B,Dw] -> [B,D]: each vector instead of the embedding of the first `placeholder` of its text.
+
+        Raises ValueError where a text, as far as it is read, has none, or where the placeholder is not one word piece.
+        """
+        pieces = self.pieces_of(placeholder)
+        embedding = next(part for part in self.network.modules() if getattr(part, "weight", None) is self.table)
+        hook = embedding.register_forward_hook(
+            lambda _, given, output: with_vectors(output, given[0], placeholder, pieces, vectors)
+        )
+        try:
+            return self.encode(list(texts))[2]
+        finally:
+            hook.remove()
 
     def embed_words(self, words: Sequence[str]) -> Tensor:
         """words -> [n,Dw]: the mean of each one's input embeddings; with gradient where they are trained."""
