@@ -27,6 +27,8 @@ def cross_checks(content: Mapping[str, Any], tables: Tables) -> Conflicts:
         for side, encoder in backbone.items():
             yield from _encoder(f"model.backbone.{side}", encoder, bool(model["checkpoint"]), tables)
     if run.get("runner") in RUNNERS:
+        if zero_shot and run["resume"] != "never":
+            yield "run.resume", f"got {run['resume']!r}; {model['method']} has no weights of its own to go on with"
         if zero_shot and not run["evaluate"]:
             yield "model.method", f"{model['method']} trains nothing; evaluate it: neucore evaluate --cfg-path ..."
         if run["evaluate"] and run["task"] in TASKS and not (model.get("checkpoint") or zero_shot):

@@ -102,8 +102,6 @@ class ZeroShotBaseline(CirModel):
 
     arch = "cir_baseline"
     head_parts = None
-    DEFAULT_TYPE = "zeroshot_clip_vitb32"
-    PRETRAINED_MODEL_CONFIG_DICT = CirBaseline.PRETRAINED_MODEL_CONFIG_DICT
 
     def __init__(self, *, backbone: Backbone, method: str, options: Mapping[str, Any], **shared: Any) -> None:
         composer = WITHOUT_TRAINING[method](backbone=backbone, **options)

@@ -372,6 +372,17 @@ def test_model_types_are_the_baselines_alone():
     assert (found["method"], found["backbone"]["text"]["arch"]) == ("average", "ViT-L-14")
 
 
+def test_a_search_by_a_type_that_needs_no_training(hosts, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(CirBaseline, "from_pretrained", lambda name: asked.append(name) or build(hosts))
+    pictures(tmp_path / f"{number}.png" for number in range(4))
+    arguments = ["search", "--model-type", "zeroshot_clip_vitb32", "--folder", str(tmp_path), "--image", "0.png"]
+    assert cli.main([*arguments, "--text", "make it red", "--json"]) == 0
+    assert asked == ["zeroshot_clip_vitb32"] and len(json.loads(capsys.readouterr().out)) == 3
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--checkpoint", "best.pth"])
+
+
 def test_a_search_with_a_type_that_needs_training_is_refused(tmp_path, capsys):
     arguments = ["search", "--model-type", "embedded", "--folder", str(tmp_path), "--text", "red"]
     assert cli.main(arguments) == 2
@@ -494,6 +505,8 @@ def test_a_training_of_it_and_an_evaluation_that_lacks_weights_are_refused(hosts
     arguments = ["train", "--cfg-path", str(config), "--options", "run.evaluate=false"]
     assert cli.main(arguments) == 2
     assert "model.method: average trains nothing; evaluate it: neucore evaluate" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--cfg-path", str(config), "--options", "run.resume=auto"]) == 2
+    assert "run.resume: got 'auto'; average has no weights of its own" in capsys.readouterr().err
     lacking = ["model.method=inversion", f"model.inversion.weights={tmp_path / 'gone.pt'}"]
     assert cli.main(["evaluate", "--cfg-path", str(config), "--options", *lacking]) == 2
     assert "gone.pt' does not exist; allowed: the path of phi's weights" in capsys.readouterr().err
