@@ -122,6 +122,8 @@ def test_a_query_of_one_side_is_that_sides_vector(hosts):
 
 def test_vectors_that_cannot_be_compared_are_refused(hosts, tmp_path):
     clip = {"name": "clip", "config": VIT, "pretrained": hosts["vit"][1]}
+    with pytest.raises(ConfigError, match="joint needs an encoder that reads picture and text together"):
+        build(hosts, "joint")
     other = tmp_path / "other.pt"
     torch.save(torch.load(hosts["vit"][1]), other)
     for image, text, message in (
