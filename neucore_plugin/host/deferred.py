@@ -145,6 +145,9 @@ class _Name:
             return pkgutil.resolve_name(_INSTEAD[self._path])(*args, **kwargs)
         return self._package.real(self._path)(*args, **kwargs)
 
+    def __mro_entries__(self, bases: tuple) -> tuple[type, ...]:
+        return (self._package.real(self._path),)  # a subclass needs the real class now
+
     def __repr__(self) -> str:
         return f"<{self._path}, imported when it is called>"
 

@@ -52,6 +52,18 @@ def test_an_absent_package_is_named_when_it_is_used():
         assert caught.value.name == "absent_one"
 
 
+def test_a_class_of_a_present_package_can_be_subclassed_while_it_is_put_off(package):
+    with deferred.deferred({package: package}):
+        from made_up.deep.inner import Thing
+
+        class Own(Thing):
+            pass
+
+    real = importlib.import_module("made_up.deep.inner").Thing
+    assert issubclass(Own, real) and Own(5).x == 5 and Own.size == 3
+    assert is_clean(package)
+
+
 def test_a_present_package_is_imported_when_it_is_used(package):
     with deferred.deferred({package: package}):
         import made_up as stand_in
