@@ -97,7 +97,8 @@ EXTRAS = {
     # mkdocs 2 has no plugins. Of the other two the next major versions are not known to work.
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings-python>=2,<3"],
     # pytest-xdist 3 runs the tests in several processes; --dist worksteal is new in 3.2.
-    "test": ["pytest>=8", "pytest-xdist>=3.2", "ruff>=0.6", *PEFT],
+    # open_clip where it goes beside the host's set of packages.
+    "test": ["pytest>=8", "pytest-xdist>=3.2", "ruff>=0.6", 'open_clip_torch>=3,<4; python_version >= "3.12"', *PEFT],
 }
 
 setup(
