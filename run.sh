@@ -65,6 +65,19 @@ find_python() {
 or point to one: PYTHON=/path/to/python3.13 sh run.sh ${1:-setup}"
 }
 
+# The environment that is there stays; asked for by PYTHON, another one must not be passed over in silence.
+check_wish() {
+    version='import sys; print("%d.%d" % sys.version_info[:2])'
+    case ${PYTHON:-} in
+    '') return 0 ;;
+    3.1[0-4]) asked=$PYTHON ;;
+    *) asked=$("$PYTHON" -c "$version" 2>/dev/null) || return 0 ;;
+    esac
+    made=$("$VENV/bin/python" -c "$version" 2>/dev/null) || return 0
+    [ "$asked" = "$made" ] ||
+        fail "$VENV was made with Python $made, PYTHON asks for $asked; remove it, or name another: NEUCORE_VENV=.venv-$asked"
+}
+
 # The tested set of packages for the environment's Python: what the host asks for has no wheels for 3.12 and later.
 pins() {
     if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
@@ -106,6 +119,7 @@ PY
 }
 
 setup() {
+    check_wish
     if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(wanted_stamp 2>/dev/null)" ]; then
         return 0
     fi

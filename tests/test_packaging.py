@@ -124,6 +124,61 @@ def test_the_installed_set_is_within_its_bounds():
     assert version("salesforce-lavis") in ("1.0.2", "1.0.2+neucore.1")
 
 
+@pytest.fixture
+def run_script(tmp_path):
+    """run.sh in a folder of its own, whose name has a space, with Pythons that are scripts; returns (rc, out, err)."""
+    home = tmp_path / "a checkout"
+    home.mkdir()
+    shutil.copy(ROOT / "run.sh", home)
+
+    def script(path: str, lines: str) -> Path:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / path).chmod(0o755)
+        return tmp_path / path
+
+    def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
+        path = f"{tmp_path}/shims:{tmp_path}/real ones:/usr/bin:/bin"
+        done = subprocess.run(
+            ["sh", str(home / "run.sh"), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={"PATH": path, "HOME": str(tmp_path), **environment},
+        )
+        return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+    return script, run
+
+
+def test_run_script_takes_the_newest_python_that_works(run_script):
+    script, run = run_script
+    script("shims/python3.13", "exit 1")  # a pyenv shim of a version that is not chosen
+    ours = {version: script(f"real ones/python{version}", "exit 0") for version in ("3.11", "3.13", "3.14")}
+    assert run("python") == (0, str(ours["3.13"]), "")
+    assert run("python", PYTHON="3.11") == (0, str(ours["3.11"]), "")
+    assert run("python", PYTHON=str(ours["3.14"])) == (0, str(ours["3.14"]), "")
+    status, out, error = run("python", PYTHON=f"{ours['3.14']}x")
+    assert (status, out) == (2, "") and error.endswith("python3.14x is no Python 3.10 to 3.14 with the venv module")
+
+
+def test_run_script_does_not_pass_over_the_python_that_was_asked_for(run_script):
+    script, run = run_script
+    made = script("a checkout/my env/bin/python", "echo 3.12")
+    other = script("real ones/python3.11", "echo 3.11")
+    for asked in ("3.11", str(other)):
+        assert run("setup", NEUCORE_VENV="my env", PYTHON=asked) == (
+            2,
+            "",
+            "error: my env was made with Python 3.12, PYTHON asks for 3.11; remove it, or name another: "
+            "NEUCORE_VENV=.venv-3.11",
+        )
+    assert [path.name for path in made.parent.parent.iterdir()] == ["bin"]  # untouched
+    for asked in ("3.12", str(made), ""):
+        status, _, error = run("setup", NEUCORE_VENV="my env", PYTHON=asked)
+        assert (status, error.splitlines()[-1]) == (0, "run.sh: ready: my env/bin/neucore --help")
+
+
 def test_help_is_fast_and_light(tmp_path):
     """Half a second of CPU time, without torch or lavis; the smallest of three, since other work may disturb."""
     spent = []

@@ -48,18 +48,22 @@ class _Package(MetaPathFinder, Loader):
     def __init__(self, name: str, pip_name: str) -> None:
         self.name, self.pip_name = name, pip_name
         self.put_off = True
+        self._asking = False  # the other finders
         self.calls: list[tuple[str, tuple, dict]] = []  # of _FOR_EFFECT
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if self.put_off:
             mine = f"{fullname}.".startswith(f"{self.name}.")
             return ModuleSpec(fullname, self, is_package=True) if mine else None
-        if fullname != self.name:
+        if fullname != self.name or self._asking:
             return None
-        sys.meta_path.remove(self)  # its last act
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoaderWithEffects(spec.loader, self.calls)
+            spec.loader = _LoaderWithEffects(spec.loader, self)
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
@@ -98,8 +102,8 @@ class _Package(MetaPathFinder, Loader):
 class _LoaderWithEffects(Loader):
     """Loads a module as its own loader does, then makes the calls that were put off."""
 
-    def __init__(self, loader: Loader, calls: list[tuple[str, tuple, dict]]) -> None:
-        self._loader, self._calls = loader, calls
+    def __init__(self, loader: Loader, package: _Package) -> None:
+        self._loader, self._package = loader, package
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -107,7 +111,9 @@ class _LoaderWithEffects(Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        for path, args, kwargs in self._calls:
+        if self._package in sys.meta_path:  # not when found: many only ask whether it is there
+            sys.meta_path.remove(self._package)
+        for path, args, kwargs in self._package.calls:
             pkgutil.resolve_name(path)(*args, **kwargs)
 
 

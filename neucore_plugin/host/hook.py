@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.abc import Loader, MetaPathFinder
 from typing import Any
@@ -9,7 +10,16 @@ from typing import Any
 from neucore_plugin.host import importing
 
 _OURS_IN_HOST = ("train", "evaluate")  # lavis/ of this distribution
-_host_under_way = False
+
+
+class _Here(threading.local):
+    """Imports under way, of each thread its own: another's must not keep this one from registering."""
+
+    host = False
+    watched = 0  # one within the other
+
+
+_here = _Here()
 
 
 def _host_is_there() -> bool:
@@ -21,7 +31,7 @@ def _host_is_there() -> bool:
 def _register() -> None:
     from neucore_plugin.host.registration import register_all
 
-    register_all()
+    register_all(wait=False)
 
 
 @contextlib.contextmanager
@@ -30,19 +40,18 @@ def host_import() -> Iterator[None]:
 
     Raises `HostError` with the remedy in the place of what they raise.
     """
-    global _host_under_way
-    if _host_under_way:
+    if _here.host:
         yield
         return
-    _host_under_way = True
+    _here.host = True
     try:
         with importing.bent():
             yield
     except Exception as error:
         raise importing.explain_import_failure(error) from error
     finally:
-        _host_under_way = False
-    if not _WatchedLoader.under_way:  # nobody has imported us before the host
+        _here.host = False
+    if not _here.watched:  # nobody has imported us before the host
         _register()
 
 
@@ -53,8 +62,6 @@ class _WatchedLoader(Loader):
     import other modules of ours while this one is half made.
     """
 
-    under_way = 0  # watched imports, one within the other
-
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
@@ -64,13 +71,13 @@ class _WatchedLoader(Loader):
     def exec_module(self, module: Any) -> None:
         is_host = module.__name__ == "lavis"
         module.__spec__.loader = module.__loader__ = self._loader  # resources and reload go the module's own way
-        _WatchedLoader.under_way += 1
+        _here.watched += 1
         try:
             with host_import() if is_host else contextlib.nullcontext():
                 self._loader.exec_module(module)
         finally:
-            _WatchedLoader.under_way -= 1
-        if not _WatchedLoader.under_way and (is_host or _host_is_there()):
+            _here.watched -= 1
+        if not _here.watched and (is_host or _host_is_there()):
             _register()
 
     def __getattr__(self, name: str) -> Any:  # get_code, get_source, ...: runpy and inspect ask for them

@@ -3,9 +3,11 @@
 Nothing here imports lavis before a function needs it.
 """
 
+import contextlib
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -21,23 +23,34 @@ MEMBERS = (
     "neucore_plugin.task",
     "neucore_plugin.training.runner",
 )
-_under_way = False
+_one_at_a_time = threading.Lock()
 
 
-def register_all() -> None:
-    """Import the host, mend it, import every module of ours that registers something; calling it again is harmless."""
-    global _under_way
-    if _under_way:  # a member that is being imported asks for it again, through the hook
+class _Here(threading.local):
+    under_way = False
+
+
+_here = _Here()
+
+
+def register_all(wait: bool = True) -> None:
+    """Import the host, mend it, import every module of ours that registers something; calling it again is harmless.
+
+    wait: whether a second thread lets the first one finish, since two that import the host at once stand in each
+    other's way. False for whoever is in the middle of an import: its lock may be what the first one waits for.
+    """
+    if _here.under_way:  # a member that is being imported asks for it again, through the hook
         return
-    _under_way = True
+    _here.under_way = True
     try:
-        import_host()
-        mend_host()
-        for name in MEMBERS:
-            importlib.import_module(name)
-        extend_zoos()
+        with _one_at_a_time if wait else contextlib.nullcontext():
+            import_host()
+            mend_host()
+            for name in MEMBERS:
+                importlib.import_module(name)
+            extend_zoos()
     finally:
-        _under_way = False
+        _here.under_way = False
 
 
 def _guarded(kind: str, name: str) -> Callable[[type], type]:

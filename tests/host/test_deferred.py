@@ -103,6 +103,7 @@ def test_calls_for_their_effect_are_made_once_whoever_imports_the_package(packag
         assert stand_in.note("second") == "second"
         assert isinstance(sys.modules[package], deferred._Module)
     assert package not in sys.modules
+    assert importlib.util.find_spec(package) is not None  # whoever only asks for it changes nothing
     if who == "somebody else":
         importlib.import_module(package)
     else:

@@ -157,6 +157,26 @@ def test_import_order_does_not_matter(tmp_path):
     assert python(code, NEUCORE_CACHE=str(tmp_path)).split() == [str(tmp_path)] * 5
 
 
+def test_threads_that_register_at_once_wait_for_each_other():
+    code = """
+    import threading
+    import neucore_plugin
+    start, done = threading.Barrier(3), []
+
+    def first_use():
+        start.wait()
+        neucore_plugin.register()
+        from lavis.common.registry import registry
+        done.append(registry.get_task_class("composed_image_retrieval") is not None)
+
+    threads = [threading.Thread(target=first_use) for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    print(done)
+    """
+    assert python(code) == "[True, True, True]"
+
+
 def test_a_start_imports_nothing_slow_and_leaves_nothing_behind():
     """After `load_model("neucore")`: no package that nothing here needs, no stand-in, no finder but the hook's."""
     code = """
