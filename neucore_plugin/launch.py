@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import multiprocessing
 import os
 from datetime import datetime
 from pathlib import Path
@@ -45,6 +46,8 @@ def prepared(cfg_path: str | Path, options: loading.Options | None = None) -> tu
     """(the checked config, its task): the host is imported, the processes have met, log and seeds are set."""
     loading.read_yaml(cfg_path)  # a missing or broken file is told before the seconds that importing the host takes
     register_all()
+    # Where a server forks the loaders' workers (Python 3.14's default), it imports the host once, not each of them.
+    multiprocessing.set_forkserver_preload(["__main__", "neucore_plugin.task"])
     from lavis.common.registry import registry
 
     cfg = loading.load_config(cfg_path, options, registry_tables(), section_of)

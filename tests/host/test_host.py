@@ -14,6 +14,7 @@ import pytest
 from lavis.common.registry import registry
 from lavis.datasets.builders import dataset_zoo
 from lavis.models import load_model, load_model_and_preprocess  # before the plug-in, as a user's script may
+from places import PROJECTS
 
 import neucore_plugin
 from neucore_plugin.common.errors import CheckpointError, ConfigError, NeucoreError
@@ -175,6 +176,18 @@ def test_threads_that_register_at_once_wait_for_each_other():
     print(done)
     """
     assert python(code) == "[True, True, True]"
+
+
+@pytest.mark.slow
+def test_a_server_that_forks_workers_has_imported_the_host_for_them():
+    code = f"""
+    import multiprocessing, sys
+    from neucore_plugin import launch
+    launch.prepared({str(PROJECTS / "train_emoji.yaml")!r})
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        print(pool.apply(eval, ("{{'lavis.models', 'neucore_plugin.task'}} <= set(__import__('sys').modules)",)))
+    """
+    assert python(code).splitlines()[-1] == "True"
 
 
 def test_a_start_imports_nothing_slow_and_leaves_nothing_behind():

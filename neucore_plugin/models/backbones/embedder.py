@@ -42,7 +42,7 @@ class Embedding(nn.Module):
         except ImportError as error:
             raise ConfigError(
                 f"{setting}: the encoder embedder needs sentence-transformers 5.4 or later, which reads pictures and "
-                f"texts together ({error}); run: pip install 'neucore-plugin[embedder]'"
+                f"texts together ({error}); run: pip install 'neucore-plugin[embedder]' (Python 3.12 or later)"
             ) from error
         folder = _folder(repo, revision, setting)
         modules = _modules(folder, setting)

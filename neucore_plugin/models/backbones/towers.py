@@ -195,7 +195,7 @@ def with_given(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
 def required(library: str, package: str, least: tuple[int, ...], setting: str, extra: str) -> None:
     """Raise ConfigError where an optional package is missing or too old."""
     wanted = ".".join(map(str, least))
-    remedy = f"it needs {package} {wanted} or later; run: pip install 'neucore-plugin[{extra}]'"
+    remedy = f"it needs {package} {wanted} or later; run: pip install 'neucore-plugin[{extra}]' (Python 3.12 or later)"
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
