@@ -132,7 +132,7 @@ setup() {
         "$python" -m venv --clear "$VENV" || fail "$python could not make $VENV; see above"
     fi
     [ ! -f "$UNFINISHED" ] || repair
-    say "installing the tested set of packages into $VENV; the first time this takes minutes and some 5 GB"
+    say "installing the tested set of packages into $VENV; the first time this takes minutes and some 7 GB"
     rm -f "$STAMP"
     : >"$UNFINISHED"
     "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$(pins)" -e '.[emoji,test]' &&
