@@ -40,10 +40,11 @@ def hub_file(repo: str, name: str, setting: str, revision: str | None = None, op
         try:
             return Path(hub.hf_hub_download(repo, name, revision=revision))
         except hub.errors.EntryNotFoundError as error:
-            if isinstance(error, hub.errors.LocalEntryNotFoundError):
+            if isinstance(error, hub.errors.LocalEntryNotFoundError) and not (optional and _whole(hub, repo, revision)):
                 raise _unfetched(hub, repo, name, setting, error) from error
         except Exception as error:  # whatever a network does
-            raise _unfetched(hub, repo, name, setting, error) from error
+            if not (optional and _whole(hub, repo, revision)):
+                raise _unfetched(hub, repo, name, setting, error) from error
     if optional:
         return None
     raise CheckpointError(f"{setting}: the repository {repo} of the hub has no {name}")
@@ -76,6 +77,11 @@ def _fetch_weights(repo: str, setting: str, revision: str | None) -> None:
                     hub_file(repo, part, setting, revision)
             return
     raise CheckpointError(f"{setting}: {repo} holds no weights; wanted: one of {', '.join(WEIGHTS)}")
+
+
+def _whole(hub: ModuleType, repo: str, revision: str | None) -> bool:
+    """Whether the cache was filled by `hf download`: with a file that every repository has, and nothing here wants."""
+    return isinstance(hub.try_to_load_from_cache(repo, ".gitattributes", revision=revision), str)
 
 
 def _hub(setting: str) -> ModuleType:

@@ -77,6 +77,19 @@ def test_what_cannot_be_fetched_names_everything(server):
         hub_folder("other/model", "model.repo", weights=True)
 
 
+def test_of_a_whole_copied_repository_nothing_further_is_wanted(server):
+    """As `hf download` fills a cache: it leaves no mark of what the repository does not have."""
+    folder = hub_folder(REPO, "model.repo", further=("tokenizer.json",))
+    server.online = False
+    with pytest.raises(CheckpointError, match="cannot fetch vocab.txt"):
+        hub_file(REPO, "vocab.txt", "model.repo", optional=True)
+    (folder / ".gitattributes").touch()
+    assert hub_file(REPO, "vocab.txt", "model.repo", optional=True) is None
+    assert hub_file(REPO, "vocab.txt", "model.repo", COMMIT, optional=True) is None
+    with pytest.raises(CheckpointError, match="cannot fetch vocab.txt"):
+        hub_file(REPO, "vocab.txt", "model.repo")
+
+
 def test_a_folder_is_never_looked_for_on_the_hub(server, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
