@@ -120,6 +120,11 @@ class OpenClipImage(_OpenClip, ImageTower):
         pixels = with_given(_pixels(self.description, self.setting), given)
         size, vision = pixels["image_size"], {**self.description["vision_cfg"], **_DROPOUTS}
         is_timm = bool(vision.get("timm_model_name"))
+        if ":" in str(vision.get("timm_model_name")):  # hf-hub: and the like, which timm would fetch or read by itself
+            raise ConfigError(
+                f"{self.setting}: the config takes its tower from {vision['timm_model_name']!r}; only names of timm's "
+                "own networks are taken"
+            )
         cell = DOWNSCALE if isinstance(vision.get("layers"), list | tuple) else vision.get("patch_size", 16)
         if not is_timm and isinstance(cell, int) and size % cell:
             raise ConfigError(
@@ -204,8 +209,12 @@ class OpenClipText(_OpenClip, TextTower):
         self._simple = not text.get("hf_tokenizer_name")
         if self._simple:
             return library.SimpleTokenizer(**kept)
-        mode = text.get("tokenizer_mode")
-        return library.HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=mode, local_files_only=True, **kept)
+        kept |= {"tokenizer_mode": text.get("tokenizer_mode"), "local_files_only": True, "trust_remote_code": False}
+        try:
+            return library.HFTokenizer(text["hf_tokenizer_name"], **kept)
+        except Exception as error:  # files of any kind
+            where = text["hf_tokenizer_name"]
+            raise CheckpointError(f"{self.setting}.arch: {where} gives no tokenizer ({short(error)})") from error
 
     @property
     def table(self) -> Tensor:

@@ -1,5 +1,6 @@
 """open_clip's towers against the library's own encoders; texts, sizes, pictures, weights, training, settings."""
 
+import contextlib
 import json
 
 import hub_case
@@ -220,6 +221,33 @@ def test_weights_that_do_not_fit_or_are_hostile_are_refused(written, tmp_path):
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(CheckpointError, match="truncated, damaged"):
         encoder("image", "open_clip", config=config, pretrained=str(path))
+
+
+def test_what_a_repositorys_config_asks_for_is_neither_run_nor_fetched(tmp_path, monkeypatch):
+    import timm.models._hub
+
+    words = tmp_path / "words"
+    hub_case.write_tokenizer(words)
+    settings = json.loads((words / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", None]}}
+    (words / "tokenizer_config.json").write_text(json.dumps(settings))
+    ran = tmp_path / "ran"
+    kind = "from transformers import PreTrainedTokenizerFast\nclass Mine(PreTrainedTokenizerFast): pass\n"
+    (words / "code.py").write_text(f"open({str(ran)!r}, 'w')\n{kind}")
+    reads = {"hf_tokenizer_name": str(words), "context_length": 12, "vocab_size": 32}
+    reads["tokenizer_kwargs"] = {"trust_remote_code": True, "local_files_only": False}
+    write_open_clip(tmp_path / "model", open_clip_config(text={**SIGLIP_TEXT, **reads}))
+    with contextlib.suppress(CheckpointError):  # of a version of transformers that takes no other class in its place
+        of_open_clip("text", tmp_path / "model")
+    assert not ran.exists()
+
+    asked = []
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", lambda *a, **_: asked.append(a))
+    config = open_clip_config("convnext")
+    config["vision_cfg"] = {**config["vision_cfg"], "timm_model_name": "hf-hub:someone/model"}
+    with pytest.raises(ConfigError, match="takes its tower from 'hf-hub:someone/model'; only names of timm's own"):
+        encoder("image", "open_clip", config=config, pretrained="none")
+    assert asked == []
 
 
 def test_offline_the_repository_the_file_and_the_cache_are_named(tmp_path, monkeypatch):
