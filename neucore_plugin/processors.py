@@ -15,7 +15,7 @@ from neucore_plugin.common.images import MAX_PIXELS, Picture, load_for
 from neucore_plugin.common.pillow import pillow_as_set_here
 from neucore_plugin.common.text import clean_caption
 from neucore_plugin.config.data import AUGMENTS, FITS
-from neucore_plugin.config.encoders import INTERPOLATIONS
+from neucore_plugin.config.encoders import INTERPOLATIONS, RESIZING_FITS
 from neucore_plugin.host.registration import register_processor
 
 LONGEST = 65_535  # of a picture that is made square without being shrunk before, as no JPEG is longer
@@ -28,12 +28,13 @@ class ImageProcessor(BaseProcessor):
 
     Args:
         image_size: side in pixels. mean, std: of the three channels, for values in [0, 1].
-        fit: "pad" to a square on white, "crop" the middle, or "stretch"; "shortest": the shorter side resized to
-            `resize`, the centre cropped; "released": as in the authors' code, plain RGB padded on white, resized to
-            8/7 (bilinear), the centre cropped.
+        fit: "pad" to a square on white, "crop" the middle, or "stretch" to a square of `resize`, the centre cropped;
+            "shortest": the shorter side resized to `resize`, the centre cropped; "released": as in the authors' code,
+            plain RGB padded on white, resized to 8/7 (bilinear), the centre cropped.
         augment: "none", or "crop_flip": resize to 8/7, random crop, random horizontal flip (the paper's training).
         max_pixels: pictures of more are refused.
-        interpolation: how pictures are resized. resize: with fit "shortest", at least image_size; None: image_size.
+        interpolation: how pictures are resized. resize: with fit "shortest" or "stretch", at least image_size; None:
+            image_size.
     Raises: ConfigError; of a picture that cannot be read ImageError.
     """
 
@@ -55,8 +56,9 @@ class ImageProcessor(BaseProcessor):
                 f"one of {', '.join(INTERPOLATIONS)}; given fit {fit!r}, augment {augment!r}, interpolation "
                 f"{interpolation!r}"
             )
-        if resize is not None and (fit != "shortest" or resize < image_size):
-            raise ConfigError(f"cir_image: resize is {resize}; it needs fit shortest, and at least {image_size}")
+        if resize is not None and (fit not in RESIZING_FITS or resize < image_size):
+            fits = " or ".join(RESIZING_FITS)
+            raise ConfigError(f"cir_image: resize is {resize}; it needs fit {fits}, and at least {image_size}")
         self.image_size, self.mean, self.std, self.fit, self.augment = image_size, tuple(mean), tuple(std), fit, augment
         self.max_pixels, self.interpolation, self.resize = max_pixels, interpolation, resize
         steps = [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
@@ -109,6 +111,9 @@ class ImageProcessor(BaseProcessor):
             image = page
         elif self.fit == "shortest":
             image = _centre(image, side, side if larger else self.resize or side, self.interpolation)
+        elif self.fit == "stretch" and self.resize and not larger:
+            image = image.resize((self.resize,) * 2, Image.Resampling[self.interpolation.upper()])
+            image = transforms.CenterCrop(side)(image)
         elif self.fit == "crop" and image.width != image.height:
             image = ImageOps.fit(image, (min(image.size),) * 2)
         if image.size != (side, side):

@@ -93,6 +93,15 @@ def test_the_middle_of_a_picture_whose_shorter_side_is_resized(size, resize, int
     assert torch.equal(found, expected)
 
 
+def test_a_stretched_picture_loses_its_border():
+    image = Image.effect_noise((40, 64), 60).convert("RGB")
+    found = ImageProcessor(16, fit="stretch", resize=20, interpolation="bilinear")(image)
+    steps = [transforms.Resize((20, 20)), transforms.CenterCrop(16), transforms.ToTensor()]
+    expected = transforms.Compose([*steps, transforms.Normalize(*[(0.5,) * 3] * 2)])(image)
+    torch.testing.assert_close(found, expected)
+    assert ImageProcessor(16, fit="stretch", resize=20, augment="crop_flip")(image).shape == (3, 16, 16)
+
+
 def test_of_a_panorama_the_middle_alone_is_resized():
     image = Image.new("RGB", (60_000, 1), "red")
     assert ImageProcessor(224, fit="shortest")(image).shape == (3, 224, 224)  # whole: 9 GB
@@ -116,7 +125,8 @@ def test_fingerprints_of_earlier_settings_stay_and_new_ones_count():
     [
         ({"interpolation": "cubic"}, "interpolation one of .*bicubic.*given .*'cubic'"),
         ({"resize": 20}, "resize is 20; it needs fit shortest"),
-        ({"fit": "shortest", "resize": 8}, "resize is 8; it needs fit shortest, and at least 16"),
+        ({"fit": "shortest", "resize": 8}, "resize is 8; it needs fit shortest or stretch, and at least 16"),
+        ({"fit": "stretch", "resize": 8}, "resize is 8; it needs fit shortest or stretch, and at least 16"),
     ],
 )
 def test_wrong_ways_of_resizing(settings, message):

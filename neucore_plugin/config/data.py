@@ -7,7 +7,7 @@ from annotated_types import Ge, Gt
 from pydantic import Field, PlainValidator, ValidationInfo, create_model
 
 from neucore_plugin.common.images import MAX_PIXELS
-from neucore_plugin.config.encoders import FITS_OF_MODELS, HALF, INTERPOLATIONS
+from neucore_plugin.config.encoders import FITS_OF_MODELS, HALF, INTERPOLATIONS, RESIZING_FITS
 from neucore_plugin.config.kinds import THREE, Allowed, NoneTwice, Real, Text
 from neucore_plugin.config.published import PRESETS
 from neucore_plugin.config.section import Problems, Section
@@ -37,12 +37,16 @@ class ImageProcessorSchema(Section):
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="pictures with more pixels are refused")
     interpolation: Literal[INTERPOLATIONS] = Field("bicubic", description="how pictures are resized")
     resize: int | None = Field(
-        None, ge=1, description="with fit: shortest, what the shorter side is resized to; null: image_size"
+        None,
+        ge=1,
+        description="with fit: shortest or stretch, what the (shorter) side is resized to, the centre cropped; "
+        "null: image_size",
     )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.resize is not None and (self.fit != "shortest" or self.resize < self.image_size):
-            yield "resize", f"got {self.resize}; it needs fit: shortest, and at least image_size ({self.image_size})"
+        if self.resize is not None and (self.fit not in RESIZING_FITS or self.resize < self.image_size):
+            fits = " or ".join(RESIZING_FITS)
+            yield "resize", f"got {self.resize}; it needs fit: {fits}, and at least image_size ({self.image_size})"
 
 
 class CaptionProcessorSchema(Section):

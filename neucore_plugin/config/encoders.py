@@ -20,6 +20,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 RAW = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # its own processor does it
 # How pictures may be made square, and resized, where a model says it.
 FITS_OF_MODELS = ("pad", "crop", "stretch", "shortest")
+RESIZING_FITS = ("shortest", "stretch")  # where they may be resized to more, and their border left out
 BRINGING = ("hf-hub:", "local-dir:")  # architectures of open_clip that come with weights
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -216,7 +217,10 @@ class OwnPixelsSchema(Section):
         None, description="how pictures are resized; null: as the model's"
     )
     resize: int | None = Field(
-        None, ge=1, description="with fit: shortest, what the shorter side is resized to; null: the model's"
+        None,
+        ge=1,
+        description="with fit: shortest or stretch, what the (shorter) side is resized to, the centre cropped; "
+        "null: the model's",
     )
 
 
