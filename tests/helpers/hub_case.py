@@ -149,8 +149,8 @@ PROCESSORS = {
 }
 
 
-def write_tokenizer(folder, first="<s>"):
-    """A tokenizer of a few words, which puts <s> before a text (`first` empty: nothing) and </s> after it."""
+def write_tokenizer(folder, first="<s>", last="</s>"):
+    """A tokenizer of a few words, which puts <s> before a text and </s> after it (empty: nothing)."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -158,19 +158,22 @@ def write_tokenizer(folder, first="<s>"):
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer, made.normalizer = pre_tokenizers.Whitespace(), normalizers.Lowercase()
     made.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A </s>".strip(), special_tokens=[("<s>", 2), ("</s>", 3)]
+        single=f"{first} $A {last}".strip(), special_tokens=[("<s>", 2), ("</s>", 3)]
     )
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "<s>", "eos_token": "</s>"}
     special |= {"cls_token": "<s>", "sep_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=16, **special).save_pretrained(folder)
 
 
-def write_transformers(folder, kind):
-    """A folder as save_pretrained writes it: weights, config, tokenizer, image processor; and its model."""
+def write_transformers(folder, kind, sizes=None):
+    """A folder as save_pretrained writes it: weights, config, tokenizer, image processor; and its model.
+
+    sizes: None means those of ALL.
+    """
     from transformers import MODEL_MAPPING, AutoConfig
 
     torch.manual_seed(1)
-    config = AutoConfig.for_model(kind, **ALL[kind])
+    config = AutoConfig.for_model(kind, **(sizes or ALL[kind]))
     model = MODEL_MAPPING[type(config)](config).eval()
     model.save_pretrained(folder)
     # transformers would make SigLIP 2's own tokenizer of these words

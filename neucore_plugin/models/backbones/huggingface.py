@@ -64,7 +64,12 @@ class _HuggingFace(Tower):
         self.config = _config(raw, self.setting)
         if pretrained is not None:
             read_pretrained(pretrained, f"{self.setting}.pretrained", f"{raw.get('model_type')}'s {self.side} side")
-        self.network = self._model(folder if load else None).to(self.dtype)
+        self.network = self._model(folder if load else None)
+        angles = {name: value for name, value in self.network.named_buffers() if name.endswith("inv_freq")}
+        self.network.to(self.dtype)
+        for name, value in angles.items():  # of rotary positions: no weights, and the library keeps them as they are
+            part, _, name = name.rpartition(".")
+            setattr(self.network.get_submodule(part), name, value)
         kind = json.dumps(_plain(raw), sort_keys=True, default=str)
         self.settings = f"huggingface_{self.side}:{kind}:{dtype}"
         self.joint_space = f"huggingface:{kind}:{repo}:{revision}" if self.two_towers else None
@@ -124,7 +129,8 @@ class _HuggingFace(Tower):
         finally:
             hook.remove()
         hidden = seen[0][0] if isinstance(seen[0], tuple) else seen[0].last_hidden_state
-        return hidden, found if isinstance(found, Tensor) else found.pooler_output  # a tensor before transformers 5
+        found = found if isinstance(found, Tensor) else found.pooler_output  # a tensor before transformers 5
+        return hidden, found[:, 0] if found.ndim == 3 else found  # FLAVA's: of all tokens, it compares the first
 
     def _takes(self) -> set[str]:
         """Names of what the model's forward pass of this side takes."""
@@ -230,7 +236,8 @@ class HuggingFaceText(_HuggingFace, TextTower):
         context = min(getattr(text, "max_position_embeddings", None) or 1 << 20, self.tokenizer.model_max_length)
         if text.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
             context = min(context, text.max_position_embeddings - 2)  # they count from behind the padding's number
-        # SigLIP was trained on texts that fill its context, padding read like any other piece
+        # SigLIP was trained on texts in lower case that fill its context, padding read like any other piece; only some
+        # of its tokenizers see to the former
         self.full = self.two_towers and self.config.model_type.startswith("siglip")
         if not self.full:
             self.tokenizer.padding_side = "right"
@@ -279,12 +286,15 @@ class HuggingFaceText(_HuggingFace, TextTower):
 
     def pieces_of(self, word: str) -> list[int]:
         """Word pieces without those that the tokenizer adds."""
-        return self.tokenizer(word, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self.tokenizer(self._cased(word), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _cased(self, text: str) -> str:
+        return text.lower() if self.full else text
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """texts -> hidden states [B,S,D], which of them are words [B,S], sentences [B,D]."""
         batch = self.tokenizer(
-            list(texts),
+            [self._cased(text) for text in texts],
             truncation=True,
             max_length=self.length,
             padding=True,
@@ -293,9 +303,10 @@ class HuggingFaceText(_HuggingFace, TextTower):
             return_special_tokens_mask=True,
             split_special_tokens=True,  # those that a text spells are words like others
         )
-        ids, attention, special = (batch[key] for key in ("input_ids", "attention_mask", "special_tokens_mask"))
-        if self.full:
-            missing = self.context - ids.shape[1]
+        keys = ("input_ids", "attention_mask", "special_tokens_mask")
+        ids, attention, special = (batch[key].long() for key in keys)  # of nothing, the library's are no integers
+        missing = self.context - ids.shape[1] if self.full else int(not ids.shape[1])
+        if missing:
             places = (missing, 0) if self.tokenizer.padding_side == "left" else (0, missing)
             ids = nn.functional.pad(ids, places, value=self.tokenizer.pad_token_id)
             attention, special = (nn.functional.pad(part, places, value=1) for part in (attention, special))
@@ -347,6 +358,11 @@ def _pixels(config: Any, repo: str | None, revision: str | None, setting: str) -
         processor = AutoImageProcessor.from_pretrained(found.parent, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # files of any kind
         raise CheckpointError(f"{setting}.repo: {found} is no image processor's ({short(error)})") from error
+    if getattr(processor, "do_flip_channel_order", False):
+        raise ConfigError(
+            f"{setting}: this model takes colours as blue, green, red; only red, green, blue can be given"
+        )
+    resample = getattr(processor, "resample", None)
     # The library computes (255 factor x - offset - mean) / std of pixels x in [0, 1]; ours (x - mean) / std.
     factor = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 255.0
     offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
@@ -356,7 +372,7 @@ def _pixels(config: Any, repo: str | None, revision: str | None, setting: str) -
     given = {
         "mean": [(offset + one) / factor for one in mean],
         "std": [one * other / factor for one, other in zip(std, again, strict=True)],
-        "interpolation": _RESAMPLES[int(getattr(processor, "resample", 3) or 3)],
+        "interpolation": _RESAMPLES[3 if resample is None else int(resample)],
     }
     return given | _shape(processor, size, setting)
 
@@ -365,6 +381,12 @@ def _shape(processor: Any, size: int | None, setting: str) -> dict[str, Any]:
     """image_size, fit and resize of an image processor. Raises ConfigError where it makes no squares."""
     wanted, crop = (_sides(getattr(processor, key, None)) for key in ("size", "crop_size"))
     crop = crop if getattr(processor, "do_center_crop", False) else {}
+    share = getattr(processor, "crop_pct", None)
+    if share and "shortest_edge" in wanted:  # ConvNeXt and PoolFormer say the share of the shorter side that is kept
+        side = wanted["shortest_edge"]
+        if not crop and side >= 384:  # ConvNeXt's large pictures are stretched
+            return {"image_size": side, "fit": "stretch"}
+        wanted, crop = {"shortest_edge": int(side / share)}, crop or {"height": side, "width": side}
     if "shortest_edge" in wanted and crop:
         found = {"image_size": crop["height"], "fit": "shortest", "resize": wanted["shortest_edge"]}
         return found if found["image_size"] == crop["width"] else _no_square(setting, crop)
@@ -373,7 +395,7 @@ def _shape(processor: Any, size: int | None, setting: str) -> dict[str, Any]:
     if wanted:
         side = wanted["height"]
         if crop and crop["height"] < side:  # stretched, and then its border left out
-            return {"image_size": crop["height"], "fit": "stretch"}
+            return {"image_size": crop["height"], "fit": "stretch", "resize": side}
         return {"image_size": side, "fit": "stretch"} if side == wanted["width"] else _no_square(setting, wanted)
     patches, patch = getattr(processor, "max_num_patches", None), getattr(processor, "patch_size", None)
     if patches:  # of any shape: squares of as many patches

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from neucore_plugin.common.errors import ConfigError, NeucoreError
-from neucore_plugin.config.encoders import PIXELS
+from neucore_plugin.config.encoders import PIXELS, RESIZING_FITS
 from neucore_plugin.models.backbones.encoder import Encoder, TextEncoder, check_pixels, with_vectors
 
 
@@ -71,6 +71,13 @@ class Tower(Encoder):
         try:
             with torch.set_grad_enabled(not frozen):
                 found = output()
+                with torch.no_grad():
+                    again = zip(found[trained_by], output()[trained_by], strict=True)
+                    if not all(torch.allclose(one, other, rtol=1e-3, equal_nan=True) for one, other in again):
+                        raise ConfigError(
+                            f"{self.setting}: of the same input this model gives other vectors each time, as a masked "
+                            "autoencoder does; take another model"
+                        )
                 if not frozen:
                     free = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
                     total = sum(part.float().sum() for part in found[trained_by])
@@ -97,7 +104,7 @@ class ImageTower(Tower):
     side = "image"
 
     def settle(self, pixels: Mapping[str, Any], frozen: bool, cells: tuple[int, int] | None = None) -> None:
-        """Take the pixels' settings, and find the sizes by a blank picture.
+        """Take the pixels' settings, and find the sizes by a picture, a ramp of grey.
 
         cells: rows and columns of the tokens' map; None: found, where they form a square, or it has a token before.
         """
@@ -106,10 +113,10 @@ class ImageTower(Tower):
         for key in PIXELS:
             setattr(self, key, pixels[key])
         self.mean, self.std = tuple(self.mean), tuple(self.std)
-        if self.resize is not None and (self.fit != "shortest" or self.resize < self.image_size):
+        if self.resize is not None and (self.fit not in RESIZING_FITS or self.resize < self.image_size):
             self.resize = None  # of the model's own size
-        blank = torch.zeros(1, 3, self.image_size, self.image_size)
-        tokens, pooled = self.probe(lambda: self.encode(blank), frozen, slice(0, 1))
+        ramp = torch.linspace(-1, 1, self.image_size**2).view(1, 1, self.image_size, -1).expand(1, 3, -1, -1)
+        tokens, pooled = self.probe(lambda: self.encode(ramp), frozen, slice(0, 1))
         self.num_tokens, self.width, self.pooled_width = tokens.shape[1], tokens.shape[2], pooled.shape[1]
         self.grid = cells or _square(self.num_tokens)
 
@@ -187,7 +194,7 @@ def with_given(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     """The pixels' settings of a model, overruled by those that a section `model.backbone.image` gives."""
     chosen = {key: given.get(key) for key in PIXELS}
     pixels = {key: own.get(key) if value is None else value for key, value in chosen.items()}
-    if chosen["resize"] is None and (pixels["fit"] != "shortest" or chosen["image_size"] is not None):
+    if chosen["resize"] is None and (pixels["fit"] != own.get("fit") or chosen["image_size"] is not None):
         pixels["resize"] = None  # it belongs to the model's own fit and size
     return pixels
 

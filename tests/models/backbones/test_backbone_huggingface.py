@@ -160,6 +160,49 @@ def test_a_text_does_not_depend_on_its_batch_and_a_long_one_keeps_its_end(writte
     assert (spelled["sentence"] - tower(["red"])["sentence"]).abs().max() > 1e-4 and spelled["mask"].sum() > 2
 
 
+@torch.no_grad()
+def test_flava_is_compared_by_its_first_tokens(tmp_path):
+    sizes = {"text_config": hub_case.READS, "image_config": hub_case.VISION, "multimodal_config": hub_case.SIZES}
+    library = write_transformers(tmp_path, "flava", {**sizes, "hidden_size": 32, "projection_dim": 24})
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(hub_case.PROCESSORS["clip"]))
+    images = pixels(2, 32)
+    found = of_transformers("image", tmp_path)(images)["pooled"]
+    expected = named(library.get_image_features(pixel_values=images))[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    found = of_transformers("text", tmp_path)(["make it red"])["sentence"]
+    expected = named(library.get_text_features(**ids_of(tmp_path, ["make it red"], "flava")))[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+@torch.no_grad()
+def test_texts_of_no_piece_where_the_tokenizer_adds_none(written, tmp_path, pooling):
+    for kind in ("bert", "qwen3"):
+        hub_case.write_tokenizer(tmp_path / kind, first="", last="")
+        given = {"tokenizer": str(tmp_path / kind), "pooling": pooling}
+        tower = encoder("text", "huggingface", repo=str(written[kind][0]), **given).eval()
+        out = tower(["", " "])
+        assert out["words"].shape == (2, 0, 32) and not out["mask"].any() and not out["sentence"].any()
+        assert check_alone(tower, TEXTS)["mask"].sum(1).tolist() == [3, 0, 6, 1]
+
+
+@torch.no_grad()
+def test_siglip_reads_lower_case_whatever_its_tokenizer(written, tmp_path):
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer
+
+    for kind in ("siglip", "bert"):
+        folder = tmp_path / kind
+        hub_case.write_tokenizer(folder)
+        raw = AutoTokenizer.from_pretrained(folder)
+        raw.backend_tokenizer.normalizer = normalizers.Sequence([])
+        raw.save_pretrained(folder)
+        tower = encoder("text", "huggingface", repo=str(written[kind][0]), tokenizer=str(folder)).eval()
+        upper, lower = tower(["Red DRESS", "red dress"])["sentence"]
+        assert torch.equal(upper, lower) is (kind == "siglip")
+        assert torch.equal(*tower.embed_words(["Red", "red"])) is (kind == "siglip")
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +222,52 @@ def test_pictures_are_prepared_as_by_the_librarys_processor(written, kind):
             continue
         torch.testing.assert_close(ours(picture), expected, atol=0.03, rtol=0)
     assert own_pixels({"name": "huggingface", "repo": str(folder)}) == tower.resolved
+
+
+CONVNEXT = {**hub_case.SQUARE, "image_processor_type": "ConvNextImageProcessor", "resample": 3}
+CONVNEXT.pop("do_center_crop")
+POOLFORMER = {**hub_case.SQUARE, "image_processor_type": "PoolFormerImageProcessor", "do_center_crop": True}
+POOLFORMER["crop_size"] = {"height": 32, "width": 32}
+
+ALIGN = {**hub_case.PROCESSORS["align"], "size": {"height": 38, "width": 38}, "do_center_crop": True}
+ALIGN["crop_size"] = POOLFORMER["crop_size"]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({**CONVNEXT, "size": {"shortest_edge": 32}, "crop_pct": 0.875}, ("shortest", 32, 36)),
+        ({**CONVNEXT, "size": {"shortest_edge": 384}, "crop_pct": 1.0}, ("stretch", 384, None)),
+        ({**POOLFORMER, "size": {"shortest_edge": 32}, "crop_pct": 0.8}, ("shortest", 32, 40)),
+        ({**hub_case.SQUARE, "image_processor_type": "ViTImageProcessor", "resample": 0}, ("stretch", 32, None)),
+        (ALIGN, ("stretch", 32, 38)),
+    ],
+)
+def test_pictures_of_processors_with_rules_of_their_own(written, tmp_path, said, expected):
+    from transformers import AutoImageProcessor
+
+    (tmp_path / "config.json").write_text((written["convnext"][0] / "config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    found = own_pixels({"name": "huggingface", "repo": str(tmp_path)})
+    assert (found["fit"], found["image_size"], found["resize"]) == expected
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 11, 3), dtype=np.uint8)).resize((80, 64))
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(ImageProcessor(**found)(picture), theirs, atol=0.03, rtol=0)
+
+
+def test_colours_in_another_order_are_refused(written, tmp_path):
+    said = {**hub_case.PROCESSORS["clip"], "image_processor_type": "MobileViTImageProcessor"}
+    (tmp_path / "config.json").write_text((written["vit"][0] / "config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**said, "do_flip_channel_order": True}))
+    with pytest.raises(ConfigError, match="takes colours as blue, green, red"):
+        own_pixels({"name": "huggingface", "repo": str(tmp_path)})
+
+
+def test_a_model_that_draws_is_refused():
+    """A masked autoencoder hides other patches each time, in eval mode too."""
+    config = {"model_type": "vit_mae", **hub_case.VISION}
+    with pytest.raises(ConfigError, match="other vectors each time, as a masked autoencoder does"):
+        encoder("image", "huggingface", config=config, pretrained="none")
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "dinov2", "dinov3_vit", "vit"])
@@ -250,6 +339,15 @@ def test_half_precision_is_near_and_comes_out_as_float32(written, dtype):
         assert 0 < (found - expected).norm() < 0.03 * expected.norm()
         assert half.fingerprint != exact.fingerprint
     assert half.embed_words(["red", ""]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kind", "side"), [("qwen3", "text"), ("dinov3_vit", "image")])
+def test_the_angles_of_rotary_positions_keep_their_precision(written, kind, side):
+    exact, half = (of_transformers(side, written[kind][0], dtype=dtype).network for dtype in ("float32", "bfloat16"))
+    assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
+    expected, found = (dict(one.named_buffers()) for one in (exact, half))
+    angles = [name for name in expected if "inv_freq" in name]
+    assert angles and all(torch.equal(found[name], expected[name]) for name in angles)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
