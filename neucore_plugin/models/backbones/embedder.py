@@ -175,7 +175,11 @@ def _modules(folder: Path, setting: str) -> list[dict[str, Any]]:
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))
         kinds = [module["type"] for module in modules]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        for name in ("router_config.json", "config.json"):  # a router names classes of its own
+            files = (folder / module["path"] / name for module in modules)
+            found = (json.loads(file.read_text(encoding="utf-8")).get("types") for file in files if file.is_file())
+            kinds += [kind for types in found if isinstance(types, dict) for kind in types.values()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{setting}: {path} cannot be read ({error}); a model as sentence-transformers saves it has that file"
         ) from error

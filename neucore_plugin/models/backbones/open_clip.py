@@ -186,7 +186,10 @@ class OpenClipText(_OpenClip, TextTower):
         for key in ("hf_model_name", "hf_tokenizer_name"):
             if text.get(key):
                 further = TOKENIZER if key == "hf_tokenizer_name" else ()
-                text[key] = str(_folder(text[key], f"{self.setting}.arch", further))
+                folder = _folder(text[key], f"{self.setting}.arch", further)
+                if not further:
+                    _check_known(folder, self.setting)
+                text[key] = str(folder)
         text["hf_model_pretrained"] = False
         self.context, self.clips = text.get("context_length", 77), text.get("tokenizer_mode") == "clips"
         self.tokenizer = self._tokenizer(text)
@@ -391,6 +394,18 @@ def _folder(repo: str, setting: str, further: tuple[str, ...]) -> Path:
     if not found:
         raise CheckpointError(f"{setting}: {repo} holds no tokenizer; wanted: {', '.join(further)}")
     return found[0].parent
+
+
+def _check_known(folder: Path, setting: str) -> None:
+    """Raise ConfigError for a text model that is none of transformers' own: the library would ask to run its code."""
+    from transformers import CONFIG_MAPPING
+
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind not in [*CONFIG_MAPPING.keys()]:
+        raise ConfigError(
+            f"{setting}: the text model {folder} is of model_type {kind!r}, which transformers lacks; code that a "
+            "repository brings is never run"
+        )
 
 
 def _repo(arch: str) -> str:

@@ -166,6 +166,10 @@ def test_files_that_would_run_code_or_are_none(folder, tmp_path):
 
     with pytest.raises(CheckpointError, match="wants code of its author, os_tools.Evil, which is never run"):
         build_backbone(complete(changed(folder, tmp_path / "code", "modules.json", strange)))
+    router = shutil.copytree(folder, tmp_path / "router")
+    (router / "router_config.json").write_text(json.dumps({"types": {"0_Mine": "code.Mine"}, "structure": {}}))
+    with pytest.raises(CheckpointError, match="wants code of its author, code.Mine, which is never run"):
+        build_backbone(complete(router))
     gone = shutil.copytree(folder, tmp_path / "gone")
     (gone / "modules.json").unlink()
     with pytest.raises(CheckpointError, match="modules.json cannot be read"):

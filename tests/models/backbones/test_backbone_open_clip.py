@@ -241,6 +241,12 @@ def test_what_a_repositorys_config_asks_for_is_neither_run_nor_fetched(tmp_path,
         of_open_clip("text", tmp_path / "model")
     assert not ran.exists()
 
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "code.MineConfig"}}
+    (words / "config.json").write_text(json.dumps(own))
+    text = {**reads, "hf_model_name": str(words), "hf_proj_type": "linear"}
+    with pytest.raises(ConfigError, match="is of model_type 'mine', which transformers lacks; code .* is never run"):
+        encoder("text", "open_clip", config=open_clip_config(text=text), pretrained="none")
+
     asked = []
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", lambda *a, **_: asked.append(a))
     config = open_clip_config("convnext")
