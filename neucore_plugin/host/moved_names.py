@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NoReturn
 
+from neucore_plugin.host.importing import HostError
+
 MOVED = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
 DROPPED_MODULE = "transformers.utils.model_parallel_utils"
 OF_DROPPED_MODULE = ("assert_device_map", "get_device_map")
@@ -53,6 +55,6 @@ def lent_names() -> Iterator[None]:
 
 def _dropped(name: str) -> Any:
     def gone(*args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(f"{name} is in no transformers of today; it needs: pip install 'transformers<5'")
+        raise HostError(f"{name} is in no transformers of today; it needs: pip install 'transformers<5'")
 
     return gone
