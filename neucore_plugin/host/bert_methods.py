@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from neucore_plugin.host.importing import HostError
+from neucore_plugin.common.errors import NeucoreError
 
 BERTS = ("lavis.models.med", "lavis.models.blip2_models.Qformer", "lavis.models.blip_models.nlvr_encoder")
 
@@ -29,9 +29,9 @@ def add_bert_methods() -> None:
 
 
 def get_head_mask(self: Any, head_mask: Any, num_hidden_layers: int, is_attention_chunked: bool = False) -> list[None]:
-    """No mask of heads, for each layer. Raises HostError for any other: transformers 5 has none."""
+    """No mask of heads, for each layer. Raises NeucoreError for any other: transformers 5 has none."""
     if head_mask is not None:
-        raise HostError("masks of attention heads need: pip install 'transformers<5'")
+        raise NeucoreError("masks of attention heads need: pip install 'transformers<5'")
     return [None] * num_hidden_layers
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NoReturn
 
-from neucore_plugin.host.importing import HostError
+from neucore_plugin.common.errors import NeucoreError
 
 MOVED = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
 DROPPED_MODULE = "transformers.utils.model_parallel_utils"
@@ -55,6 +55,6 @@ def lent_names() -> Iterator[None]:
 
 def _dropped(name: str) -> Any:
     def gone(*args: Any, **kwargs: Any) -> NoReturn:
-        raise HostError(f"{name} is in no transformers of today; it needs: pip install 'transformers<5'")
+        raise NeucoreError(f"{name} is in no transformers of today; it needs: pip install 'transformers<5'")
 
     return gone

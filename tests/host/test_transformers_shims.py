@@ -11,8 +11,8 @@ from lavis.models.blip2_models import Qformer
 from lavis.models.blip_models import nlvr_encoder
 from transformers import BertConfig, PreTrainedModel, modeling_utils, pytorch_utils
 
+from neucore_plugin.common.errors import NeucoreError
 from neucore_plugin.host import bert_methods, moved_names
-from neucore_plugin.host.importing import HostError
 
 METHODS = ("get_head_mask", "invert_attention_mask", "init_weights", "tie_weights")
 
@@ -45,7 +45,7 @@ def test_nothing_is_left_in_transformers_after_the_hosts_import():
 
 
 def test_a_dropped_name_says_so_when_it_is_called():
-    with pytest.raises(HostError, match=r"prune.* is in no transformers of today.*'transformers<5'"):
+    with pytest.raises(NeucoreError, match=r"prune.* is in no transformers of today.*'transformers<5'"):
         moved_names._dropped("prune")(1, key=2)
 
 
@@ -76,7 +76,7 @@ def test_inverted_mask_is_zero_where_it_may_be_seen_and_lowest_elsewhere(shape):
 
 def test_head_masks():
     assert bert_methods.get_head_mask(None, None, 3) == [None, None, None]
-    with pytest.raises(HostError, match="'transformers<5'"):
+    with pytest.raises(NeucoreError, match="'transformers<5'"):
         bert_methods.get_head_mask(None, torch.ones(3), 3)
 
 
