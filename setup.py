@@ -80,6 +80,13 @@ REQUIREMENTS = [
 # Low-rank adapters. Before 0.7 peft lacks inject_adapter_in_model; 0.14 and later import names that transformers 4.26,
 # which the released host needs, does not have; before 0.18 it imports names that transformers 5 does not have.
 PEFT = ['peft>=0.7,<0.14; python_version < "3.12"', 'peft>=0.18; python_version >= "3.12"']
+# `neucore serve`. Forms in FastAPI need python-multipart; Prometheus' own client writes /metrics.
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20"]
+# Approximate first stage in the process (0.9 was tried; young, hence the upper bound); the client of a server, whose
+# formula queries are new in 1.14.
+QDRANT = ["qdrant-edge-py>=0.9,<0.10", "qdrant-client>=1.14,<2"]
+# torch's exporter asks for onnxscript.
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 EXTRAS = {
     # The drawings of the embedded data set (CC BY-SA 4.0), their renderer and their names. Splits and images follow
     # from these files, hence exact versions of the first two; emoji names are stable within 2.x.
@@ -93,12 +100,27 @@ EXTRAS = {
     "huggingface": ["transformers>=4.49,<6", "sentencepiece>=0.2"],
     # Universal multimodal embedders: 5.4 is the first that reads a picture and a text together.
     "embedder": ["sentence-transformers>=5.4"],
+    "serve": SERVE,
+    "qdrant": QDRANT,
+    "onnx": ONNX,
     # The documentation site (`sh run.sh docs`). docs/generate.py makes pages by File.generated, new in mkdocs 1.6, and
     # mkdocs 2 has no plugins. Of the other two the next major versions are not known to work.
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings-python>=2,<3"],
     # pytest-xdist 3 runs the tests in several processes; --dist worksteal is new in 3.2.
     # open_clip where it goes beside the host's set of packages.
-    "test": ["pytest>=8", "pytest-xdist>=3.2", "ruff>=0.6", 'open_clip_torch>=3,<4; python_version >= "3.12"', *PEFT],
+    # httpx is what FastAPI's test client is made of; playwright drives the Chromium that is there.
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.2",
+        "ruff>=0.6",
+        'open_clip_torch>=3,<4; python_version >= "3.12"',
+        "httpx>=0.27",
+        "playwright>=1.45",
+        *PEFT,
+        *SERVE,
+        *QDRANT,
+        *ONNX,
+    ],
 }
 
 setup(
