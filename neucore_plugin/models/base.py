@@ -197,7 +197,7 @@ class CirModel(BaseModel):
         if not has_text or "concepts" not in self.query_reads:
             concept_words = [()] * count
         elif concept_words is None:
-            concept_words = self.extract_concepts(texts)
+            concept_words = self.concepts_read(texts)
         text = self.text_features(texts, text_features if has_text else None)
         if not has_text:
             gone = torch.ones(count, dtype=torch.bool, device=self.device)
@@ -207,6 +207,18 @@ class CirModel(BaseModel):
     def score(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
         """Scores [Q,G], higher is better, in matrix products over chunks of queries."""
         return self.matching.score(query, gallery, chunk=chunk)
+
+    def explain(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of the scores, {term: [Q,G]}, whose sum is `score`; for few images."""
+        return self.matching.score_terms(query, gallery)
+
+    def query_factors(self, query: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `Matching.query_factors` gives. ConfigError where the score is no such sum."""
+        return self.matching.query_factors(query)
+
+    def gallery_factors(self, gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `Matching.gallery_factors` gives. ConfigError where the score is no such sum."""
+        return self.matching.gallery_factors(gallery)
 
     # ---- what is read of the backbone -----------------------------------------------------------------------------
 
@@ -250,6 +262,10 @@ class CirModel(BaseModel):
                 "different: %s; write them in other words",
                 *(len(unknown), len(texts), first_few(repr(text[:80]) for text in unknown)),
             )
+
+    def concepts_read(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+        """The words of relative captions that `encode_query` takes as concepts: none of a model that reads none."""
+        return self.extract_concepts(texts) if "concepts" in self.query_reads else [()] * len(texts)
 
     def extract_concepts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
         """Concepts of relative captions, as lemmas of the configured parts of speech."""

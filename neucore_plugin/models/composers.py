@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.layers import EncoderBlock
 from neucore_plugin.models.matching import Matching
 
@@ -194,6 +195,25 @@ class Artemis(Matching):
         """Scores [Q,G], in matrix products; [Q,G,D] is never built."""
         explicit, implicit = self._both(query)
         return super().score(explicit, gallery, chunk) + super().score(implicit, gallery, chunk)
+
+    def score_terms(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Both terms by themselves, {"explicit", "implicit"}, [Q,G] each; see `Matching.score_terms`."""
+        explicit, implicit = (self._one_term(half, gallery) for half in self._both(query))
+        return {"explicit": explicit, "implicit": implicit}
+
+    def _one_term(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> Tensor:
+        return self._score_block(super().query_factors(query), super().gallery_factors(gallery))
+
+    def query_factors(self, query: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Raises ConfigError: two explicit terms are no single one."""
+        raise ConfigError(
+            "artemis: its score is a sum of two weighted comparisons, so it cannot be computed outside the model; use "
+            "the exact search of the index itself, or another model"
+        )
+
+    def gallery_factors(self, gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Raises ConfigError, as `query_factors`."""
+        return self.query_factors(gallery)
 
     @staticmethod
     def _both(query: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.layers import check_positive, check_shape
 
 TERMS = ("fused", "explicit", "background")
+EXPLICIT = ("weighted", "squares")  # the factors of the explicit term
 MAX_TEMPERATURE = math.log(100.0)
 GALLERY_BLOCK = 4096  # rows of the gallery prepared at a time: bounds the memory beside the result
 VECTOR_BLOCK = 1024  # the same for one query: small enough that a block's squares stay in the processor's cache
@@ -112,7 +113,8 @@ class Matching(nn.Module):
 
         Memory beyond the result does not grow with Q or G. Half precision is read as stored and computed in float32.
         """
-        query, gallery = self._check(query, gallery)
+        query = self._entries(query, self._query_keys(), "query", "Q")
+        gallery = self._entries(gallery, self._gallery_keys(), "gallery", "G")
         check_positive(chunk=chunk)
         inputs = [*query.values(), *gallery.values()]
         with torch.autocast(inputs[0].device.type, enabled=False):  # bf16 products would blur the ranking
@@ -120,19 +122,48 @@ class Matching(nn.Module):
                 return self._score_block(self._query_side(query), self._gallery_side(gallery))
             return self._score_in_place(query, gallery, chunk)
 
-    def _check(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> tuple[dict, dict]:
-        """The entries that the terms need, their shapes checked."""
+    def score_terms(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each term of the score by itself, {term: [Q,G]}: their sum is `score`. For few images: nothing is chunked."""
+        query, gallery = self.query_factors(query), self.gallery_factors(gallery)
+        found, place = {}, 0
+        with torch.autocast(next(iter(query.values())).device.type, enabled=False):
+            for term in self.terms:
+                if term == "explicit":
+                    sides = ({key: side[key] for key in EXPLICIT} for side in (query, gallery))
+                    found[term] = self._score_block(*sides)
+                else:
+                    columns = slice(place, place := place + self.dim)
+                    found[term] = query["cosines"][:, columns] @ gallery["cosines"][:, columns].T
+        return found
+
+    def query_factors(self, query: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Query encodings -> factors of the score, for whoever computes it elsewhere (a vector database):
+
+        S = cosines . cosines^T + (weighted . weighted^T) / sqrt(squares . squares^T)
+
+        with those of `gallery_factors`: cosines [Q, D or 2D]; with the explicit term weighted (u/|u|) * a and squares
+        a * a, both [Q,D]. Where the product of the squares is 0, its fraction counts as 0.
+        """
+        return self._query_side(self._entries(query, self._query_keys(), "query", "Q"))
+
+    def gallery_factors(self, gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gallery encodings -> their side of `query_factors`: weighted is t_fg, squares t_fg * t_fg."""
+        return self._gallery_side(self._entries(gallery, self._gallery_keys(), "gallery", "G"))
+
+    def _query_keys(self) -> list[str]:
         needed = ["fused", *(["background"] if "background" in self.terms else [])]
-        needed += ["text", "attention"] if "explicit" in self.terms else []
-        images = ["fg", *(["bg"] if "background" in self.terms else [])]
-        missing = [k for k in needed if k not in query] + [k for k in images if k not in gallery]
-        if missing:
+        return [*needed, *(["text", "attention"] if "explicit" in self.terms else [])]
+
+    def _gallery_keys(self) -> list[str]:
+        return ["fg", *(["bg"] if "background" in self.terms else [])]
+
+    def _entries(self, given: Mapping[str, Tensor], keys: Sequence[str], side: str, rows: str) -> dict[str, Tensor]:
+        """The entries that the terms need, their shapes checked; each has as many rows as the first."""
+        if missing := [key for key in keys if key not in given]:
             raise ValueError(f"encodings lack {', '.join(missing)}; make them with query() and gallery()")
-        for key in needed:
-            check_shape(f"query {key} [Q,D]", query[key], query["fused"].shape[0], self.dim)
-        for key in images:
-            check_shape(f"gallery {key} [G,D]", gallery[key], gallery["fg"].shape[0], self.dim)
-        return {key: query[key] for key in needed}, {key: gallery[key] for key in images}
+        for key in keys:
+            check_shape(f"{side} {key} [{rows},D]", given[key], given[keys[0]].shape[0], self.dim)
+        return {key: given[key] for key in keys}
 
     def _query_side(self, query: dict[str, Tensor]) -> dict[str, Tensor]:
         """Factors of the products: cosines [q, D or 2D]; weighted (u/|u|) * a and squares a * a, both [q,D]."""

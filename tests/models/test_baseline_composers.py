@@ -7,6 +7,7 @@ import reference
 import tiny
 import torch
 
+from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.composers import COMPOSERS
 
 D = 6
@@ -137,6 +138,7 @@ def test_artemis_is_its_formula(artemis):
     made, w, r, m, t = artemis
     with torch.no_grad():
         scores = made.score(made(pooled=r, sentence=m), {"fg": t})
+        terms = made.score_terms(made(pooled=r, sentence=m), {"fg": t})
     for q in range(4):
         sentence = unit(m[q].tolist())
         explicit = reference.softmax(two_layers(sentence, w, "attention"))
@@ -147,6 +149,12 @@ def test_artemis_is_its_formula(artemis):
             expected = reference.explicit_score(layer(sentence, w, "transform"), explicit, target)
             expected += reference.explicit_score(seen, implicit, target)
             assert scores[q, g].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+            other = reference.explicit_score(seen, implicit, target)
+            assert terms["implicit"][q, g].item() == pytest.approx(other, rel=1e-9, abs=1e-12)
+            assert terms["explicit"][q, g].item() == pytest.approx(expected - other, rel=1e-9, abs=1e-12)
+    for factors in (made.query_factors, made.gallery_factors):
+        with pytest.raises(ConfigError, match="sum of two weighted comparisons"):
+            factors({"fg": t})
 
 
 @pytest.mark.parametrize("factor", [0.01, 1.0, 30.0])

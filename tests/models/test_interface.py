@@ -66,6 +66,16 @@ def test_the_loss_is_the_cross_entropy_of_the_scores(model, samples, negatives):
 
 
 @torch.no_grad()
+def test_a_score_is_explained_by_its_terms_and_concepts(model, pixels):
+    query, gallery = model.encode_query(pixels, TEXTS), model.encode_image(pixels)
+    terms = model.explain(query, gallery)
+    torch.testing.assert_close(sum(terms.values()), model.score(query, gallery), atol=1e-5, rtol=0)
+    assert len(terms) == len(model.matching.terms) + (model.title == "artemis")
+    reads = model.title == "neucore"
+    assert model.concepts_read(TEXTS) == (model.extract_concepts(TEXTS) if reads else [()] * 3)
+
+
+@torch.no_grad()
 def test_scores_do_not_depend_on_batch_mates_or_padding(model, pixels):
     gallery = model.encode_image(pixels)
     together = model.score(model.encode_query(pixels, TEXTS), gallery)

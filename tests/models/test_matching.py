@@ -59,6 +59,26 @@ def test_every_way_to_score_equals_loops(terms: list[str]) -> None:
             torch.testing.assert_close(matching.score(one, gallery), expected[q : q + 1])
 
 
+@pytest.mark.parametrize("terms", SUBSETS, ids="+".join)
+def test_each_term_and_the_factors_equal_loops(terms: list[str]) -> None:
+    matching, (query, gallery) = build(terms=terms), encodings()
+    query["fused"][1] = query["text"][2] = query["background"][3] = gallery["fg"][4] = gallery["bg"][5] = 0.0
+    apart = matching.score_terms(query, gallery)
+    assert set(apart) == set(terms)
+    for term, scores in apart.items():
+        torch.testing.assert_close(scores, loops(query, gallery, [term]))
+    asked, images = matching.query_factors(query), matching.gallery_factors(gallery)
+    assert set(asked) == set(images)
+    total = torch.zeros(Q, G, dtype=torch.float64)
+    for q, g in itertools.product(range(Q), range(G)):
+        products = {key: sum(a * b for a, b in zip(asked[key][q], images[key][g], strict=True)) for key in asked}
+        if "cosines" in products:
+            total[q, g] += products["cosines"]
+        if products.get("squares", 0) > 0:
+            total[q, g] += products["weighted"] / math.sqrt(products["squares"])
+    torch.testing.assert_close(total, loops(query, gallery, terms))
+
+
 @pytest.mark.parametrize("queries", [1, Q])
 @pytest.mark.parametrize("chunk", [1, 2, 100])
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, chunk: int, queries: int) -> None:
@@ -193,6 +213,8 @@ BAD = {
     "keys": (lambda m, q, g: m.score({"fused": q["fused"]}, g), "lack background, text, attention; make them with"),
     "bg missing": (lambda m, q, g: m.score(q, {"fg": g["fg"]}), "lack bg"),
     "chunk": (lambda m, q, g: m.score(q, g, chunk=0), "chunk is 0"),
+    "factors": (lambda m, q, g: m.query_factors({"fused": q["fused"]}), "lack background, text, attention"),
+    "terms": (lambda m, q, g: m.score_terms(q, {**g, "bg": rand(8, D)}), r"gallery bg .* \[8, 6\], expected \[7, 6\]"),
     "sentence": (lambda m, q, g: m.query(rand(Q, D), rand(6, D), rand(Q, D)), r"sentence vectors .* \[6, 6\]"),
     "gallery": (lambda m, q, g: m.gallery(rand(G, D), rand(G)), r"gallery backgrounds .* \[7\]"),
 }
