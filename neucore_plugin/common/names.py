@@ -51,6 +51,16 @@ _COMPARED: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
 )
 
 
+def kept_as(name: str) -> str:
+    """What a store keeps beside a known name, so that `asked_as` finds all that `Names` may take a spelling for."""
+    return _bare(name)
+
+
+def asked_as(name: str) -> tuple[str, str]:
+    """The two texts of `kept_as` that a given spelling may mean; `Names` over what is found decides."""
+    return _caseless(name), _bare(name)
+
+
 class Names:
     """Known names, and which of them a given spelling means: the same, else the only one that differs least."""
 

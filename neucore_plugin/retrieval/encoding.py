@@ -1,6 +1,6 @@
-"""From a folder or a list of files to encodings: what `GalleryIndex.build` and `add` do.
+"""From pictures to encodings: what `GalleryIndex.build`, `add` and `sync` do with each run of pictures.
 
-Letters: B images of a batch, G images in all.
+Letters: B images of a batch, n images in all.
 """
 
 import logging
@@ -18,13 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError, first_few
-from neucore_plugin.common.images import LOOKED_FOR, LeftOut, find_images, is_hidden, load_for, told
-from neucore_plugin.common.names import name_of
-from neucore_plugin.retrieval.store import DTYPES
+from neucore_plugin.common.files import sha256_file
+from neucore_plugin.common.images import load_for
+from neucore_plugin.common.shard_image import ShardImage
+from neucore_plugin.retrieval.rows import Row
+from neucore_plugin.retrieval.sources import File, Item, relative
+from neucore_plugin.retrieval.units import DTYPES
 
 log = logging.getLogger(__name__)
-
-Source = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
 
 class RetrievalModel(Protocol):
@@ -50,8 +51,25 @@ class Failure:
     """An image that could not be read, and why."""
 
     name: str
-    path: Path
+    path: File
     reason: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """encodings: {key: [n,*]} on the CPU; rows: the n pictures they belong to; failures: what could not be read."""
+
+    encodings: dict[str, Tensor]
+    rows: list[Row]
+    failures: list[Failure]
+
+
+def fingerprint_of(model: Any) -> str | None:
+    """Of the model and of what turns a picture into its pixels; None where the model has none."""
+    values = [getattr(part, "fingerprint", None) for part in (model, getattr(model, "image_processor", None))]
+    if values[0] is None:
+        return None
+    return " ".join(str(value() if callable(value) else value) for value in values if value is not None)
 
 
 @contextmanager
@@ -67,115 +85,103 @@ def evaluating(model: Any) -> Iterator[None]:
             part.training = True
 
 
-def collect(source: Source, root: Path | None = None) -> tuple[Path | None, list[tuple[str, Path]], LeftOut]:
-    """Root folder, (name, path) of every image of a source, and what was left out, which is logged too.
-
-    With `root` given names are relative to it.
-    """
-    if isinstance(source, Mapping):
-        if not source:
-            raise DataError("an empty mapping of images; give at least one {name: file}")
-        return root, [(str(name), canonical(path)) for name, path in source.items()], LeftOut()
-    if isinstance(source, (str, Path)):
-        folder = Path(source)
-        if not folder.is_dir():
-            what = "is a file; give a list of files, or a folder" if folder.exists() else "does not exist"
-            raise DataError(f"image folder {str(source)!r} {what}")
-        folder = folder.resolve()
-        root = root or folder
-        found, left_out = find_images(folder)
-        paths = sorted((relative(path, root), path) for path in found)
-        if not paths:
-            text = f"no images in {str(source)!r} or below; looked for {LOOKED_FOR}; {told(left_out)}"
-            raise DataError(text.rstrip("; "))
-        if left_out:
-            log.warning("%s: %s", source, told(left_out))
-        return root, paths, left_out
-    given = [canonical(path) for path in source]
-    paths = [path for path in given if not is_hidden(path.name)]
-    left_out = LeftOut({"hidden": len(given) - len(paths)} if len(paths) < len(given) else {})
-    if not paths:
-        raise DataError(f"an empty list of images; give at least one file; {told(left_out)}".rstrip("; "))
-    if left_out:
-        log.warning("the given files: %s", told(left_out))
-    root = root or Path(os.path.commonpath([path.parent for path in paths]))
-    named = [(relative(path, root), path) for path in paths]
-    if again := repeated([name for name, _ in named]):
-        raise DataError(f"given twice: {first_few(map(repr, again), 5)}; give each image once")
-    return root, named, left_out
+def shapes_of(encodings: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """{key: shape of one image's encoding}."""
+    return {key: tuple(value.shape[1:]) for key, value in sorted(encodings.items())}
 
 
-def canonical(path: str | Path) -> Path:
-    """Absolute path with the links of its folder followed, so that one file has one spelling; its own name is kept."""
-    plain = os.path.abspath(path)
-    return Path(os.path.realpath(os.path.dirname(plain)), os.path.basename(plain))
+def probe(model: RetrievalModel) -> dict[str, tuple[int, ...]]:
+    """`shapes_of` what a model makes of a picture, asked with a white one."""
+    pixels = model.image_processor(Image.new("RGB", (64, 64), "white"))
+    with torch.inference_mode(), evaluating(model):
+        return shapes_of(model.encode_image(pixels[None].to(model.device)))
+
+
+def check_settings(batch_size: int, workers: int, dtype: torch.dtype) -> None:
+    """Raises DataError."""
+    if dtype not in DTYPES.values():
+        raise DataError(f"dtype={dtype}: an index stores {' or '.join(str(d) for d in DTYPES.values())}")
+    if batch_size < 1 or workers < 1:
+        raise DataError(f"batch_size={batch_size}, workers={workers}: both must be at least 1")
+
+
+def bar(total: int, progress: bool) -> Any:
+    """The progress bar that `encode` moves: rate and time left."""
+    return tqdm(total=total, desc="encoding images", unit="image", disable=not progress)
 
 
 def encode(
     model: RetrievalModel,
-    named: Sequence[tuple[str, Path]],
+    items: Sequence[Item],
+    root: Path | None,
     batch_size: int,
-    progress: bool,
     dtype: torch.dtype,
     workers: int,
-) -> tuple[dict[str, Tensor], list[tuple[str, Path]], list[Failure]]:
-    """Encodings [G,*] on the CPU, the (name, path) pairs they belong to, and the images that could not be read.
+    shown: Any,
+    digests: bool = False,
+) -> Encoded:
+    """Read and encode pictures; those that cannot be read are in `failures`. shown: a `bar`.
 
-    DataError when none could be read, or when the model's numbers are not finite in `dtype`.
+    root: what the rows' paths are relative to; digests: rows say size, time and sha256 of each file as well.
+    DataError when the model's numbers are not finite in `dtype`; it names the pictures.
     """
-    if dtype not in DTYPES:
-        raise DataError(f"dtype={dtype}: an index stores {' or '.join(str(d) for d in DTYPES)}")
-    if batch_size < 1 or workers < 1:
-        raise DataError(f"batch_size={batch_size}, workers={workers}: both must be at least 1")
-    good: list[tuple[str, Path]] = []
+    rows: list[Row] = []
     failures: list[Failure] = []
     parts: dict[str, list[Tensor]] = {}
 
-    def read(item: tuple[str, Path]) -> Tensor | str:
+    def read(item: Item) -> tuple[Tensor, Row] | str:
         try:
-            image = load_for(model.image_processor, item[1])
+            row = row_of(item, root, digests)
+            return model.image_processor(load_for(model.image_processor, item.file)), row
         except (DataError, OSError) as error:
             return str(error)
-        return model.image_processor(image)
 
-    batches = [named[start : start + batch_size] for start in range(0, len(named), batch_size)]
-    bar = tqdm(total=len(named), desc="encoding images", unit="image", disable=not progress)
-    with bar, ThreadPoolExecutor(workers) as pool, torch.inference_mode(), evaluating(model):
+    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    with ThreadPoolExecutor(workers) as pool, torch.inference_mode(), evaluating(model):
         ahead = [pool.submit(read, item) for item in batches[0]] if batches else []
         for number, batch in enumerate(batches):
             loaded = [future.result() for future in ahead]
             # read the next batch while this one is encoded; never more than that in memory
             ahead = [pool.submit(read, item) for item in batches[number + 1]] if number + 1 < len(batches) else []
-            failures += [
-                Failure(*item, value) for item, value in zip(batch, loaded, strict=True) if isinstance(value, str)
-            ]
-            readable = [(item, value) for item, value in zip(batch, loaded, strict=True) if not isinstance(value, str)]
+            for item, value in zip(batch, loaded, strict=True):
+                if isinstance(value, str):
+                    failures.append(Failure(item.name, item.file, value))
+            readable = [value for value in loaded if not isinstance(value, str)]
             if readable:
-                pixels = torch.stack([value for _, value in readable]).to(model.device)
+                pixels = torch.stack([value for value, _ in readable]).to(model.device)
                 for key, value in model.encode_image(pixels).items():
                     parts.setdefault(key, []).append(value.to("cpu", dtype))
-                good += [item for item, _ in readable]
-            bar.update(len(batch))
-    if failures:
-        listed = first_few([f"{failure.name}: {failure.reason}" for failure in failures], 5, "; ")
-        if not good:
-            raise DataError(f"none of the {len(named)} images could be read: {listed}")
-        log.warning("%d of %d images could not be read and are left out: %s", len(failures), len(named), listed)
+                rows += [row for _, row in readable]
+            shown.update(len(batch))
     encodings = {key: torch.cat(values) for key, values in parts.items()}
     for key, value in encodings.items():
-        if not bool(value.isfinite().all()):
-            remedy = "store float32 instead" if dtype == torch.float16 else "the model's weights are damaged"
-            raise DataError(f"encoding {key!r} holds NaN or infinite numbers; {remedy}")
-    return encodings, good, failures
+        if not bool((finite := value.isfinite().flatten(1).all(1)).all()):
+            bad = first_few([repr(rows[place].name) for place in (~finite).nonzero().flatten().tolist()])
+            half = dtype == torch.float16
+            remedy = "store float32 instead (dtype, --dtype)" if half else "the model's weights are damaged"
+            raise DataError(f"encoding {key!r} holds NaN or infinite numbers; {remedy}. Of {bad}")
+    return Encoded(encodings, rows, failures)
 
 
-def relative(path: Path, root: Path | None) -> str:
-    """Text of the posix path below root, or of the path as it is when it lies elsewhere."""
-    below = root is not None and path.is_relative_to(root)
-    return name_of((path.relative_to(root) if below else path).as_posix())
+def row_of(item: Item, root: Path | None, digest: bool) -> Row:
+    """The row of a picture; with `digest` its file is read. OSError where it cannot be."""
+    if isinstance(item.file, ShardImage):
+        path = relative(Path(item.file.shard), root)
+        return Row(item.name, path, item.file.offset, item.file.size, attributes=item.attributes)
+    path = relative(item.file, root)
+    if not digest or not item.file.is_file():
+        return Row(item.name, path, attributes=item.attributes)
+    status = os.stat(item.file)
+    return Row(
+        item.name, path, None, status.st_size, status.st_mtime_ns, sha256_file(item.file), attributes=item.attributes
+    )
 
 
-def repeated(names: Sequence[str]) -> list[str]:
-    """The names that stand in the list more than once."""
-    seen: set[str] = set()
-    return [name for name in names if name in seen or seen.add(name)]
+def tell(failures: Sequence[Failure], read: int) -> None:
+    """Warn of what could not be read beside `read` pictures; DataError where there are none."""
+    if failures:
+        total = len(failures) + read
+        listed = first_few([f"{failure.name}: {failure.reason}" for failure in failures], 5, "; ")
+        if not read:
+            raise DataError(f"none of the {total} images could be read: {listed}")
+        log.warning("%d of %d images could not be read and are left out: %s", len(failures), total, listed)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from colour_model import ColourModel, make_folder
+from earlier_index import save_earlier
 from published_case import cirr_entry, put
 
 from neucore_plugin import cli
@@ -125,8 +126,11 @@ def cases(root: Path) -> dict[str, Case]:
         case(f"shards {name}", root / "shards" / name, lambda: shards.verify(root / "shards", progress=False))
     index = GalleryIndex.build(ColourModel(), root / "folder/images", progress=False)
     index.save(root / "index")
-    for file in sorted((root / "index").glob("*.json")):
-        case(f"index {file.stem.partition('-')[0]}", file, lambda: GalleryIndex.load(root / "index", verify=False))
+    for file in (root / "index/manifest.json", *(root / "index/units").glob("*.json")):
+        case(f"index {file.stem.partition('-')[0]}", file, lambda: GalleryIndex.open(root / "index"))
+    save_earlier(index, root / "earlier")
+    for file in sorted((root / "earlier").glob("*.json")):
+        case(f"earlier {file.stem.partition('-')[0]}", file, lambda: GalleryIndex.load(root / "earlier", verify=False))
     ConceptVocabulary(("red", "blue")).to_json(root / "concepts.json")
     case("concepts", root / "concepts.json", lambda: ConceptVocabulary.from_json(root / "concepts.json"))
     for name in ("results.json", "evaluation.json"):
@@ -168,7 +172,8 @@ def made(tmp_path_factory) -> dict[str, Case]:
 NAMES = (
     "cirr captions", "cirr images", "captions of a conversion", "fashioniq captions", "fashioniq images", "shoes",
     "circo annotations/val.json", f"circo {IMAGES}", "folder split", "folder gallery", "shards index.json",
-    "shards triplets-val.json", "index ids", "index manifest", "concepts", "words", "report results.json",
+    "shards triplets-val.json", "index 00000000", "index manifest", "earlier ids", "earlier manifest",
+    "concepts", "words", "report results.json",
     "report evaluation.json", "results of a finished run", "run record", "run metrics", "features", "emoji",
     "submission cirr", "submission circo",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from PIL import Image
 
 from neucore_plugin import cli
 from neucore_plugin.common.errors import DataError, ImageError
-from neucore_plugin.retrieval import encoding, index
+from neucore_plugin.retrieval import encoding, gallery, index
 from neucore_plugin.retrieval.index import GalleryIndex, Hit
 
 
@@ -104,7 +104,7 @@ def test_pictures_in_memory(built):
 
 def test_search_many_equals_one_by_one(built, monkeypatch):
     monkeypatch.setattr(index, "_QUERY_BATCH", 2)
-    monkeypatch.setattr(index, "_GALLERY_CHUNK", 2)
+    monkeypatch.setattr(gallery.Gallery.blocks, "__defaults__", (2,))
     queries = [("red.png", "blue"), (None, "green"), ("blue.png", None)]
     queries += [("green.png", "  "), ("more/Grey.JPG", "red"), (None, "pink"), ("red.png", "green")]
     together = built.search_many(queries, k=3)

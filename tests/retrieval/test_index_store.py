@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from colour_model import NAMES, ColourModel, names
+from colour_model import NAMES, ColourModel, draw, names
+from earlier_index import save_earlier
 
 from neucore_plugin.common.errors import DataError, ImageError
-from neucore_plugin.retrieval import index, store
+from neucore_plugin.common.files import sha256_file
+from neucore_plugin.retrieval.encoding import fingerprint_of
 from neucore_plugin.retrieval.index import GalleryIndex
 
 
@@ -31,47 +33,62 @@ def test_save_and_load(folder, tmp_path, dtype):
         assert torch.equal(loaded.encodings[key], value)
     assert loaded.search("red.png", "green", k=3) == built.search("red.png", "green", k=3)
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
-    assert manifest["count"] == 5
-    assert set(manifest["files"]) == {*manifest["encodings"].values(), manifest["ids"]}
-    assert set(manifest["encodings"]) == {"fg", "bg"}
-    assert np.load(tmp_path / "index" / manifest["encodings"]["fg"], allow_pickle=False).shape == (5, 3)
+    assert manifest["keys"] == {"fg": [3], "bg": [3]}
+    (unit,) = (tmp_path / "index" / "units").glob("*.json")
+    assert json.loads(unit.read_text())["count"] == 5
+    assert np.load(unit.with_suffix("") / "fg.npy", allow_pickle=False).shape == (5, 3)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="lists the memory maps of Linux")
 def test_loading_maps_the_files(built, tmp_path):
     built.save(tmp_path / "index")
-    stored = store.read(tmp_path / "index")
-    file = next((tmp_path / "index").glob("fg-*.npy"))
+    loaded = GalleryIndex.open(tmp_path / "index")
+    (file,) = (tmp_path / "index").glob("units/*/fg.npy")
     before = file.read_bytes()
-    stored.encodings["fg"].zero_()  # copy on write
+    loaded.encodings["fg"].zero_()  # copy on write
     assert file.read_bytes() == before
     with open("/proc/self/maps") as maps:
-        assert file.name in maps.read()
+        assert str(file) in maps.read()
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_saving_again_replaces_and_tidies(built, tmp_path):
     folder = tmp_path / "index"
     built.save(folder)
-    first = set(os.listdir(folder))
-    loaded = GalleryIndex.load(folder, ColourModel())
-    loaded.remove("red.png")
+    first = files(folder)
+    built.remove("red.png")
     # What a killed saver left goes too, what was never an index's stays.
-    mine = {"fg-2.npy", "ids-7.json", "notes-123456789012345678.json"}
-    for name in (
-        *mine,
-        "fg-123456789012345678.npy",
-        ".ids-123456789012345678.json.1a2b3c4d.tmp",
-        ".manifest.json.0a.tmp",
-    ):
+    mine = {"fg-2.npy", "units/notes.json", "units/1/fg.npy"}
+    left = ("units/00000007-1a2b3c4d/fg.npy", "units/.00000007-1a2b3c4d.json.0a.tmp", ".manifest.json.0a.tmp")
+    for name in (*mine, *left):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
-    loaded.save(folder)
+    built.save(folder)
     assert GalleryIndex.load(folder).names == NAMES[:4]
-    left = set(os.listdir(folder)) - mine
-    assert len(left) == 4
-    assert left & first == {"manifest.json"}
+    assert len(files(folder) - mine) == 5  # manifest, unit, its two arrays and rows
+    assert (files(folder) - mine) & first == {"manifest.json"}
 
 
-def test_a_save_cut_short_leaves_the_earlier_index(built, tmp_path, monkeypatch):
+def test_changes_of_an_opened_index_are_kept_at_once(built, folder, tmp_path):
+    built.save(tmp_path / "index")
+    opened = GalleryIndex.open(tmp_path / "index", ColourModel())
+    opened.remove("red.png")
+    draw(folder / "new.png", "pink")
+    assert opened.add([folder / "new.png"], progress=False) == ["new.png"]
+    opened.save(tmp_path / "index")
+    again = GalleryIndex.open(tmp_path / "index", ColourModel())
+    assert again.names == opened.names == [*NAMES[:4], "new.png"]
+    assert again.search(text="red", k=5) == opened.search(text="red", k=5)
+    assert again.position("new.png") == 5 and len(again) == 5 and again.stored == 6
+    again.save(tmp_path / "copy")
+    assert GalleryIndex.load(tmp_path / "copy").stored == 5
+
+
+@pytest.mark.parametrize("cut", ["write_manifest", "sha256_file", "rows_file.write"])
+def test_a_save_cut_short_leaves_the_earlier_index(built, tmp_path, monkeypatch, cut):
     folder = tmp_path / "index"
     built.save(folder)
     built.remove("red.png")
@@ -79,32 +96,28 @@ def test_a_save_cut_short_leaves_the_earlier_index(built, tmp_path, monkeypatch)
     def killed(path, *args, **kwargs):
         raise KeyboardInterrupt
 
-    files = set(os.listdir(folder))
-    for cut in ("write_json", "sha256_file"):  # before the ids, and before the manifest
-        with monkeypatch.context() as patch:
-            patch.setattr(store, cut, killed)
-            with pytest.raises(KeyboardInterrupt):
-                built.save(folder)
-        assert GalleryIndex.load(folder).names == NAMES
-        assert set(os.listdir(folder)) == files
+    before = files(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"neucore_plugin.retrieval.units.{cut}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            built.save(folder)
+    assert GalleryIndex.load(folder).names == NAMES
+    assert files(folder) == before
     built.save(folder)
     assert GalleryIndex.load(folder).names == NAMES[:4]
 
 
 def test_an_index_of_an_earlier_version_opens(built, tmp_path):
-    """Files were numbered by generation, from 1."""
-    folder = tmp_path / "index"
-    built.save(folder)
-    text = (folder / "manifest.json").read_text()
-    number = json.loads(text)["generation"]
-    (folder / "manifest.json").write_text(text.replace(str(number), "1"))
-    for path in folder.glob(f"*-{number}.*"):
-        path.rename(path.with_name(path.name.replace(str(number), "1")))
-    assert GalleryIndex.load(folder).names == NAMES
-    built.remove("red.png")
-    built.save(folder)
+    folder = save_earlier(built, tmp_path / "index")
+    before = files(folder)
+    opened = GalleryIndex.open(folder, ColourModel())
+    assert opened.names == NAMES and opened.paths == built.paths
+    assert opened.search("red.png", "green", k=3) == built.search("red.png", "green", k=3)
+    opened.remove("red.png")
+    assert files(folder) == before and GalleryIndex.load(folder).names == NAMES  # never written
+    opened.save(folder)  # becomes one of today's
     assert GalleryIndex.load(folder).names == NAMES[:4]
-    assert not list(folder.glob("*-1.*"))
+    assert not files(folder) & (before - {"manifest.json"})
 
 
 @pytest.mark.parametrize("locks", [True, False])
@@ -112,38 +125,38 @@ def test_savers_at_once_never_mix(tmp_path, monkeypatch, locks):
     """Names and vectors of each saver carry its number; a reader sees one saver's, and never none."""
     if not locks:
         monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
-    folder, rounds = tmp_path / "index", 12
+    folder, rounds = tmp_path / "index", 8
 
-    def write(saver):
-        count = 3 + saver
+    def index(saver, count):
         names = [f"{saver}-{place}" for place in range(count)]
         encodings = {"fg": torch.full((count, 2), float(saver)), "bg": torch.full((count, 1), float(saver))}
+        return GalleryIndex(names, names, encodings, model_fingerprint="m")
+
+    def write(saver):
         for _ in range(rounds):
-            store.write(folder, store.Stored(names, names, encodings, None, [], "m"))
+            index(saver, 3 + saver).save(folder)
         return True
 
     def read(_):
         seen = []
         while not all(saver.done() for saver in savers):
-            stored = store.read(folder)
-            seen.append((stored.names[0][0], int(stored.encodings["fg"][0, 0]), int(stored.encodings["bg"][0, 0])))
+            found = GalleryIndex.load(folder)
+            assert len(found) == 3 + int(found.name(0)[0])
+            seen.append((found.name(0)[0], int(found.encodings["fg"][0, 0]), int(found.encodings["bg"][0, 0])))
         return seen
 
-    store.write(
-        folder, store.Stored(["0-0"], ["0-0"], {"fg": torch.zeros(1, 2), "bg": torch.zeros(1, 1)}, None, [], None)
-    )
+    index(0, 3).save(folder)
     with ThreadPoolExecutor(5) as pool:
-        savers = [pool.submit(write, saver) for saver in range(1, 4)]
+        savers = [pool.submit(write, saver) for saver in range(1, 4 if locks else 2)]
         found = [seen for reader in [pool.submit(read, number) for number in range(2)] for seen in reader.result()]
         assert all(saver.result() for saver in savers)
     assert found
     assert all(name == str(fg) == str(bg) for name, fg, bg in found)
-    if locks:
-        assert len(os.listdir(folder)) == 4
+    assert len(files(folder)) == 5
 
 
 def test_first_save_cut_short_is_no_index(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "sha256_file", lambda path: 1 / 0)
+    monkeypatch.setattr("neucore_plugin.retrieval.units.sha256_file", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         built.save(tmp_path / "index")
     with pytest.raises(DataError, match="saving was never finished"):
@@ -185,11 +198,11 @@ def test_the_processor_is_part_of_the_fingerprint():
         def __call__(self, image):
             return torch.zeros(3, 4, 4)
 
-    plain = index._fingerprint(model)
+    plain = fingerprint_of(model)
     model.image_processor = Processor()
     assert plain == "colours-1"
-    assert index._fingerprint(model) == "colours-1 stretch:64"
-    assert index._fingerprint(object()) is None
+    assert fingerprint_of(model) == "colours-1 stretch:64"
+    assert fingerprint_of(object()) is None
 
 
 def stored_file(folder, key):
@@ -216,7 +229,7 @@ def replaced(folder, array):
     else:
         np.save(path, array, allow_pickle=True)
     files = json.loads((folder / "manifest.json").read_text())["files"]
-    edit(folder, files={**files, path.name: {"sha256": store.sha256_file(path), "bytes": path.stat().st_size}})
+    edit(folder, files={**files, path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}})
 
 
 def header(text: str) -> bytes:
@@ -251,18 +264,16 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("harm", "message"), DAMAGE, ids=[message[:30] for _, message in DAMAGE])
-def test_damage_is_refused(built, tmp_path, harm, message):
-    built.save(tmp_path / "index")
-    harm(tmp_path / "index")
+def test_damage_of_an_earlier_index_is_refused(built, tmp_path, harm, message):
+    harm(save_earlier(built, tmp_path / "index"))
     with pytest.raises(DataError, match=message) as caught:
         GalleryIndex.load(tmp_path / "index")
     assert "build the index again" in str(caught.value)
 
 
-def test_a_manifest_reaches_no_other_folder(built, tmp_path):
+def test_an_earlier_manifest_reaches_no_other_folder(built, tmp_path):
     """A manifest from elsewhere that agrees with itself, but names a file beside the index."""
-    folder = tmp_path / "index"
-    built.save(folder)
+    folder = save_earlier(built, tmp_path / "index")
     outside = tmp_path / "secret-1.npy"
     inside = stored_file(folder, "fg")
     inside.rename(outside)

@@ -12,14 +12,11 @@ Shards come from elsewhere, so nothing in them is trusted: names are labels and 
 decoded by their suffix (webdataset's own `decode` unpickles .pyd, .pkl and .pth), nothing but local files is opened.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from tqdm import tqdm
 
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import expanded, sha256_file, sha256_text
+from neucore_plugin.common.shard_image import ShardImage, forget_opened
 from neucore_plugin.datasets.annotations import is_whole, read_json
 from neucore_plugin.datasets.triplets import LEFT_OUT, Gallery, Triplet, left_out_text
 
@@ -41,49 +39,6 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _FIELDS = {field.name for field in dataclasses.fields(Triplet)}
 _TRIPLET = TypeAdapter(Triplet)
 REMEDY = "write the shards again with `neucore shards`"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ShardImage:
-    """An image inside a shard: `load_image` takes it as it takes a path."""
-
-    shard: str
-    offset: int
-    size: int
-    name: str
-
-    def read(self) -> bytes:
-        """The bytes of the image file. Raises DataError where the shard ends before them."""
-        try:
-            opened = _opened(self.shard)  # held while reading: two threads may open one shard, and the cache keeps one
-            data = os.pread(opened.number, self.size, self.offset)
-        except OSError as error:
-            raise DataError(
-                f"{self.shard} cannot be read ({error.strerror}); is the folder of shards complete?"
-            ) from None
-        if len(data) != self.size:
-            raise DataError(f"{self.shard} is truncated: it ends before image {self.name!r}; copy the shard again")
-        return data
-
-    def __str__(self) -> str:
-        return f"{self.shard}:{self.name}"
-
-
-class _Opened:
-    """A descriptor that is closed when its last user lets go of it: not before a thread has read to the end."""
-
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
-            os.close(self.number)
-
-
-@lru_cache(maxsize=128)  # of the 1,024 files that a process may usually open
-def _opened(path: str) -> _Opened:
-    """One descriptor a shard; reading by place moves no position, so threads and forked workers may share it."""
-    return _Opened(path)
 
 
 Splits = dict[str, tuple[list[Triplet], Gallery]]
@@ -102,7 +57,7 @@ def read_shards(
     root, index = open_index(folder)
     if name is not None and index.get("name") != name:
         raise DataError(f"{root}: holds shards of {str(index.get('name'))[:80]!r}, not of {name!r}; give another root")
-    _opened.cache_clear()  # a folder that was written anew is not read by the old files
+    forget_opened()  # a folder that was written anew is not read by the old files
     images: dict[str, ShardImage] = {}
     files: set[str] = set()
     for shard in index["shards"]:
