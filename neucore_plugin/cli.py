@@ -15,6 +15,7 @@ from typing import Any
 
 from neucore_plugin import __version__
 from neucore_plugin.commands import (
+    compare,
     configs,
     convert,
     data,
@@ -30,7 +31,7 @@ from neucore_plugin.commands import (
 )
 from neucore_plugin.common.errors import FileError, NeucoreError, explained
 
-COMMANDS = (train, evaluate, search, report, configs, models, data, vocab, shards, submit, convert, setup_host)
+COMMANDS = (train, evaluate, search, report, compare, configs, models, data, vocab, shards, submit, convert, setup_host)
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
 EXAMPLES = """\
 examples:
@@ -39,6 +40,7 @@ examples:
   neucore evaluate --cfg-path my.yaml --checkpoint output/emoji/RUN/checkpoint_best.pth
   neucore search --checkpoint BEST.pth --folder photos --image photos/cat.jpg --text "now asleep" --html found.html
   neucore report output/emoji
+  neucore compare output/emoji/RUN output/other/RUN --html compared.html
   neucore configs copy train_cirr
   neucore models
   neucore data emoji

@@ -21,7 +21,15 @@ from neucore_plugin.datasets.emoji import splits as emoji
 from neucore_plugin.datasets.published import catalogue
 from neucore_plugin.datasets.shards import reader as shards
 from neucore_plugin.datasets.shards import stream as streams
-from neucore_plugin.datasets.triplets import LEFT_OUT, Gallery, ImageStore, Triplet, TripletDataset, left_out_text
+from neucore_plugin.datasets.triplets import (
+    LEFT_OUT,
+    Gallery,
+    ImageStore,
+    Triplet,
+    TripletDataset,
+    left_out_text,
+    no_names,
+)
 from neucore_plugin.host.registration import register_builder
 
 DATA_TYPES = get_args(DatasetSchema.model_fields["data_type"].annotation)
@@ -42,6 +50,7 @@ class TripletBuilder(BaseDatasetBuilder):
     place = "root"  # the key of build_info that says where the images are
     train_dataset_cls = eval_dataset_cls = TripletDataset
     credit: str | None = None
+    names = staticmethod(no_names)
     wanted: Sequence[str] | None = None
 
     def __init__(self, cfg: Any = None) -> None:
@@ -136,7 +145,7 @@ class TripletBuilder(BaseDatasetBuilder):
             buffer=info["shuffle_buffer"],
             skip=info.get("missing") == "skip",
         )
-        dataset.credit, dataset.left_out = self.credit, self.left_out.get(split, {})
+        dataset.credit, dataset.names, dataset.left_out = self.credit, self.names, self.left_out.get(split, {})
         logging.info("%s: %s holds %d queries in %d shards", self.name, split, len(dataset), len(dataset.shards))
         for notice in dataset.notices:
             logging.warning("%s: %s: %s", self.name, split, notice)
@@ -176,7 +185,7 @@ class TripletBuilder(BaseDatasetBuilder):
             captions = self.text_processors[side]
             made = protocols.build(self.name, split, content, stores[side], chosen, _joiner(info, captions), captions)
             for name, dataset in made.items():
-                dataset.credit, dataset.one_process = self.credit, one_process
+                dataset.credit, dataset.names, dataset.one_process = self.credit, self.names, one_process
                 if self.name == "fashioniq" and side == "eval":
                     dataset.family = f"{split.split('_')[0]}_mean"
                 dataset.left_out = self.left_out.get(split, {})
@@ -225,6 +234,7 @@ for _reader in catalogue.READERS.values():
                 "name": _reader.name,
                 "SPLITS": _reader.answered,
                 "credit": _reader.credit,
+                "names": staticmethod(_reader.names),
                 "DATASET_CONFIG_DICT": dataset_types(_reader.name),
             },
         )
@@ -239,6 +249,7 @@ class EmojiBuilder(TripletBuilder):
     place = "cache_dir"
     SPLITS = SPLITS["emoji"]
     credit = drawings.CREDIT
+    names = staticmethod(emoji.emoji_names)
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = dataset_types("emoji")
 
     def prepare(self, info: dict[str, Any]) -> None:

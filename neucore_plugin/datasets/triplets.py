@@ -40,6 +40,11 @@ class Triplet:
     aspects: tuple[str, ...] = ()
 
 
+def no_names(ids: Iterable[str]) -> dict[str, str]:
+    """Of a data set that has no other names for its images than their ids."""
+    return {}
+
+
 LEFT_OUT = ("missing_images", "unreadable_images", "skipped_queries")  # counts of what bad images cost a split
 
 
@@ -194,6 +199,7 @@ class TripletDataset(Dataset):
         self.concepts = list(concepts) if concepts is not None else [()] * len(self.triplets)
         self.text_cache: FeatureCache | None = None
         self.credit: str | None = None  # whom a page that shows these images has to name
+        self.names: Callable[[Iterable[str]], dict[str, str]] = no_names  # what a page calls images, by id
         self._key = {image: index for index, image in enumerate(images.paths)}
         self._position = {image: index for index, image in enumerate(gallery.ids)}
         self._check()

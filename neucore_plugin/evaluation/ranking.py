@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neucore_plugin.datasets.triplets import TripletDataset
 from neucore_plugin.evaluation.metrics import SUBSET_AT, mean_average_precision, recall_at, soft_recall_at
-from neucore_plugin.retrieval.ranks import image_ranks, target_ranks, topk
+from neucore_plugin.retrieval.ranks import MISS, image_ranks, target_ranks, topk
 
 SHOWN = 10  # retrieved images kept a query, for the report
 
@@ -82,6 +82,23 @@ class Evaluated:
         others = {row: values for row, values in self.table.items() if row != self.title}
         metrics = {**own, "agg_metrics": sum(own[name] for name in chosen_by) / len(chosen_by), **others}
         return {**metrics, "per_change": self.per_change} if self.per_change else metrics
+
+    def kept(self, row: str, places: Sequence[int]) -> dict[str, Any]:
+        """What pairs the queries at `places` with those of another run: {"rank": [rank, 0 = not ranked], ...}.
+
+        "subset_rank" likewise where the queries have groups; "values": percent by metric, a query each, of the metrics
+        that do not follow from ranks alone.
+        """
+        found, protocol = [self.rows[row][place] for place in places], self.dataset.protocol
+        kept: dict[str, Any] = {"rank": [0 if query.rank == MISS else query.rank for query in found]}
+        if found[0].subset_rank is not None:
+            kept["subset_rank"] = [0 if query.subset_rank == MISS else query.subset_rank for query in found]
+        if protocol.soft or protocol.precision_at:
+            alone = [self._summary(row, [place]) for place in places]
+            kinds = ("R", "mAP") if protocol.soft else ("mAP",)
+            names = [name for name in alone[0] if name.startswith(kinds)]
+            kept["values"] = {name: [round(values[name], 4) for values in alone] for name in names}
+        return kept
 
     def _summary(self, row: str, places: Sequence[int]) -> dict[str, float]:
         """Percent, of one row and the queries at `places`.

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: the table on the log, results.json, evaluation.json, report.html."""
+"""What an evaluation leaves behind: the table on the log, results.json, evaluation.json, ranks.json, report.html."""
 
 import logging
 import shutil
@@ -8,21 +8,25 @@ from typing import Any
 
 import torch
 
+from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import atomic_write, locked, read_json, sha256_text, write_json
 from neucore_plugin.config.published import STANDARD
-from neucore_plugin.datasets.triplets import LEFT_OUT
-from neucore_plugin.evaluation.ranking import Evaluated
-from neucore_plugin.report import check_results, table_lines, write_report
-from neucore_plugin.report.charts import row_label
+from neucore_plugin.datasets.triplets import LEFT_OUT, TripletDataset
+from neucore_plugin.evaluation.pages import run_page
+from neucore_plugin.evaluation.ranking import Evaluated, QueryRanks
+from neucore_plugin.evaluation.stored import EXAMPLES, RANKS, read_run, write_ranks
+from neucore_plugin.report import Examples, check_results, row_label, table_lines
 from neucore_plugin.retrieval.ranks import MISS
 
-EXAMPLES = 4  # queries shown a split
+SAMPLE, EXTREMES = 4, 3  # queries shown a split: chosen by a hash; answered best, and worst
 
 
-def with_means(evaluated: Mapping[str, Evaluated]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The tables by split, each row with its protocol; after the splits of a family (FashionIQ) their mean."""
+def with_means(evaluated: Mapping[str, Evaluated]) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, list[str]]]:
+    """The tables by split, each row with its protocol; after the splits of a family (FashionIQ) their mean. Then the
+    splits of each mean."""
     results: dict[str, dict[str, dict[str, Any]]] = {}
     families: dict[str, list[str]] = {}
+    means: dict[str, list[str]] = {}
     for split, found in evaluated.items():
         dataset = found.dataset
         name = dataset.protocol.name
@@ -36,7 +40,8 @@ def with_means(evaluated: Mapping[str, Evaluated]) -> dict[str, dict[str, dict[s
             base = family.split("@")[0]
             title = family if base in results else base  # a family's first protocol has its bare name
             results[title] = {row: _mean([results[split][row] for split in splits]) for row in results[splits[0]]}
-    return results
+            means[title] = splits
+    return results, means
 
 
 def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def write_results(
 
     Returns the paths. provenance: what evaluation.json and the page say of config, checkpoint, data, versions.
     """
-    results = with_means(evaluated)
+    results, means = with_means(evaluated)
     protocols = {split: found.dataset.protocol for split, found in evaluated.items()}
     provenance = {
         **provenance,
@@ -78,24 +83,23 @@ def write_results(
     lines += [f"{split}: {notice}" for split, found in evaluated.items() for notice in found.dataset.notices]
     aspects = [line for split, found in evaluated.items() for line in _aspect_lines(split, found)]
     logging.info("\n".join(["results, percent", *lines, *table_lines(results), *aspects]))
-    files = [run_folder / "evaluation.json", run_folder / "results.json"]
+    files = [run_folder / "evaluation.json", run_folder / "results.json", run_folder / RANKS]
+    write_ranks(run_folder / RANKS, evaluated, means)
     write_json(files[0], {"results": results, "per_change": per_change, **provenance})
     write_json(files[1], results)
-    copied = files[1:]
+    copied = [files[1]]
     if report:
         page = run_folder / "report.html"
         datasets = [found.dataset for found in evaluated.values()]
-        write_report(
-            page,
-            title=f"{row_label(model.title)} on {', '.join(sorted({dataset.name for dataset in datasets}))}",
-            results=results,
-            examples=[example for found in evaluated.values() for example in _examples(found, model)],
-            settings=provenance,
-            credit=" · ".join(sorted({dataset.credit for dataset in datasets if dataset.credit})) or None,
-            per_change=per_change,
+        shown = Examples.of(
+            [example for found in evaluated.values() for example in _examples(found, model)],
             fit=model.image_processor.fit,
+            credit=" · ".join(sorted({dataset.credit for dataset in datasets if dataset.credit})) or None,
         )
-        files.append(page)
+        shown.write(run_folder / EXAMPLES)
+        title = f"{row_label(model.title)} on {', '.join(sorted({dataset.name for dataset in datasets}))}"
+        run_page(read_run(run_folder), page, title, shown)
+        files += [run_folder / EXAMPLES, page]
         copied.append(page)
     files += _copied(copied, shared_folder)
     logging.info("written:\n%s", "\n".join(f"  {path}" for path in files))
@@ -129,32 +133,61 @@ def _copied(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def _examples(found: Evaluated, model: Any) -> list[dict[str, Any]]:
-    """A few queries of a split, chosen by a hash of their names, with concept maps."""
-    triplets = found.dataset.triplets
+    """A few queries of a split, chosen by a hash of their names, with concept maps; those answered best and worst."""
+    triplets, ranks = found.dataset.triplets, found.rows[found.title]
     order = sorted(range(len(triplets)), key=lambda n: sha256_text(triplets[n].query_id))
-    return [_example(found, index, model) for index in order[:EXAMPLES]]
+    ranked = [n for n in order if ranks[n].rank != MISS]
+    picks = {
+        "sample": order[:SAMPLE],
+        "best": sorted(ranked, key=lambda n: (ranks[n].rank, -_lead(ranks[n])))[:EXTREMES],
+        "worst": sorted(ranked, key=lambda n: -ranks[n].rank)[:EXTREMES],
+    }
+    return [_example(found, index, model, pick) for pick, chosen in picks.items() for index in chosen]
 
 
-def _example(found: Evaluated, index: int, model: Any) -> dict[str, Any]:
+def _lead(ranks: QueryRanks) -> float:
+    """How far the first image's score is above the second's."""
+    return ranks.top_scores[0] - ranks.top_scores[1] if len(ranks.top_scores) > 1 else 0.0
+
+
+def _names(dataset: TripletDataset, ids: Sequence[str]) -> dict[str, str]:
+    try:
+        return dataset.names(ids)
+    except DataError:  # what knows the names is not installed: the ids do
+        return {}
+
+
+def _example(found: Evaluated, index: int, model: Any, pick: str) -> dict[str, Any]:
     dataset, ranks = found.dataset, found.rows[found.title][index]
     triplet, ids, paths = dataset.triplets[index], dataset.gallery.ids, dataset.gallery.paths
     right = dataset.target_positions(index)
     reference = dataset.images.paths[triplet.reference]
-    with torch.inference_mode():
-        shown = (triplet.reference, ids[ranks.top[0]])
-        pixels = [dataset.images.pixels(name)[None].to(model.device) for name in shown]
-        maps = model.concept_maps(pixels[0], [dataset.texts[index]], pixels[1])[0]
+    names = _names(dataset, [triplet.reference, ids[right[0]], *(ids[place] for place in ranks.top)])
+    maps = None
+    if pick == "sample":
+        with torch.inference_mode():
+            shown = (triplet.reference, ids[ranks.top[0]])
+            pixels = [dataset.images.pixels(name)[None].to(model.device) for name in shown]
+            maps = model.concept_maps(pixels[0], [dataset.texts[index]], pixels[1])[0]
     return {
         "split": dataset.split,
+        "pick": pick,
         "query_id": triplet.query_id,
         "reference": reference,
+        "reference_name": names.get(triplet.reference),
         "caption": dataset.texts[index],
         "change": triplet.change,
         "rank": None if ranks.rank == MISS else ranks.rank,
         "targets": list(triplet.targets),
-        "target": {"id": ids[right[0]], "path": paths[right[0]]},
+        "target": {"id": ids[right[0]], "name": names.get(ids[right[0]]), "path": paths[right[0]]},
         "retrieved": [
-            {"id": ids[place], "path": paths[place], "score": score, "correct": place in right}
+            {
+                "id": ids[place],
+                "name": names.get(ids[place]),
+                "path": paths[place],
+                "score": score,
+                "correct": place in right,
+            }
             for place, score in zip(ranks.top, ranks.top_scores, strict=True)
         ],
         "maps": maps or None,

@@ -7,8 +7,15 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Examples": "examples",
+    "Interval": "curves",
+    "Panel": "curves",
     "check_results": "table",
+    "comparison_lines": "table",
+    "comparison_page": "page",
+    "metric_columns": "table",
     "results_chart_svg": "charts",
+    "row_label": "charts",
     "search_page": "page",
     "table_lines": "table",
     "write_report": "page",

@@ -60,7 +60,7 @@ def bar_chart_svg(
     if not series or not panels or not all(groups for _, groups in panels):
         raise DataError("no results to draw; give at least one split with one row of recalls")
     group = len(series) * (_BAR + _GAP) - _GAP
-    legend = [8 + sum(map(_legend_width, series[:number])) for number in range(len(series) + 1)]
+    legend = [8 + sum(map(legend_width, series[:number])) for number in range(len(series) + 1)]
     bars = max(len(groups) for _, groups in panels) * (group + _GROUP_GAP)
     width, height = max(_LEFT + bars + 6, legend[-1]), _LEGEND + len(panels) * (_TOP + _PLOT + _BOTTOM)
     spoken = "; ".join(
@@ -113,7 +113,7 @@ def _panel(name: str, groups: Sequence[Group], series: Sequence[str], top: int, 
     return parts
 
 
-def _legend_width(name: str) -> float:
+def legend_width(name: str) -> float:
     """Points taken by a legend entry: a generous guess, as nothing here can measure text."""
     return 38 + sum(9.5 if letter.isupper() or ord(letter) > 0x2E80 else 7 for letter in name)
 

@@ -3,30 +3,32 @@
 Pictures are embedded as small PNG or JPEG data; all text passes the template's escaping.
 """
 
-import base64
-import io
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image, ImageOps
 
-from neucore_plugin.common.errors import ImageError
 from neucore_plugin.common.files import atomic_write
-from neucore_plugin.common.images import Picture, load_image
+from neucore_plugin.common.images import Picture
 from neucore_plugin.common.names import name_of
 from neucore_plugin.report.charts import CHART_STYLE, row_label, split_chart_svg
-from neucore_plugin.report.table import Results, metric_columns
-
-_THUMB = 192  # pixels at the longer side: sharp at 96 points on a dense screen
-_LARGE = 320
-_JPEG_QUALITY = 85
+from neucore_plugin.report.curves import LINE_STYLE, Interval, Panel, interval_chart_svg, line_chart_svg
+from neucore_plugin.report.examples import Examples, tile
+from neucore_plugin.report.pictures import LARGE, Pictures
+from neucore_plugin.report.pictures import heat_overlay as heat_overlay
+from neucore_plugin.report.table import (
+    Results,
+    difference_text,
+    interval_text,
+    mean_text,
+    metric_columns,
+    p_text,
+    significant,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,29 +37,38 @@ def write_report(
     path: str | Path,
     title: str,
     results: Results,
-    examples: Iterable[Mapping[str, Any]] | None = None,
+    examples: "Iterable[Mapping[str, Any]] | Examples | None" = None,
     settings: Mapping[str, Any] | None = None,
     credit: str | None = None,
     per_change: Results | None = None,
     fit: str = "pad",
+    curves: Sequence[Panel] = (),
+    notice: str = "",
 ) -> list[str]:
     """Write the report; returns the pictures that could not be shown (an empty frame stands for each).
 
     results: {split: {row: {"R@1": percent, ..., "median_rank": .., "queries": n}}}; per_change: {split: {change: ...}}.
     examples: dicts with split, query_id, reference (path), caption, change, rank (None: not ranked), targets (ids),
     retrieved (dicts of id, path, score, correct), target (dict of id, path) and maps: None or dicts of concept,
-    reference [h,w] and candidate [h,w] in [0,1], the candidate being the first retrieved picture. settings: nested
-    mapping, shown as a table. fit: how the image processor makes pictures square ("pad", "crop" or "stretch"), so that
-    maps lie where they belong.
+    reference [h,w] and candidate [h,w] in [0,1], the candidate being the first retrieved picture; where they have them
+    reference_name and the name of a target or retrieved picture, shown in place of its id; pick: why an example is
+    shown ("sample", which is what is taken for granted, "best", "worst"). Or an `Examples`, made of such earlier.
+    settings: nested mapping, shown as a table. fit: how the image processor makes pictures square ("pad", "crop" or
+    "stretch"), so that maps lie where they belong. curves: panels of the training. notice: a line under the title.
     """
-    pictures = _Pictures(fit)
-    order = [*results, *(per_change or {})]
+    made = examples if isinstance(examples, Examples) else Examples.of(examples or (), fit, credit)
     metrics = metric_columns(results)
     recalls = [name for name in metrics if name.startswith("R@")]
     columns = [*metrics, "median_rank", "queries"]
-    groups: dict[str, list[dict[str, Any]]] = {split: [] for split in order}
-    for example in examples or ():
-        groups.setdefault(str(example["split"]), []).append(_example(example, pictures))
+    examples_by_split = made.in_order([*results, *(per_change or {})])
+    landed = []
+    for split, picks in examples_by_split:  # each card that has maps is numbered, to be linked
+        for card in picks["sample"]:
+            card["at"] = 0
+        with_maps = [card for card in picks["sample"] if card["maps"]]
+        landed += [(split, with_maps)] if with_maps else []
+    for number, card in enumerate((card for _, cards in landed for card in cards), start=1):
+        card["at"] = number
     drawn = [(split, rows) for split, rows in results.items() if rows]
     page = {
         "kind": "report",
@@ -67,10 +78,61 @@ def write_report(
         "results": [(_title(split, rows), _table(rows, columns, best=True)) for split, rows in drawn],
         "charts": [(split, Markup(split_chart_svg(split, rows, recalls))) for split, rows in drawn if recalls],
         "changes": [(split, _table(rows, columns)) for split, rows in (per_change or {}).items() if rows],
-        "examples": [(split, cards) for split, cards in groups.items() if cards],
+        "examples": examples_by_split,
+        "landed": landed,
+        "settings": list(_flat(settings or {})),
+        "curves": [(panel.title, Markup(line_chart_svg(panel))) for panel in curves],
+        "notice": notice,
+    }
+    return _write(path, page, made.missing, credit or made.credit)
+
+
+def comparison_page(
+    path: str | Path, title: str, found: Mapping[str, Any], curves: Sequence[Panel] = (), settings: Any = None
+) -> None:
+    """Write a comparison (see `evaluation.comparison.compare`) with its plots; curves: panels with a line a group."""
+    base, splits = found["baseline"], []
+    for split, metrics in found["splits"].items():
+        rows = []
+        for group in found["groups"]:
+            own = {metric: entries[group["name"]] for metric, entries in metrics.items()}
+            cells = [
+                {
+                    "mean": mean_text(entry),
+                    "difference": difference_text(entry) if "difference" in entry else "",
+                    "interval": interval_text(entry.get("difference_interval")) if "p" in entry else "",
+                    "p": p_text(entry["p_holm"]) if "p" in entry else "",
+                    "sure": significant(entry),
+                }
+                for entry in own.values()
+            ]
+            rows.append({"name": group["name"], "runs": len(group["runs"]), "cells": cells})
+        charts = []
+        for metric, entries in list(metrics.items())[:1]:
+            means, differences = [], []
+            for name, entry in entries.items():
+                single = entry["values"] if len(entry["values"]) > 1 else ()
+                means.append(Interval(name, entry["mean"], *entry.get("interval", (None, None)), single))
+                if "difference" in entry:
+                    ends = entry.get("difference_interval", (None, None))
+                    differences.append(Interval(name, entry["difference"], *ends, (), not significant(entry)))
+            charts.append((metric, Markup(interval_chart_svg(f"{split}, {metric}", means))))
+            if differences:
+                chart = interval_chart_svg(f"{split}, {metric} less {base}", differences, zero=True)
+                charts.append((f"{metric} less that of {base}", Markup(chart)))
+        splits.append({"name": split, "metrics": list(metrics), "rows": rows, "charts": charts})
+    page = {
+        "kind": "compare",
+        "title": title,
+        "baseline": base,
+        "groups": found["groups"],
+        "notes": found["notes"],
+        "splits": splits,
+        "tested": any("p" in e for ms in found["splits"].values() for es in ms.values() for e in es.values()),
+        "curves": [(panel.title, Markup(line_chart_svg(panel))) for panel in curves],
         "settings": list(_flat(settings or {})),
     }
-    return _write(path, page, pictures, credit)
+    _write(path, page, [], None)
 
 
 def search_page(
@@ -85,127 +147,18 @@ def search_page(
 
     hits: objects with name, path and score, best first.
     """
-    pictures = _Pictures("pad")
+    pictures = Pictures("pad")
     retrieved = [{"id": hit.name, "path": hit.path, "score": hit.score} for hit in hits]
     name = name_of(Path(reference).name) if isinstance(reference, str | os.PathLike) else ""
     page = {
         "kind": "search",
         "title": title,
-        "reference": pictures.thumb(reference, _LARGE) if reference is not None else None,
+        "reference": pictures.thumb(reference, LARGE) if reference is not None else None,
         "reference_name": name,
         "caption": caption or "",
-        "hits": [_tile(rank, item, pictures) for rank, item in enumerate(retrieved, start=1)],
+        "hits": [tile(rank, item, pictures) for rank, item in enumerate(retrieved, start=1)],
     }
-    return _write(path, page, pictures, credit)
-
-
-class _Pictures:
-    """Makes embedded pictures, and keeps a list of those that could not be read."""
-
-    def __init__(self, fit: str):
-        self.fit = fit
-        self.missing: list[str] = []
-        self._made: dict[tuple[str | int, int], str | None] = {}
-
-    def thumb(self, picture: Picture, size: int = _THUMB) -> str | None:
-        """A data address, or None where the picture cannot be read."""
-        key = (id(picture) if _in_memory(picture) else str(picture), size)
-        if key not in self._made:
-            image = self._open(picture)
-            if image:
-                image.thumbnail((size, size), Image.Resampling.LANCZOS)
-            self._made[key] = _data_address(image) if image else None
-        return self._made[key]
-
-    def heat(self, picture: Picture, values: torch.Tensor) -> str | None:
-        """The picture as the model saw it, square, with a map [h,w] in [0,1] laid over it."""
-        image = self._open(picture)
-        return _data_address(heat_overlay(image, values, fit=self.fit)) if image else None
-
-    def _open(self, picture: Picture) -> Image.Image | None:
-        try:
-            return load_image(picture)
-        except ImageError as error:  # the page is still wanted
-            name = "a picture given in memory" if _in_memory(picture) else str(picture)
-            if name not in self.missing:
-                self.missing.append(name)
-                log.debug("no thumbnail of %s: %s", name, error)
-            return None
-
-
-def _in_memory(picture: Picture) -> bool:
-    return isinstance(picture, Image.Image | bytes | bytearray | memoryview | io.IOBase)
-
-
-def heat_overlay(image: Image.Image, values: torch.Tensor, size: int = _THUMB, fit: str = "pad") -> Image.Image:
-    """A map [h,w] in [0,1] (clamped; NaN counts as 0) over an RGB image made square as `fit` says; side `size`."""
-    if fit in ("pad", "released"):
-        image = ImageOps.pad(image, (max(image.size),) * 2, color="white")
-    if fit == "released":
-        image = ImageOps.crop(image, image.width // 16)  # the centre, 7/8 of the side
-    elif fit == "crop":
-        image = ImageOps.fit(image, (min(image.size),) * 2)
-    image = image.resize((size, size), Image.Resampling.LANCZOS)
-    grid = torch.as_tensor(values).detach().float().cpu().nan_to_num(0.0).clamp(0, 1)
-    heat = np.asarray(Image.fromarray(grid.numpy()).resize((size, size), Image.Resampling.BILINEAR))[..., None]
-    grey = np.asarray(ImageOps.grayscale(image), dtype=np.float32)[..., None]
-    base = 0.45 * np.asarray(image, dtype=np.float32) + 0.55 * (
-        0.6 * grey + 0.4 * 255
-    )  # paler, so that heat stands out
-    stops = [np.interp(heat, (0, 0.5, 1), channel) for channel in ((255, 250, 190), (221, 122, 10), (80, 20, 40))]
-    alpha = 0.78 * heat**0.8
-    mixed = (1 - alpha) * base + alpha * np.concatenate(stops, axis=-1)
-    return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
-
-
-def _data_address(image: Image.Image) -> str:
-    """PNG or JPEG, whichever is smaller: drawings come out as the one, photographs as the other."""
-    kinds = {}
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": _JPEG_QUALITY, "optimize": True})):
-        stream = io.BytesIO()
-        image.save(stream, kind, **options)
-        kinds[kind] = stream.getvalue()
-    kind = min(kinds, key=lambda name: len(kinds[name]))
-    return f"data:image/{kind};base64,{base64.b64encode(kinds[kind]).decode('ascii')}"
-
-
-def _tile(rank: int, item: Mapping[str, Any], pictures: _Pictures) -> dict[str, Any]:
-    score = item.get("score")
-    return {
-        "rank": rank,
-        "name": str(item["id"]),
-        "picture": pictures.thumb(item["path"]),
-        "score": "" if score is None else f"{float(score):.3f}",
-        "correct": bool(item.get("correct")),
-    }
-
-
-def _example(example: Mapping[str, Any], pictures: _Pictures) -> dict[str, Any]:
-    retrieved = list(example["retrieved"])
-    shown = [_tile(rank, item, pictures) for rank, item in enumerate(retrieved, start=1)]
-    rank, target = example["rank"], example.get("target")
-    beyond = target is not None and (rank is None or rank > len(shown))
-    first = retrieved[0] if retrieved else None
-    maps = [
-        {
-            "concept": str(item["concept"]),
-            "reference": pictures.heat(example["reference"], item["reference"]),
-            "candidate": pictures.heat(first["path"], item["candidate"]) if first else None,
-        }
-        for item in example.get("maps") or ()
-    ]
-    return {
-        "query_id": str(example["query_id"]),
-        "reference": pictures.thumb(example["reference"], _LARGE),
-        "caption": str(example["caption"]),
-        "change": str(example.get("change") or ""),
-        "rank": rank,
-        "several": len(example.get("targets") or ()) > 1,
-        "retrieved": shown,
-        "target": {"name": str(target["id"]), "picture": pictures.thumb(target["path"])} if beyond else None,
-        "maps": maps,
-        "candidate": str(first["id"]) if first else "",
-    }
+    return _write(path, page, pictures.missing, credit)
 
 
 def _title(split: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -250,7 +203,7 @@ def _flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
         yield name, "–" if value is None else str(value)
 
 
-def _write(path: str | Path, page: dict[str, Any], pictures: _Pictures, credit: str | None) -> list[str]:
+def _write(path: str | Path, page: dict[str, Any], missing: list[str], credit: str | None) -> list[str]:
     engine = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -258,11 +211,11 @@ def _write(path: str | Path, page: dict[str, Any], pictures: _Pictures, credit: 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    chart_style = Markup(CHART_STYLE)
+    chart_style = Markup(CHART_STYLE + LINE_STYLE)
     template = engine.get_template("report.html.j2")
-    text = template.render(**page, credit=credit, missing=pictures.missing, chart_style=chart_style)
+    text = template.render(**page, credit=credit, missing=missing, chart_style=chart_style)
     with atomic_write(path, "w") as stream:
         stream.write(text)
-    if pictures.missing:
-        log.warning("%d pictures could not be read; %s shows empty frames for them", len(pictures.missing), path)
-    return pictures.missing
+    if missing:
+        log.warning("%d pictures could not be read; %s shows empty frames for them", len(missing), path)
+    return missing

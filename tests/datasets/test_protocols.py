@@ -327,8 +327,9 @@ def test_means_over_categories_and_the_protocol_of_every_row():
         {"missing_images": 2, "skipped_queries": 3},
     )
     second = evaluated(PRESETS["fashioniq"]["covr"], ["val_dress@covr", "val_shirt@covr", "val_toptee@covr"])
-    results = with_means({**first, **second})
+    results, means = with_means({**first, **second})
     assert list(results)[-2:] == ["val_mean", "val_mean@covr"]
+    assert means["val_mean"] == ["val_dress", "val_shirt", "val_toptee"]
     assert results["val_mean"]["neucore"] == {
         "R@10": 10.0,
         "queries": 15,

@@ -198,7 +198,7 @@ def test_rankings_for_a_submission(dataset):
 
 
 def test_a_miss_by_the_split_is_counted_told_and_shown(dataset, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("neucore_plugin.evaluation.results.EXAMPLES", 5)
+    monkeypatch.setattr("neucore_plugin.evaluation.results.SAMPLE", 5)
     dataset.triplets[1] = replace(dataset.triplets[1], targets=(dataset.triplets[1].reference,))
     found = evaluate(TripletDataset("x", "val", dataset.triplets, dataset.gallery, dataset.images))
     assert found.rows["neucore"][1].rank == found.rows["neucore"][1].subset_rank == MISS
@@ -210,7 +210,7 @@ def test_a_miss_by_the_split_is_counted_told_and_shown(dataset, tmp_path, caplog
     assert f"val: {notice}" in caplog.text
     assert json.loads((tmp_path / "run/evaluation.json").read_text())["notices"]["val"][0].startswith(notice)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("the target is the reference, which is not ranked") == 1 and page.count("at rank\n") == 4
+    assert page.count("the target is the reference, which is not ranked") == 1 and page.count("at rank\n") == 4 + 3 + 3
 
 
 def test_a_submission_ranks_the_reference_where_the_protocol_does(dataset):
@@ -227,7 +227,7 @@ def test_result_files_and_page(dataset, tmp_path):
     found = evaluate(dataset, partial=True)
     (tmp_path / "run").mkdir()
     files = write_results({"val": found}, TableModel(), tmp_path / "run", tmp_path, {"seed": 1})
-    assert all(path.is_file() for path in files) and len(files) == 5
+    assert all(path.is_file() for path in files) and len(files) == 7
     results = json.loads((tmp_path / "results.json").read_text())
     assert results == {"val": found.table}
     record = json.loads((tmp_path / "run" / "evaluation.json").read_text())

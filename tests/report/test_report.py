@@ -142,8 +142,9 @@ def test_report_says_everything(tmp_path, pictures):
         "run.splits a, b",
         "model.checkpoint –",
         "Drawings: OpenMoji, CC BY-SA 4.0",
-        "Where each concept lies",
-        "Candidate: image 1.",
+        "Where concepts land",
+        "Where its concepts land",
+        "wrong answer at rank 1",
     ):
         assert words in page.text, words
     tiles = [attrs for _, attrs in page.classed("tile")]
@@ -151,11 +152,11 @@ def test_report_says_everything(tmp_path, pictures):
     assert tiles[1]["title"] == "image 2, score 2.800"
     assert page.text.count("The target, not among") == 1  # only where it is not in the top ten
     assert len(page.classed("right")) == 2  # the framed answer of one query, the target of the other
-    assert len(page.named("img")) == 2 * (1 + 10) + 1 + 2
+    assert len(page.named("img")) == 2 * (1 + 10) + 1 + 2 + 2  # maps; the pictures beside them
     assert len(page.named("svg")) == 2
     names = {attrs["href"] for attrs in page.named("a")}
-    assert names == {"#results", "#changes", "#examples-1", "#examples-2", "#settings"}
-    assert names == {f"#{attrs['id']}" for attrs in page.named("section")}
+    assert names == {"#results", "#changes", "#concepts", "#maps-1", "#examples-1", "#examples-2", "#settings"}
+    assert names == {f"#{attrs['id']}" for attrs in page.named("section") + page.named("article") if "id" in attrs}
 
 
 def test_best_values_are_marked(tmp_path):
@@ -228,7 +229,7 @@ def test_broken_pictures_leave_empty_frames(tmp_path, pictures, caplog):
         )
     assert missing == [str(broken), str(gone)] or missing == [str(gone), str(broken)]
     page = Page(tmp_path / "r.html")
-    assert len(page.classed("gone")) == 1 + 2 + 2
+    assert len(page.classed("gone")) == 1 + 2 + 2 + 2  # query, retrieved, maps, the pictures beside them
     assert len(page.named("img")) == 1
     assert "2 pictures could not be read" in page.text
     assert "broken.png" in page.text

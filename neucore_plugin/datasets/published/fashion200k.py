@@ -13,6 +13,7 @@ fixed seed (other code draws anew at every step).
 
 import random
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from neucore_plugin.datasets.annotations import read_lines, safe_name
@@ -110,6 +111,12 @@ def _masks(caption: str) -> list[str]:
     return list(dict.fromkeys(" ".join([*words[:place], *words[place + 1 :]]) for place in range(len(words))))
 
 
+def _names(ids: Iterable[str]) -> dict[str, str]:
+    """women/dresses/casual_dresses/517/517_0.jpeg -> casual dresses 517."""
+    parts = {name: Path(name).parts for name in ids}
+    return {name: f"{found[-3]} {found[-2]}".replace("_", " ") for name, found in parts.items() if len(found) > 2}
+
+
 FASHION200K = Reader(
     name="fashion200k",
     title="Fashion200K",
@@ -123,4 +130,5 @@ the images and the labels come from the authors, by the links of https://github.
 test_queries.txt is not in the repository https://github.com/google/tirg: its README links to
     https://storage.googleapis.com/image_retrieval_css/test_queries.txt: put it into {root}""",
     queries=lambda split: ("test_queries.txt",) if split == "test" else (),  # those of train are made from the labels
+    names=_names,
 )

@@ -1,6 +1,6 @@
 """What a published data set is: its splits, its files, where they come from, and how they are read. No host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from neucore_plugin.common.files import expanded
 from neucore_plugin.common.names import Listing
 from neucore_plugin.config.published import SPLITS, UNANSWERED_SPLITS
 from neucore_plugin.datasets.annotations import refuse
-from neucore_plugin.datasets.triplets import Gallery, Triplet
+from neucore_plugin.datasets.triplets import Gallery, Triplet, no_names
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Reader:
         to `problems`, a line each.
     where_from: what to fetch from where, and where it belongs; "{root}" stands for the root folder.
     queries: of a split, those of its `files` that hold its queries alone, which can be counted without the others.
+    names: ids of images -> what a page calls those that have a name to be read, by id.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Reader:
     where_from: str
     queries: Callable[[str], tuple[str, ...]]
     annotation_folders: tuple[str, ...] = ("",)
+    names: Callable[[Iterable[str]], dict[str, str]] = no_names
 
     @property
     def answered(self) -> tuple[str, ...]:

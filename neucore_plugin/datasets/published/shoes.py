@@ -50,6 +50,11 @@ def _pictures(root: Path) -> dict[str, Path]:
     return files
 
 
+def _names(ids: Iterable[str]) -> dict[str, str]:
+    """img_womens_athletic_shoes_830.jpg -> womens athletic shoes 830."""
+    return {name: Path(name).stem.removeprefix("img_").replace("_", " ") for name in ids}
+
+
 SHOES = Reader(
     name="shoes",
     title="Shoes",
@@ -64,4 +69,5 @@ the images are the Attribute Discovery data set of Tamara Berg
     http://tamaraberg.com/attributesDataset/index.html, an address that is reported dead; READMEs of later work,
     such as AMC (Zhu et al., 2023), link to copies. Unpack the folders womens_* anywhere below {root}""",
     queries=lambda split: (),  # one file holds those of both
+    names=_names,
 )
