@@ -11,8 +11,10 @@ from neucore_plugin import launch
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.config import sections
 from neucore_plugin.datasets.check import check
+from neucore_plugin.datasets.emoji.splits import emoji_names
 from neucore_plugin.datasets.published import catalogue
 from neucore_plugin.datasets.published.cirr import CIRR
+from neucore_plugin.datasets.published.shoes import SHOES
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, TripletDataset
 
 YAML = PROJECTS / "train_cirr.yaml"
@@ -136,6 +138,9 @@ def test_builder_gives_both_splits_and_says_the_protocol(root, monkeypatch, capl
         and "val holds 5 queries, gallery 8" in caplog.text
     )
     assert "NLVR2" in datasets["val"].credit
+    for name, called in (("cirr", CIRR.names), ("shoes", SHOES.names), ("emoji", emoji_names)):
+        assert registry.get_builder_class(name).names is called
+    assert datasets["val"].names is CIRR.names
     assert datasets["val"].member_positions(2) == (2, 3, 4, 5, 6, 7) and datasets["val"].reference_position(2) == 7
 
 

@@ -24,6 +24,15 @@ def touch(*paths: Path) -> None:
         path.write_bytes(b"x")
 
 
+def test_names_that_pages_show():
+    assert SHOES.names(["img_womens_athletic_shoes_830.jpg"]) == {
+        "img_womens_athletic_shoes_830.jpg": "womens athletic shoes 830"
+    }
+    image = "women/dresses/casual_and_day_dresses/517/517_0.jpeg"
+    assert FASHION200K.names([image, "517_0.jpeg"]) == {image: "casual and day dresses 517"}
+    assert FASHIONIQ.names(["B1"]) == {}  # a number of a shop
+
+
 # ---- FashionIQ -------------------------------------------------------------------------------------------------------
 
 

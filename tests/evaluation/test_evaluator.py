@@ -18,7 +18,8 @@ from neucore_plugin.datasets.triplets import Gallery, ImageStore, Triplet, Tripl
 from neucore_plugin.evaluation.evaluator import Evaluator
 from neucore_plugin.evaluation.ranking import Evaluated, QueryRanks
 from neucore_plugin.evaluation.results import _copied, write_results
-from neucore_plugin.report import table_lines, write_report
+from neucore_plugin.evaluation.stored import read_run
+from neucore_plugin.report import Examples, table_lines, write_report
 from neucore_plugin.retrieval.ranks import MISS
 
 NAMES = tuple(f"image-{number}" for number in range(8))
@@ -206,6 +207,8 @@ def test_a_miss_by_the_split_is_counted_told_and_shown(dataset, tmp_path, caplog
     (tmp_path / "run").mkdir()
     with caplog.at_level("INFO"):
         write_results({"val": found}, TableModel(), tmp_path / "run", tmp_path, {})
+    kept = read_run(tmp_path / "run")
+    assert kept.ranks["splits"]["val"]["rows"]["neucore"]["rank"][1] == 0 and kept.values("val", "R@50")[0][1] == 0
     notice = "1 of 5 queries have their reference as target, which the protocol removes from the ranking; they count"
     assert f"val: {notice}" in caplog.text
     assert json.loads((tmp_path / "run/evaluation.json").read_text())["notices"]["val"][0].startswith(notice)
@@ -234,6 +237,67 @@ def test_result_files_and_page(dataset, tmp_path):
     assert (record["results"], record["seed"], record["per_change"]) == (results, 1, {"val": {}})
     page = (tmp_path / "report.html").read_text()
     assert ">R_subset@3</th>" in page and "Pictures: nobody" in page
+
+
+def called(ids):
+    return {name: f"called {name.partition('-')[2]}" for name in ids}
+
+
+def unnamed(ids):
+    raise DataError("the names are not installed")
+
+
+def test_ranks_and_examples_are_kept(dataset, tmp_path):
+    """Every query's ranks, whose means are the table; the best and the worst examples in order, by name."""
+    dataset.names = called
+    found = evaluate(dataset, partial=True)
+    (tmp_path / "run").mkdir()
+    write_results({"val": found}, TableModel(), tmp_path / "run", tmp_path, {})
+    run = read_run(tmp_path / "run")
+    assert run.asked("val")["count"] == [5]
+    for row, queries in found.rows.items():
+        kept = run.ranks["splits"]["val"]["rows"][row]
+        assert kept == {"rank": [q.rank for q in queries], "subset_rank": [q.subset_rank for q in queries]}
+    for metric in ("R@1", "R@5", "R_subset@1", "R_subset@2"):
+        (values,) = run.values("val", metric)
+        assert values.mean() == pytest.approx(found.table["neucore"][metric])
+    assert run.values("val", "median_rank") is None
+    ((split, picks),) = Examples.read(tmp_path / "run" / "examples.json").in_order([])
+    ranks = sorted(q.rank for q in found.rows["neucore"])
+    assert (split, len(picks["sample"])) == ("val", 4)
+    assert [card["rank"] for card in picks["best"]] == ranks[:3]
+    assert [card["rank"] for card in picks["worst"]] == ranks[:1:-1]
+    assert all(card["reference_name"].startswith("called ") for card in picks["best"])
+    assert "called 3 (image-3), score" in (tmp_path / "report.html").read_text()
+    dataset.names = unnamed  # what knows them is not installed
+    write_results({"val": found}, TableModel(), tmp_path / "run", tmp_path, {})
+    assert "called" not in (tmp_path / "report.html").read_text()
+
+
+def test_values_that_ranks_do_not_give_are_kept(dataset, tmp_path):
+    dataset.protocol = replace(STANDARD, precision_at=(2, 5))
+    dataset.triplets[0] = replace(dataset.triplets[0], targets=(NAMES[1], NAMES[4], NAMES[6]))
+    found = evaluate(
+        TripletDataset("x", "val", dataset.triplets, dataset.gallery, dataset.images, protocol=dataset.protocol)
+    )
+    (tmp_path / "run").mkdir()
+    write_results({"val": found}, TableModel(), tmp_path / "run", tmp_path, {}, report=False)
+    run = read_run(tmp_path / "run")
+    for metric in ("mAP@2", "mAP@5", "R@1"):
+        (values,) = run.values("val", metric)
+        assert len(values) == 5 and values.mean() == pytest.approx(found.table["neucore"][metric], abs=1e-3)
+    assert not (tmp_path / "run" / "examples.json").exists()
+
+
+def test_of_a_large_split_every_nth_query_is_kept(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("neucore_plugin.evaluation.stored.MOST", 2)
+    found = evaluate(dataset)
+    (tmp_path / "run").mkdir()
+    write_results({"val": found}, TableModel(), tmp_path / "run", tmp_path, {})
+    run = read_run(tmp_path / "run")
+    assert run.asked("val")["every"] == [3]
+    ranks = [q.rank for q in found.rows["neucore"]]
+    assert run.ranks["splits"]["val"]["rows"]["neucore"]["rank"] == [ranks[0], ranks[3]]
 
 
 def test_tables_show_subset_columns_only_where_they_are(tmp_path):
