@@ -27,19 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the table, write what is asked for. Raises DataError."""
+    """Write what is asked for, print the table. Raises DataError."""
     from neucore_plugin.evaluation.pages import run_page, run_title, standing
     from neucore_plugin.evaluation.stored import read_run
     from neucore_plugin.report import results_chart_svg, table_lines
 
     found = read_run(arguments.folder)
-    if text := standing(found):
-        print(text, file=sys.stderr)
-    if found.results:
-        print("\n".join(table_lines(found.results)))
-    if arguments.svg:
+    if arguments.svg:  # files first: whoever reads the table may stop at any line
         with atomic_write(arguments.svg, "w") as stream:
             stream.write(results_chart_svg(found.results))
     if arguments.html:
         run_page(found, arguments.html, run_title(found))
         print(f"page: {arguments.html}", file=sys.stderr)
+    if text := standing(found):
+        print(text, file=sys.stderr)
+    if found.results:
+        print("\n".join(table_lines(found.results)))

@@ -13,7 +13,12 @@ from neucore_plugin.evaluation.stored import StoredRun, read_run
 from neucore_plugin.report import metric_columns, row_label
 
 _TOLD = 3  # settings that tell groups apart in a name
-_IDENTITY = {"protocol": "another protocol", "queries": "other queries", "gallery": "another gallery"}
+_IDENTITY = {
+    "protocol": "another protocol",
+    "queries": "other queries",
+    "gallery": "another gallery",
+    "every": "other queries kept",
+}
 
 
 class Group:
@@ -28,13 +33,13 @@ class Group:
     @property
     def seeds(self) -> list[int | None]:
         """run.seed of each run."""
-        return [(run.config.get("run") or {}).get("seed") for run in self.runs]
+        return [run.section("run").get("seed") for run in self.runs]
 
     def takes(self, name: str | None, run: StoredRun) -> bool:
         """Whether a run belongs here: its name is the same; without names, all but the seed is and the seed is new."""
         if name is not None or self.given is not None:
             return name == self.given
-        seed = (run.config.get("run") or {}).get("seed")
+        seed = run.section("run").get("seed")
         return bool(run.config) and seed not in self.seeds and _differences(self.runs[0], run) == ["run.seed"]
 
     def means(self, split: str, metric: str) -> list[float]:

@@ -20,7 +20,7 @@ def run_page(run: StoredRun, path: str | Path, title: str, examples: Examples | 
     if examples is None:
         examples = Examples.read(kept) if kept.is_file() else Examples([], [], None)
     settings = run.provenance or {"config": run.config}
-    told = {"curves": learning_curves(run.log, run.config), "notice": standing(run)}
+    told = {"curves": learning_curves(run), "notice": standing(run)}
     write_report(path, title, run.results, examples, settings, per_change=run.per_change, **told)
 
 
@@ -30,7 +30,7 @@ def comparison_page(groups: Sequence[Group], found: Mapping[str, Any], path: str
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}  # {panel: {group: points}}
     axes: dict[str, str] = {}
     for group in groups:
-        for panel in learning_curves(group.runs[0].log, group.runs[0].config):
+        for panel in learning_curves(group.runs[0]):
             for metric, points in panel.lines.items() if panel.percent else ():
                 title = f"{panel.title.partition(':')[0]}: validation {metric}"
                 lines.setdefault(title, {})[group.name] = list(points)
@@ -48,7 +48,7 @@ def comparison_page(groups: Sequence[Group], found: Mapping[str, Any], path: str
 def run_title(run: StoredRun) -> str:
     """What a run is called on a page: its method, its data sets, its folder."""
     method = next((run.row(split) for split in run.results), "") or "results"
-    names = ", ".join(sorted(run.config.get("datasets") or {}))
+    names = ", ".join(sorted(run.section("datasets")))
     return f"{row_label(method)}{f' on {names}' if names else ''}: {run.folder.resolve().name}"
 
 
@@ -57,20 +57,20 @@ def standing(run: StoredRun) -> str:
     if run.evaluated:
         return ""
     rounds = [entry["epoch"] for entry in run.log if isinstance(entry.get("epoch"), int) and "train_loss" in entry]
-    wanted = (run.config.get("run") or {}).get("max_epoch")
+    wanted = run.section("run").get("max_epoch")
     done = f"{max(rounds) + 1} of {wanted} epochs" if rounds and wanted else f"{max(rounds, default=-1) + 1} rounds"
     results = "the results below are those of the last validation" if run.results else "nothing was validated yet"
     return f"Not finished (status: {run.record.get('status')}): {done} are trained; {results}."
 
 
-def learning_curves(log: list[dict[str, Any]], config: Mapping[str, Any]) -> list[Panel]:
-    """Losses, learning rate, and the metrics of each validation split, over epochs (or iterations)."""
-    by_epoch = (config.get("run") or {}).get("runner") != "runner_cir_iter"
+def learning_curves(run: StoredRun) -> list[Panel]:
+    """Losses, and the metrics of each validation split, over epochs (or iterations)."""
+    by_epoch = run.section("run").get("runner") != "runner_cir_iter"
     losses: dict[str, list[tuple[float, float]]] = {}
     metrics: dict[str, dict[str, list[tuple[float, float]]]] = {}
     best: dict[str, int] = {}
     where: dict[int, float] = {}  # of a round, its place on the axis
-    for entry in log:
+    for entry in run.log:
         epoch, iteration = entry.get("epoch"), entry.get("iteration")
         if type(epoch) is not int or not isinstance(iteration, int | float):
             continue

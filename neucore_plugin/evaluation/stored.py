@@ -47,8 +47,8 @@ class StoredRun:
     """A run, or an evaluation, as its files tell it.
 
     path: as it was given. folder: the run's own folder. results: {split: {row: metrics}}; of a run that is not finished
-    those of its last validation. provenance: what evaluation.json says besides. record: run.json. log: the entries of
-    log.txt. ranks: ranks.json; empty for runs that kept none.
+    those of its last validation, and evaluated is False. provenance: what evaluation.json says besides. record:
+    run.json. log: the entries of log.txt. ranks: ranks.json; empty for runs that kept none.
     """
 
     path: Path
@@ -59,17 +59,16 @@ class StoredRun:
     record: dict[str, Any] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     ranks: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def evaluated(self) -> bool:
-        """Whether results are those of an evaluation."""
-        return "status" not in self.record or (self.folder / "results.json").is_file()
+    evaluated: bool = True
 
     @property
     def config(self) -> dict[str, Any]:
         """The run's config; empty where no file tells it."""
-        found = self.provenance.get("config") or self.record.get("config")
-        return found if isinstance(found, dict) else {}
+        return self.provenance.get("config") or self.record.get("config") or {}
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the config, such as run."""
+        return self.config.get(name) or {}
 
     def row(self, split: str) -> str:
         """The model's own row of a split, its first."""
@@ -111,6 +110,7 @@ def read_run(path: str | Path) -> StoredRun:
     path = Path(path)
     folder = _own_folder(path)
     record = read_json(folder / "run.json", dict, _AGAIN) if (folder / "run.json").is_file() else {}
+    _check_config(record, folder / "run.json")
     log = _log(folder / "log.txt")
     found = next((file for name in ("evaluation.json", "results.json") if (file := folder / name).is_file()), None)
     if found is None:
@@ -121,12 +121,13 @@ def read_run(path: str | Path) -> StoredRun:
                 + ("" if not record else f". The run (status: {record.get('status')}) has logged nothing yet")
             )
         check_results(results, folder / "log.txt")
-        return StoredRun(path, folder, results, record=record, log=log)
+        return StoredRun(path, folder, results, record=record, log=log, evaluated=False)
     content = read_json(found, dict, f"it is no result file: {_AGAIN}")
     content = content if "results" in content else {"results": content}
     results, per_change = content.pop("results"), content.pop("per_change", None) or {}
     check_results(results, found)
     check_results(per_change, found)
+    _check_config(content, found)
     ranks = _ranks(folder / RANKS, results) if (folder / RANKS).is_file() else {}
     return StoredRun(path, folder, results, per_change, content, record, log, ranks)
 
@@ -139,9 +140,22 @@ def _own_folder(path: Path) -> Path:
     if copied.is_file():  # a copy of the latest run's
         content = copied.read_bytes()
         runs = [run for run in runs if (file := run / "results.json").is_file() and file.read_bytes() == content]
-    created = {run: read_json(run / "run.json", dict, _AGAIN).get("created") for run in runs}
-    runs = [run for run in runs if isinstance(created[run], int | float)]
-    return max(runs, key=lambda run: (created[run], run.name), default=path)
+    created = {run: time for run in runs if isinstance(time := _created(run), int | float)}
+    return max(created, key=lambda run: (created[run], run.name), default=path)
+
+
+def _created(run: Path) -> Any:
+    try:
+        return read_json(run / "run.json", dict).get("created")
+    except DataError:  # of a neighbour: it is not the one that was asked for
+        return None
+
+
+def _check_config(content: Mapping[str, Any], file: Path) -> None:
+    config = content.get("config") or {}
+    sections = [config.get(name) or {} for name in ("run", "model", "datasets")] if isinstance(config, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections):
+        raise DataError(f"{file}: its config is none as a run writes it; {_AGAIN}")
 
 
 def _log(path: Path) -> list[dict[str, Any]]:
@@ -179,7 +193,8 @@ def _ranks(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(f"{path}: expected the format {_FORMAT}, given {content.get('format')!r}; {_AGAIN}")
     means, splits = content.get("means"), content.get("splits")
     wrong = not isinstance(means, dict) or not isinstance(splits, dict)
-    wrong = wrong or not all(isinstance(parts, list) and set(parts) <= splits.keys() for parts in means.values())
+    wrong = wrong or not all(isinstance(parts, list) and parts for parts in means.values())
+    wrong = wrong or not all(isinstance(part, str) and part in splits for parts in means.values() for part in parts)
     wrong = wrong or not all(_good_split(entry) for entry in splits.values())
     if wrong:
         raise DataError(f"{path}: is no file of ranks as an evaluation writes it; {_AGAIN}")

@@ -179,6 +179,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 DAMAGE = [
     (lambda c: c.update(format="x"), "expected the format"),
     (lambda c: c.update(means={"val_mean": ["gone"]}), "no file of ranks"),
+    (lambda c: c.update(means={"val_mean": [{}]}), "no file of ranks"),
     (lambda c: c["splits"]["val"].update(count=7), "no file of ranks"),
     (lambda c: c["splits"]["val"].update(every=0), "no file of ranks"),
     (lambda c: c["splits"]["val"]["rows"]["neucore"].update(rank=["1"] * QUERIES), "no file of ranks"),
@@ -197,6 +198,21 @@ def test_damaged_ranks_are_told(tmp_path, damage, message):
     (path / "ranks.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=message):
         read_run(path)
+
+
+def test_damaged_configs_and_neighbours(tmp_path):
+    for number, config in enumerate(([1], {"run": "x"}, {"model": 3}, {"datasets": ["emoji"]})):
+        for file in ("run.json", "evaluation.json"):
+            path = tmp_path / f"{number}{file}"
+            write_run(path, ranks_of(0))
+            content = json.loads((path / file).read_text())
+            (path / file).write_text(json.dumps({**content, "config": config}))
+            with pytest.raises(DataError, match=f"{file}: its config is none as a run writes it"):
+                read_run(path)
+    write_run(tmp_path / "output" / "a", ranks_of(1))
+    (tmp_path / "output" / "b").mkdir()
+    (tmp_path / "output" / "b" / "run.json").write_text("{")
+    assert read_run(tmp_path / "output").folder.name == "a"
 
 
 def test_an_output_folder_stands_for_its_latest_run(tmp_path):
