@@ -1,6 +1,7 @@
 """neucore compare: several runs side by side, with paired differences and how sure they are."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from neucore_plugin.commands import print_json
@@ -29,20 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the comparison, write what is asked for. Raises ConfigError and DataError."""
-    import sys
-
+    """Write what is asked for, print the comparison. Raises ConfigError and DataError."""
     from neucore_plugin.evaluation.comparison import compare, read_groups
     from neucore_plugin.evaluation.pages import comparison_page
+    from neucore_plugin.report import comparison_lines
 
     groups = read_groups(arguments.runs, arguments.apart)
     found = compare(groups, arguments.baseline, arguments.splits, arguments.metrics)
+    if arguments.html:  # first: whoever reads the table may stop at any line
+        comparison_page(groups, found, arguments.html)
+        print(f"page: {arguments.html}", file=sys.stderr)
     if arguments.json:
         print_json(found)
     else:
-        from neucore_plugin.report import comparison_lines
-
         print("\n".join(comparison_lines(found)))
-    if arguments.html:
-        comparison_page(groups, found, arguments.html)
-        print(f"page: {arguments.html}", file=sys.stderr)

@@ -254,8 +254,9 @@ def _name(groups: Sequence[Group]) -> None:
         told = [(key, value) for key in sorted(keys) if (value := _setting(run, key)) is not None]
         settings = [f"{key.rpartition('.')[2]}={value}" for key, value in told] if len(keys) <= _TOLD else []
         group.name = ", ".join([row_label(method or "model"), *settings])
+    names = [group.name for group in groups]
     for group in unnamed:
-        if sum(other.name == group.name for other in groups) > 1:
+        if names.count(group.name) > 1:
             group.name = f"{group.name} ({group.runs[0].folder.resolve().name})"
     for number, group in enumerate(groups):
         if any(other.name == group.name for other in groups[:number]):
