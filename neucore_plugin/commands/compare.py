@@ -6,7 +6,7 @@ from pathlib import Path
 
 from neucore_plugin.commands import print_json
 
-HELP = "compare runs: means over seeds, differences, 95 % intervals and p by a paired bootstrap over queries"
+HELP = "compare runs: means over seeds, differences, and how sure they are (paired bootstrap over queries)"
 EPILOG = """\
 Runs whose configs differ in the seed alone count as one, with mean and spread; NAME=RUN names runs, and those of one
 name count as one. Each difference is that to the baseline, the first run where none is named. A star: p under 0.05
