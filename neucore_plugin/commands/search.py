@@ -1,63 +1,165 @@
-"""neucore search: a folder of images, with a picture and a sentence."""
+"""neucore search: an index, or a folder of images, with a picture and a sentence."""
 
 import argparse
 import importlib
 import logging
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from neucore_plugin.commands import positive, print_json
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.common.names import name_of
 from neucore_plugin.common.text import visible
 
-HELP = "search a folder of images with a picture and a sentence"
+HELP = "search an index, or a folder of images, with a picture and a sentence"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint, the folder, the query, and the form of the answer."""
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", type=Path, help="what training wrote: .../checkpoint_best.pth")
+    """The index or the folder, the checkpoint, the query, and the form of the answer."""
+    parser.add_argument("index", nargs="?", type=Path, metavar="INDEX", help="what `neucore index build` wrote")
+    parser.add_argument("--folder", type=Path, help="in place of INDEX: images that are encoded for this one search")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--checkpoint", type=Path, help="what training wrote (default: the one that INDEX notes)")
     model.add_argument("--model-type", metavar="TYPE", help="one that needs no training, such as zeroshot_clip_vitb32")
-    parser.add_argument("--folder", required=True, type=Path, help="images to search; sub-folders are included")
-    parser.add_argument("--image", help="reference: an image file, or the name of an image of the folder")
+    several = {"action": "append", "default": []}
+    parser.add_argument(
+        "--image", **several, help="reference: an image file, or the name of an image searched in; several are averaged"
+    )
     parser.add_argument("--text", type=name_of, help="relative caption: what should be different from the reference")
+    parser.add_argument(
+        "--then", **several, type=name_of, metavar="TEXT", help="a further turn, which refines the text"
+    )
+    parser.add_argument(
+        "--not", **several, dest="without_texts", type=name_of, metavar="TEXT", help="what it should not be"
+    )
+    parser.add_argument("--not-image", **several, metavar="IMAGE", help="a picture that it should not be like")
+    parser.add_argument("--filter", metavar="CONDITION", help="on attributes: 'category == \"dress\" and price < 50'")
+    parser.add_argument("--exclude", **several, metavar="NAME", help="an image that is no answer, by its name")
     parser.add_argument("-k", type=positive, default=10, help="number of results (default 10)")
+    parser.add_argument("--explain", action="store_true", help="show the concepts read, and the terms of each score")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows the results")
     parser.add_argument(
         "--max-pixels", type=positive, help="pictures of more pixels are left out (default: as in training)"
     )
-    parser.add_argument("--batch-size", type=positive, default=32, help="images encoded at a time (default 32)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=32, help="images of --folder encoded at a time (default 32)"
+    )
     parser.add_argument("--module", help="module of your own to import first: it registers the checkpoint's backbone")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Encode the folder, rank it, print or write what was found. Raises NeucoreError."""
-    if arguments.image is None and not (arguments.text or "").strip():
+    """Search, print or write what was found. Raises NeucoreError."""
+    _check(arguments)
+    from neucore_plugin.host.importing import before_import
+    from neucore_plugin.retrieval.queries import Query, concepts
+
+    query = Query(
+        images=arguments.image,
+        text=arguments.text,
+        then=arguments.then,
+        without_texts=arguments.without_texts,
+        without_images=arguments.not_image,
+        where=arguments.filter,
+        exclude=arguments.exclude,
+        k=arguments.k,
+        explain=arguments.explain,
+    )
+    before_import()
+    index = _encoded(arguments) if arguments.folder is not None else _opened(arguments)
+    start = time.perf_counter()
+    hits = index.search_many([query])[0]
+    took = 1000 * (time.perf_counter() - start)
+    print(f"searched {len(index):,} images in {took:.1f} ms", file=sys.stderr)
+    read = concepts(index.model, query) if arguments.explain else []
+    if not hits and query.where is None and not query.exclude:
+        place = arguments.index or f"--folder {arguments.folder}"
+        raise DataError(f"{place} holds no image but the reference; give one with others")
+    _show(arguments, hits, read)
+    if arguments.html:
+        _write_page(arguments.html, index, query, hits, read)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be said before anything is loaded."""
+    given = [*arguments.image, *(text for text in [arguments.text, *arguments.then] if (text or "").strip())]
+    if not given:
         raise DataError("nothing to search with; give --image, --text, or both")
-    if not arguments.folder.is_dir():
-        raise DataError(f"--folder {arguments.folder} is no folder")
+    if (arguments.index is None) == (arguments.folder is None):
+        what = "give one of them" if arguments.folder else "give INDEX, which `neucore index build` writes, or --folder"
+        raise DataError(f"what is to be searched, INDEX or --folder? {what}")
+    if arguments.folder is not None:
+        if not arguments.folder.is_dir():
+            raise DataError(f"--folder {arguments.folder} is no folder")
+        if not (arguments.checkpoint or arguments.model_type):
+            raise ConfigError("--folder is encoded by a model; give --checkpoint, or --model-type")
+    elif not (arguments.index / "manifest.json").is_file():
+        _no_index(arguments.index)
+    if arguments.model_type and not arguments.model_type.startswith("zeroshot_"):
+        raise ConfigError(f"--model-type {arguments.model_type}: has nothing trained to search with; give --checkpoint")
+    if arguments.filter is not None:
+        from neucore_plugin.retrieval.filters import parse
+
+        parse(arguments.filter)
+
+
+def _no_index(place: Path) -> None:
+    build = f"`neucore index build {'PICTURES' if not place.is_dir() else place} --checkpoint BEST.pth --out INDEX`"
+    if not place.exists():
+        raise DataError(f"index {place} does not exist; make one with {build}")
+    if not place.is_dir():
+        raise DataError(f"{place} is a file, no index; make one of a folder with {build}")
+    raise DataError(
+        f"{place} is no index (it has no manifest.json). If these are your pictures: {build} encodes them once, "
+        f"`neucore search --folder {place} --checkpoint BEST.pth` for this one search"
+    )
+
+
+def _model(arguments: argparse.Namespace, checkpoint: Path | None) -> Any:
     from neucore_plugin import load_model, register
     from neucore_plugin.common.distributed import pick_device
-    from neucore_plugin.common.images import told
-    from neucore_plugin.host.importing import before_import
-    from neucore_plugin.report import search_page
-    from neucore_plugin.retrieval import GalleryIndex
 
-    before_import()
     if arguments.module:
         register()
         try:
             importlib.import_module(arguments.module)
         except ImportError as error:
             raise ConfigError(f"--module {arguments.module}: {error}; install it, or put it on PYTHONPATH") from error
-    if arguments.model_type and not arguments.model_type.startswith("zeroshot_"):
-        raise ConfigError(f"--model-type {arguments.model_type}: has nothing trained to search with; give --checkpoint")
-    model = load_model(arguments.checkpoint, arguments.model_type, pick_device(arguments.device))
+    model = load_model(checkpoint, arguments.model_type, pick_device(arguments.device))
     if arguments.max_pixels is not None:
         model.image_processor.max_pixels = arguments.max_pixels
+    return model
+
+
+def _opened(arguments: argparse.Namespace) -> Any:
+    """The index, with the model that it was built by."""
+    from neucore_plugin.retrieval import GalleryIndex
+
+    index = GalleryIndex.open(arguments.index)
+    checkpoint = arguments.checkpoint
+    if checkpoint is None and arguments.model_type is None:
+        noted = index.manifest.checkpoint if index.manifest is not None else None
+        if noted is None:
+            raise ConfigError(f"index {arguments.index} does not say which checkpoint built it; give --checkpoint")
+        checkpoint = Path(noted)
+        if not checkpoint.is_file():
+            raise ConfigError(
+                visible(f"the checkpoint that built index {arguments.index} is not at {noted}; give --checkpoint")
+            )
+    index.attach(_model(arguments, checkpoint), where=f" in {arguments.index}")
+    return index
+
+
+def _encoded(arguments: argparse.Namespace) -> Any:
+    """An index of the folder, in memory."""
+    from neucore_plugin.common.images import told
+    from neucore_plugin.retrieval import GalleryIndex
+
+    model = _model(arguments, arguments.checkpoint)
     log = logging.getLogger("neucore_plugin.retrieval")
     level = log.level
     log.setLevel(logging.ERROR)  # what could not be read is printed below
@@ -71,16 +173,32 @@ def run(arguments: argparse.Namespace) -> None:
         print(visible(f"left out {failure.name}: {failure.reason}"), file=sys.stderr)
     if index.left_out:
         print(visible(f"{arguments.folder}: {told(index.left_out)}"), file=sys.stderr)
-    hits = index.search(arguments.image, arguments.text, k=None)[: arguments.k]
-    if not hits:
-        raise DataError(f"--folder {arguments.folder} holds no image but the reference; give one with others")
+    return index
+
+
+def _show(arguments: argparse.Namespace, hits: Sequence[Any], read: Sequence[tuple[str, Sequence[str]]]) -> None:
     if arguments.json:
-        rows = [{"rank": hit.rank, "name": hit.name, "score": hit.score, "path": name_of(hit.path)} for hit in hits]
-        print_json(rows)
-    else:
-        for hit in hits:
-            print(f"{hit.rank:3d}  {hit.score:8.4f}  {visible(hit.name)}")
-    if arguments.html:
-        reference = index.reference(arguments.image)[0] if arguments.image is not None else None
-        search_page(arguments.html, reference, arguments.text, hits)
-        print(f"page: {arguments.html}", file=sys.stderr)
+        rows = [
+            {"rank": hit.rank, "name": hit.name, "score": hit.score, "path": name_of(hit.path)}
+            | ({"attributes": dict(hit.attributes)} if hit.attributes else {})
+            | ({"terms": dict(hit.terms)} if hit.terms is not None else {})
+            for hit in hits
+        ]
+        texts = [{"text": text, "concepts": list(words)} for text, words in read]
+        print_json({"texts": texts, "hits": rows} if arguments.explain else rows)
+        return
+    if not hits:
+        print("no image is left that may be an answer: see --filter and --exclude", file=sys.stderr)
+    for text, words in read:
+        print(visible(f"concepts of {text!r}: {', '.join(words) or 'none'}"))
+    for hit in hits:
+        terms = " ".join(f"{value:+.4f} {term}" for term, value in (hit.terms or {}).items())
+        print(f"{hit.rank:3d}  {hit.score:8.4f}  {f'= {terms}  ' if terms else ''}{visible(hit.name)}")
+
+
+def _write_page(path: Path, index: Any, query: Any, hits: Sequence[Any], read: Sequence[Any]) -> None:
+    from neucore_plugin.report import search_page
+
+    pictures, unlike = ([index.reference(image)[0] for image in some] for some in (query.references, query.without_images))
+    search_page(path, pictures, query.turns, hits, without=(unlike, query.negatives), concepts=read)
+    print(f"page: {path}", file=sys.stderr)
