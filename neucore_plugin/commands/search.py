@@ -179,7 +179,7 @@ def _encoded(arguments: argparse.Namespace) -> Any:
 def _show(arguments: argparse.Namespace, hits: Sequence[Any], read: Sequence[tuple[str, Sequence[str]]]) -> None:
     if arguments.json:
         rows = [
-            {"rank": hit.rank, "name": hit.name, "score": hit.score, "path": name_of(hit.path)}
+            {"rank": hit.rank, "name": hit.name, "score": hit.score, "path": name_of(str(hit.path))}
             | ({"attributes": dict(hit.attributes)} if hit.attributes else {})
             | ({"terms": dict(hit.terms)} if hit.terms is not None else {})
             for hit in hits

@@ -23,19 +23,15 @@ from neucore_plugin.retrieval.encoding import (
     bar,
     check_settings,
     encode,
-    evaluating,
     fingerprint_of,
     shapes_of,
     tell,
 )
 from neucore_plugin.retrieval.gallery import Gallery
-from neucore_plugin.retrieval.ranks import topk
+from neucore_plugin.retrieval.queries import Found, Query, answer
 from neucore_plugin.retrieval.rows import Row, Rows
 from neucore_plugin.retrieval.sources import File, Source, collect, relative, repeated
 from neucore_plugin.retrieval.units import Part
-
-_QUERY_CELLS = 1 << 24  # scores held at a time, 64 MB
-_QUERY_BATCH = 64  # queries encoded at a time
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,8 @@ class Hit:
     """One retrieved image; `rank` counts from 1, a higher `score` is better.
 
     path: its file, or its place in a tar shard: what `load_image` takes. position: in the gallery, for
-    `GalleryIndex.name` and the like; attributes: what the source said of it.
+    `GalleryIndex.name` and the like; attributes: what the source said of it; terms: what the score is the sum of, where
+    it was asked for.
     """
 
     rank: int
@@ -52,6 +49,7 @@ class Hit:
     path: File
     position: int | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    terms: Mapping[str, float] | None = None
 
 
 class GalleryIndex(Gallery):
@@ -243,52 +241,61 @@ class GalleryIndex(Gallery):
     # ---- searching --------------------------------------------------------------------------------------------------
 
     def search(
-        self, image: Picture | None = None, text: str | None = None, k: int | None = 10, exclude_reference: bool = True
+        self,
+        image: Picture | None = None,
+        text: str | None = None,
+        k: int | None = 10,
+        exclude_reference: bool = True,
+        *,
+        images: Sequence[Picture] = (),
+        then: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        without_texts: Sequence[str] = (),
+        without_images: Sequence[Picture] = (),
+        where: str | None = None,
+        explain: bool = False,
     ) -> list[Hit]:
-        """The k best images, None = all, for a reference and a relative caption.
+        """The k best images, None = all, for a reference and a relative caption; where fewer are left, all of these.
 
         image: a name in the index, a file, its bytes, an open binary file, or a picture of Pillow. Either may be None:
-        then the query is text alone or image alone. The reference itself is left out where it is in the index, unless
-        exclude_reference is off.
+        then the query is text alone or image alone. References that are in the index are left out, unless
+        exclude_reference is off. images: further references. then: further turns of a dialogue, which refine the text.
+        exclude: names of images that are no answers. without_texts, without_images: what the images should not be like.
+        where: a filter on attributes, see `filters`. explain: each hit has the terms of its score. How several
+        references, turns and negatives become one score: `queries`.
         """
-        return self.search_many([(image, text)], k, exclude_reference)[0]
+        more = (images, then, exclude, without_texts, without_images, where, explain)
+        return self.search_many([Query(image, text, k, exclude_reference, *more)])[0]
 
     def search_many(
-        self, queries: Sequence[tuple[Picture | None, str | None]], k: int | None = 10, exclude_reference: bool = True
+        self,
+        queries: Sequence[Query | tuple[Picture | None, str | None]],
+        k: int | None = 10,
+        exclude_reference: bool = True,
     ) -> list[list[Hit]]:
-        """`search` for many (image, text) pairs, encoded and scored in batches; one list of hits for each, in order."""
-        model = self._require_model()
+        """`search` for many queries, encoded and scored in batches; one list of hits for each, in order.
+
+        queries: (image, text) pairs, or `Query`s, which say the rest themselves.
+        """
+        self._require_model()
         if not queries:
             raise DataError("no queries given; give at least one pair (image, text)")
-        groups: dict[tuple[bool, bool], list[int]] = {}
-        for number, (image, text) in enumerate(queries):
-            kind = (image is not None, bool(text and text.strip()))
-            if kind == (False, False):
-                raise DataError(f"query {number}: neither image nor text given; give a reference, a caption, or both")
-            groups.setdefault(kind, []).append(number)
-        step = max(1, min(_QUERY_BATCH, _QUERY_CELLS // max(1, self.stored)))
-        results: list[list[Hit]] = [[] for _ in queries]
-        with torch.inference_mode(), evaluating(model):
-            for (with_image, with_text), numbers in groups.items():
-                for start in range(0, len(numbers), step):
-                    batch = numbers[start : start + step]
-                    pixels, excluded = None, [None] * len(batch)
-                    if with_image:
-                        found = [self.reference(queries[number][0]) for number in batch]
-                        pixels = torch.stack([model.image_processor(image) for image, _ in found]).to(model.device)
-                        excluded = [place if exclude_reference else None for _, place in found]
-                    texts = [queries[number][1] for number in batch] if with_text else None
-                    scores = self.scores(model.encode_query(pixels, texts))
-                    for row, places in enumerate(self._best(scores, k, excluded)):
-                        results[batch[row]] = self.hits(places, scores[row, places].tolist())
-        return results
+        asked = []
+        for number, query in enumerate(queries):
+            try:
+                asked.append(query if isinstance(query, Query) else Query(*query, k, exclude_reference))
+            except DataError as error:
+                raise DataError(f"query {number}: {error}") from None
+        if not len(self):
+            raise DataError("the index holds no images yet; finish its build, or add some")
+        return [self.hits(found) for found in answer(self, asked)]
 
-    def hits(self, positions: Sequence[int], scores: Sequence[float]) -> list[Hit]:
-        """What stands at gallery positions, best first, with their scores."""
-        rows = [self.row(place) for place in positions]
+    def hits(self, found: Sequence[Found]) -> list[Hit]:
+        """What was found, best first, with all that is known of it."""
+        rows = [self.row(one.position) for one in found]
         return [
-            Hit(rank, row.name, score, self._file(row), place, dict(row.attributes))
-            for rank, (place, score, row) in enumerate(zip(positions, scores, rows, strict=True), start=1)
+            Hit(rank, row.name, one.score, self._file(row), one.position, dict(row.attributes), one.terms)
+            for rank, (one, row) in enumerate(zip(found, rows, strict=True), start=1)
         ]
 
     def scores(self, query: dict[str, Tensor]) -> Tensor:
@@ -304,26 +311,7 @@ class GalleryIndex(Gallery):
             found = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             return found if self._alive is None else found.masked_fill(~self._alive, -torch.inf)
 
-    def _best(self, scores: Tensor, k: int | None, excluded: Sequence[int | None]) -> list[list[int]]:
-        """Gallery positions of the k best images of each query; None: of all, the reference left out."""
-        if self._alive is None:
-            return _best(scores, k, excluded)
-        there = self._alive.nonzero().flatten()  # a removed image must not tie with a true score of -inf
-        slots = {place: slot for slot, place in enumerate(there.tolist())}
-        found = _best(scores[:, there], k, [slots.get(place) for place in excluded])
-        return [there[torch.tensor(places, dtype=torch.long)].tolist() for places in found]
-
     def _require_model(self) -> RetrievalModel:
         if self.model is None:
             raise DataError("this index was opened without a model; pass one: GalleryIndex.open(folder, model=model)")
         return self.model
-
-
-def _best(scores: Tensor, k: int | None, excluded: Sequence[int | None]) -> list[list[int]]:
-    if k is not None:
-        return topk(scores, k, excluded).tolist()
-    lengths = [scores.shape[1] - (place is not None) for place in excluded]
-    return [
-        topk(scores[row : row + 1], length, [excluded[row]])[0].tolist() if length else []
-        for row, length in enumerate(lengths)
-    ]
