@@ -29,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", **several, help="reference: an image file, or the name of an image searched in; several are averaged"
     )
     parser.add_argument("--text", type=name_of, help="relative caption: what should be different from the reference")
-    parser.add_argument(
-        "--then", **several, type=name_of, metavar="TEXT", help="a further turn, which refines the text"
-    )
+    parser.add_argument("--then", **several, type=name_of, metavar="TEXT", help="a further turn of a dialogue")
     parser.add_argument(
         "--not", **several, dest="without_texts", type=name_of, metavar="TEXT", help="what it should not be"
     )
@@ -199,6 +197,6 @@ def _show(arguments: argparse.Namespace, hits: Sequence[Any], read: Sequence[tup
 def _write_page(path: Path, index: Any, query: Any, hits: Sequence[Any], read: Sequence[Any]) -> None:
     from neucore_plugin.report import search_page
 
-    pictures, unlike = ([index.reference(image)[0] for image in some] for some in (query.references, query.without_images))
-    search_page(path, pictures, query.turns, hits, without=(unlike, query.negatives), concepts=read)
+    pictures = [index.reference(image)[0] for image in query.references]
+    search_page(path, pictures[0] if pictures else None, ", ".join(query.turns) or None, hits)
     print(f"page: {path}", file=sys.stderr)

@@ -259,7 +259,7 @@ class GalleryIndex(Gallery):
 
         image: a name in the index, a file, its bytes, an open binary file, or a picture of Pillow. Either may be None:
         then the query is text alone or image alone. References that are in the index are left out, unless
-        exclude_reference is off. images: further references. then: further turns of a dialogue, which refine the text.
+        exclude_reference is off. images: further references. then: further turns of a dialogue.
         exclude: names of images that are no answers. without_texts, without_images: what the images should not be like.
         where: a filter on attributes, see `filters`. explain: each hit has the terms of its score. How several
         references, turns and negatives become one score: `queries`.

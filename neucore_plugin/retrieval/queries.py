@@ -2,11 +2,12 @@
 
 With e(r, t) a model's encoding of a reference and a relative caption, and S its score, a query is
 
-    S(mean over its references r of e(r, t), .) - NEGATIVE * mean over its negatives n of S(e(n), .)
+    mean over turns t of S(mean over references r of e(r, t), .) - NEGATIVE * mean over negatives n of S(e(n), .)
 
-The mean is taken entry by entry. t is all turns of the dialogue in one caption; a query without a reference or without
-a text is encoded without it, and so is a negative: a text alone, or a picture alone. A query is thus a sum of weighted
-parts, each an encoding like any other, so that whoever computes S (the model, a vector database) can compute it.
+The mean of encodings is taken entry by entry. The turns of a dialogue are all said of the same references. A query
+without a reference or without a text is encoded without it, and so is a negative: a text alone, or a picture alone. A
+query is thus a sum of weighted parts, each an encoding like any other, so that whoever computes S (the model, a vector
+database) can compute it.
 
 Letters: Q queries, P parts of queries, G gallery images, n of them.
 """
@@ -25,7 +26,6 @@ from neucore_plugin.retrieval.encoding import evaluating
 from neucore_plugin.retrieval.ranks import topk
 
 NEGATIVE = 0.5  # what negatives count against the query
-TURN = " and "  # between the turns of a dialogue, which are read as one caption
 _BATCH = 64  # pictures, and texts, encoded at a time
 _CELLS = 1 << 24  # scores held at a time, 64 MB
 _FEW = 65536  # images of a narrow filter scored at a time
@@ -59,7 +59,7 @@ class Query:
             object.__setattr__(self, name, tuple(given) if isinstance(given, list | tuple) else (given,))
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
             raise DataError(f"k={self.k}: give a whole number of at least 1, or None for all images")
-        if not self.references and self.caption is None:
+        if not self.references and not self.turns:
             what = "neither image nor text given; give a reference, a caption, or both"
             if self.negatives or self.without_images:
                 what = "only what the images should not be was given; give a reference, a caption, or both as well"
@@ -74,11 +74,6 @@ class Query:
     def turns(self) -> tuple[str, ...]:
         """The captions of the dialogue, first to last; blank ones say nothing."""
         return tuple(text for text in (self.text, *self.then) if text and text.strip())
-
-    @property
-    def caption(self) -> str | None:
-        """All turns as the one relative caption that the model reads; None without any."""
-        return TURN.join(self.turns) or None
 
     @property
     def negatives(self) -> tuple[str, ...]:
@@ -122,7 +117,8 @@ def encode(model: Any, queries: Sequence[Query], find: Find) -> list[Encoded]:
 
     for query in queries:
         found = [_reference(model, image, find) for image in query.references]
-        plan = [(1.0, [ask(pixels, query.caption) for pixels, _ in found] or [ask(None, query.caption)])]
+        turns = query.turns or (None,)
+        plan = [(1 / len(turns), [ask(pixels, text) for pixels, _ in found] or [ask(None, text)]) for text in turns]
         negatives = [ask(None, text) for text in query.negatives]
         negatives += [ask(_reference(model, image, find)[0], None) for image in query.without_images]
         plan += [(-NEGATIVE / len(negatives), [number]) for number in negatives]
@@ -265,8 +261,8 @@ def explain(model: Any, encoded: Encoded, gallery: Mapping[str, Tensor]) -> dict
 
 
 def concepts(model: Any, query: Query) -> list[tuple[str, tuple[str, ...]]]:
-    """(text, the words of it that the model takes as concepts) of a query's caption and of its negatives."""
-    texts = [*([query.caption] if query.caption else []), *query.negatives]
+    """(text, the words of it that the model takes as concepts) of a query's turns and of its negatives."""
+    texts = [*query.turns, *query.negatives]
     read = getattr(model, "concepts_read", None)
     words = read(texts) if read is not None and texts else [()] * len(texts)
     return [(text, tuple(dict.fromkeys(found))) for text, found in zip(texts, words, strict=True)]

@@ -9,7 +9,7 @@ from colour_model import COLOURS, NAMES, ColourModel, draw, names
 
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.retrieval import GalleryIndex, queries
-from neucore_plugin.retrieval.queries import NEGATIVE, TURN, Query
+from neucore_plugin.retrieval.queries import NEGATIVE, Query
 
 ATTRIBUTES = [
     {"price": 10, "kind": "cold"},
@@ -20,36 +20,32 @@ ATTRIBUTES = [
 ]
 
 
-class Speaking(ColourModel):
-    """Overlooks words that are no colours."""
-
-    def encode_query(self, pixels, texts):
-        known = texts and [" ".join(word for word in text.split() if word in COLOURS) for text in texts]
-        return super().encode_query(pixels, known)
-
-
 @pytest.fixture
 def index(folder):
-    built = GalleryIndex.build(Speaking(), folder, batch_size=2, progress=False)
+    built = GalleryIndex.build(ColourModel(), folder, batch_size=2, progress=False)
     return GalleryIndex(built.names, built.paths, built.encodings, built.model, built.root, attributes=ATTRIBUTES)
 
 
-def by_loops(index, references=(), words=(), unlike=()):
-    """{name: score}: minus the distance to the mean reference and the words, less the mean negative's share."""
+def by_loops(index, references=(), turns=(), unlike=()):
+    """{name: score}: the turns' mean of minus the distance to the mean reference and the turn's words, less the mean
+    negative's share."""
     colours = {name: row.tolist() for name, row in zip(NAMES, index.encodings["fg"], strict=True)}
 
     def distance(point, name):
         return math.sqrt(sum((a - b) ** 2 for a, b in zip(point, colours[name], strict=True)))
 
-    point = [0.0, 0.0, 0.0]
-    for axis in range(3):
-        if references:
-            point[axis] = sum(colours[name][axis] for name in references) / len(references)
-        point[axis] += sum(COLOURS[word][axis] / 255 for word in words)
+    points = []
+    for words in turns or [""]:
+        point = [0.0, 0.0, 0.0]
+        for axis in range(3):
+            if references:
+                point[axis] = sum(colours[name][axis] for name in references) / len(references)
+            point[axis] += sum(COLOURS[word][axis] / 255 for word in words.split())
+        points.append(point)
     negatives = [colours[one] if one in colours else [value / 255 for value in COLOURS[one]] for one in unlike]
     found = {}
     for name in NAMES:
-        found[name] = -distance(point, name)
+        found[name] = -sum(distance(point, name) for point in points) / len(points)
         if negatives:
             found[name] += NEGATIVE * sum(distance(negative, name) for negative in negatives) / len(negatives)
     return found
@@ -62,7 +58,7 @@ CASES = {
         {"image": "red.png", "images": ["blue.png", "more/Grey.JPG"], "text": "green"},
         (["red.png", "blue.png", "more/Grey.JPG"], ["green"], []),
     ),
-    "a dialogue": ({"text": "red", "then": ["green", "blue"]}, ([], ["red", "green", "blue"], [])),
+    "a dialogue": ({"text": "red", "then": ["green", "blue pink"]}, ([], ["red", "green", "blue pink"], [])),
     "turns alone": ({"image": "red.png", "then": ["green", " "]}, (["red.png"], ["green"], [])),
     "not a text": ({"text": "red", "without_texts": ["pink"]}, ([], ["red"], ["pink"])),
     "not a picture": ({"text": "red", "without_images": ["red.png"]}, ([], ["red"], ["red.png"])),
@@ -155,7 +151,7 @@ def test_removed_images_are_never_found(index):
 def test_equal_scores_stand_by_position(tmp_path):
     for name in ("b", "a", "c"):
         draw(tmp_path / f"{name}.png", "red")
-    index = GalleryIndex.build(Speaking(), tmp_path, progress=False)
+    index = GalleryIndex.build(ColourModel(), tmp_path, progress=False)
     assert names(index.search(text="blue", without_texts=["pink"], exclude=["a.png"])) == ["b.png", "c.png"]
 
 
@@ -174,7 +170,7 @@ BAD = {
     "exclude": ({"text": "red", "exclude": ["rad.png"]}, "no image 'rad.png' in the index.*Did you mean 'red.png'"),
     "filter": ({"text": "red", "where": "kind == cold"}, 'put a text in quotes: kind == "cold"'),
     "attribute": ({"text": "red", "where": "prize < 3"}, "no picture has an attribute 'prize'. Did you mean 'price'"),
-    "explain": ({"text": "red", "explain": True}, "Speaking does not say what its scores are made of"),
+    "explain": ({"text": "red", "explain": True}, "ColourModel does not say what its scores are made of"),
 }
 
 
@@ -218,11 +214,12 @@ def test_terms_sum_to_the_score_and_equal_loops(neucore, kind):
     model, plain = neucore.model, neucore.search(**asked, k=None)
     assert names(hits) == names(plain) and all(hit.terms is None for hit in plain)
     pixels = torch.stack([model.image_processor(image) for image in tiny.pictures(6)])
-    caption = "make it blue" if kind == "one" else f"make it blue{TURN}a longer dress"
+    turns, count = (["make it blue"], 1) if kind == "one" else (["make it blue", "a longer dress"], 2)
     with torch.no_grad():
-        gallery = model.encode_image(pixels)
-        each = [model.encode_query(pixels[row : row + 1], [caption]) for row in range(1 if kind == "one" else 2)]
-        parts = [(1.0, {key: sum(query[key] for query in each) / len(each) for key in each[0]})]
+        gallery, parts = model.encode_image(pixels), []
+        for turn in turns:
+            each = [model.encode_query(pixels[row : row + 1], [turn]) for row in range(count)]
+            parts.append((1 / len(turns), {key: sum(query[key] for query in each) / count for key in each[0]}))
         if kind == "negatives":
             parts += [(-NEGATIVE / 2, model.encode_query(None, ["red"]))]
             parts += [(-NEGATIVE / 2, model.encode_query(pixels[3:4], None))]
@@ -237,13 +234,11 @@ def test_terms_sum_to_the_score_and_equal_loops(neucore, kind):
 
 
 def test_the_words_taken_as_concepts(neucore):
-    query = Query("0.png", "the same dress", then=["in red, a red one"], without_texts=["a square"])
-    read = queries.concepts(neucore.model, query)
-    caption = f"the same dress{TURN}in red, a red one"
-    assert read == [
-        (caption, tuple(dict.fromkeys(neucore.model.extract_concepts([caption])[0]))),
-        ("a square", ("square",)),
-    ]
-    assert {"dress", "red"} <= set(read[0][1])
+    turns = ["the same dress", "in red, a red one"]
+    read = queries.concepts(neucore.model, Query("0.png", turns[0], then=turns[1:], without_texts=["a square"]))
+    assert [text for text, _ in read] == [*turns, "a square"]
+    expected = neucore.model.extract_concepts([text for text, _ in read])
+    assert [words for _, words in read] == [tuple(dict.fromkeys(words)) for words in expected]
+    assert "dress" in read[0][1] and "red" in read[1][1] and read[2][1] == ("square",)
     assert queries.concepts(neucore.model, Query("0.png")) == []
-    assert queries.concepts(Speaking(), Query(text="red")) == [("red", ())]
+    assert queries.concepts(ColourModel(), Query(text="red")) == [("red", ())]
