@@ -39,6 +39,8 @@ COMMANDS = {  # {p}: the place; the others are good
     "report: folder": "report {p}",
     "report: page": "report {results} --html {p}",
     "report: chart": "report {results} --svg {p}",
+    "compare: run": "compare {results} {p}",
+    "compare: page": "compare {results} --html {p}",
     "configs copy": "configs copy train_emoji {p}",
     "data emoji": "data emoji --cache-dir {p}",
     "data check": "data check cirr --root {p}",

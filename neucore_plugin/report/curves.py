@@ -150,7 +150,9 @@ def _text(x: float, y: float, text: str, anchor: str, size: float, kind: str = "
 
 def _ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
     """At most `most` + 1 round numbers from at or under `low` to at or over `high`; whole: whole ones, within."""
-    span = max(high - low, 1e-12 if not whole else 1)
+    if high - low < 1e-9:  # one value alone
+        low, high = (low, high) if whole else (low - 0.5, high + 0.5)
+    span = max(high - low, 1.0) if whole else high - low
     step = 10.0 ** math.floor(math.log10(span / most))
     step = next(step * factor for factor in (1, 2, 5, 10, 20) if span / (step * factor) <= most)
     if whole:

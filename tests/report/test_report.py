@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.report import results_chart_svg, search_page, write_report
+from neucore_plugin.report import Interval, Panel, results_chart_svg, search_page, write_report
 from neucore_plugin.report.charts import bar_chart_svg
+from neucore_plugin.report.curves import interval_chart_svg, line_chart_svg
 from neucore_plugin.report.page import heat_overlay
 from neucore_plugin.retrieval import Hit
 
@@ -338,6 +339,44 @@ def test_chart_bars_have_their_heights():
         if rect.get("x"):
             assert float(rect.get("x")) + float(rect.get("width")) <= width
             assert float(rect.get("y")) + float(rect.get("height")) <= height
+
+
+def numbers(svg, tag, *names):
+    return [float(found.get(name)) for found in ET.fromstring(svg).iter(f"{SVG}{tag}") for name in names]
+
+
+@pytest.mark.parametrize("values", [[0.0], [50.0], [0.0, 0.0], [1e-6, 2e-6], [-3.0, 99.5], [12.0, 12.0, 12.0]])
+def test_curves_and_intervals_stay_within_their_pictures(values):
+    """Also where one value stands alone, or all are equal: every mark is a number within the frame."""
+    lines = {HOSTILE: list(enumerate(values, start=1)), "gone": [(1, float("nan"))]}
+    panels = [Panel("p", "epoch", lines, percent, (1, "best")) for percent in (False, True)]
+    rows = [Interval(HOSTILE * 3, value, value - 1, value + 1, [value]) for value in values]
+    bare = [Interval("r", value) for value in values]
+    drawn = [line_chart_svg(panel) for panel in panels if not (panel.percent and min(values) < 0)]
+    drawn += [interval_chart_svg("t", some, zero) for some in (rows, bare) for zero in (False, True)]
+    for svg in drawn:
+        width, height = (float(ET.fromstring(svg).get(name)) for name in ("width", "height"))
+        across, down = numbers(svg, "circle", "cx"), numbers(svg, "circle", "cy")
+        assert len(across) >= len(values)
+        assert all(0 <= x <= width for x in across + numbers(svg, "line", "x1", "x2"))
+        assert all(0 <= y <= height for y in down + numbers(svg, "line", "y1", "y2"))
+        assert not list(ET.fromstring(svg).iter(f"{SVG}script"))
+
+
+def test_curves_lie_where_their_values_are():
+    svg = line_chart_svg(Panel("p", "epoch", {"R@1": [(1, 0.0), (2, 25.0), (3, 100.0)]}, percent=True))
+    points = [
+        tuple(map(float, p.split(","))) for p in next(ET.fromstring(svg).iter(f"{SVG}polyline")).get("points").split()
+    ]
+    (x1, y1), (x2, y2), (x3, y3) = points
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2) and x1 < x2
+    assert (y1 - y2) / (y1 - y3) == pytest.approx(0.25, abs=0.01) and y3 < y1
+    svg = interval_chart_svg("t", [Interval("a", 1.0, 0.0, 4.0)], zero=True)
+    (value,) = numbers(svg, "circle", "cx")
+    (span,) = [line for line in ET.fromstring(svg).iter() if line.get("class") == "span"]
+    start, end = (float(span.get(name)) for name in ("x1", "x2"))
+    assert (value - start) / (end - start) == pytest.approx(0.25, abs=0.01)
+    assert "a +1.00 [+0.0, +4.0]" in svg
 
 
 def test_chart_escapes_and_refuses():
