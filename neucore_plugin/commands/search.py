@@ -197,6 +197,6 @@ def _show(arguments: argparse.Namespace, hits: Sequence[Any], read: Sequence[tup
 def _write_page(path: Path, index: Any, query: Any, hits: Sequence[Any], read: Sequence[Any]) -> None:
     from neucore_plugin.report import search_page
 
-    pictures = [index.reference(image)[0] for image in query.references]
-    search_page(path, pictures[0] if pictures else None, ", ".join(query.turns) or None, hits)
+    seen, unlike = ([index.reference(one)[0] for one in some] for some in (query.references, query.without_images))
+    search_page(path, seen, query.turns, hits, without_images=unlike, without_texts=query.negatives, concepts=read)
     print(f"page: {path}", file=sys.stderr)

@@ -71,7 +71,7 @@ class Examples:
 
 
 def tile(rank: int, item: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
-    """A retrieved picture: a mapping of id and path, where known also name, score, correct."""
+    """A retrieved picture: a mapping of id and path, where known also name, score, its terms, correct."""
     score = item.get("score")
     return {
         "rank": rank,
@@ -79,6 +79,7 @@ def tile(rank: int, item: Mapping[str, Any], pictures: Pictures) -> dict[str, An
         "name": str(item.get("name") or item["id"]),
         "picture": pictures.thumb(item["path"]),
         "score": "" if score is None else f"{float(score):.3f}",
+        "terms": [(term, f"{value:+.3f}") for term, value in (item.get("terms") or {}).items()],
         "correct": bool(item.get("correct")),
     }
 

@@ -137,26 +137,42 @@ def comparison_page(
 
 def search_page(
     path: str | Path,
-    reference: Picture | None,
-    caption: str | None,
+    reference: Picture | Sequence[Picture] | None,
+    caption: str | Sequence[str] | None,
     hits: Iterable[Any],
     title: str = "Search",
     credit: str | None = None,
+    without_images: Sequence[Picture] = (),
+    without_texts: Sequence[str] = (),
+    concepts: Sequence[tuple[str, Sequence[str]]] = (),
 ) -> list[str]:
     """Write one query with its results; returns the pictures that could not be shown.
 
-    hits: objects with name, path and score, best first.
+    reference, caption: one, or several: a list of references, the turns of a dialogue. hits: objects with name, path
+    and score, best first; where they have `terms`, a mapping, these are shown. without_images, without_texts: what the
+    results should not be like. concepts: (text, the words of it taken as concepts).
     """
     pictures = Pictures("pad")
-    retrieved = [{"id": hit.name, "path": hit.path, "score": hit.score} for hit in hits]
-    name = name_of(Path(reference).name) if isinstance(reference, str | os.PathLike) else ""
+
+    def shown(several: Picture | Sequence[Picture] | None) -> list[tuple[str | None, str]]:
+        """(picture, name) of each."""
+        several = several if isinstance(several, list | tuple) else [several]
+        given = [one for one in several if one is not None]
+        names = [name_of(Path(one).name) if isinstance(one, str | os.PathLike) else "" for one in given]
+        return [(pictures.thumb(one, LARGE), name) for one, name in zip(given, names, strict=True)]
+
+    found = [
+        {"id": hit.name, "path": hit.path, "score": hit.score, "terms": getattr(hit, "terms", None)} for hit in hits
+    ]
     page = {
         "kind": "search",
         "title": title,
-        "reference": pictures.thumb(reference, LARGE) if reference is not None else None,
-        "reference_name": name,
-        "caption": caption or "",
-        "hits": [tile(rank, item, pictures) for rank, item in enumerate(retrieved, start=1)],
+        "references": shown(reference),
+        "captions": [text for text in ([caption] if isinstance(caption, str) else caption or ()) if text],
+        "unlike": shown(list(without_images)),
+        "unlike_texts": list(without_texts),
+        "concepts": [(text, ", ".join(words)) for text, words in concepts],
+        "hits": [tile(rank, item, pictures) for rank, item in enumerate(found, start=1)],
     }
     return _write(path, page, pictures.missing, credit)
 

@@ -94,6 +94,11 @@ def test_every_option_reaches_the_search(saved, tmp_path, capsys):
         terms = " ".join(f"{value:+.4f} {term}" for term, value in row["terms"].items())
         assert f"{row['score']:8.4f}  = {terms}  {row['name']}" in table
 
+    shown = page.read_text()
+    for text in ("make it blue", "a longer dress", "explicit", "background"):
+        assert text in shown
+    assert shown.count("<img") == 2 + 1 + 3  # references, the picture it should not be like, results
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_left_is_an_empty_answer(saved, capsys):

@@ -315,6 +315,24 @@ def test_search_page(tmp_path, pictures):
     assert page.classed("caption") == []
 
 
+def test_search_page_of_a_long_query(tmp_path, pictures):
+    hits = [
+        Hit(1, "name 1", 0.75, pictures[1], terms={"fused": 1.0, "background": -0.25}),
+        Hit(2, "b", 0.1, pictures[2]),
+    ]
+    asked = {"without_images": [pictures[3]], "without_texts": ["a coat", HOSTILE]}
+    concepts = [("with a hat", ["hat"]), ("make it so", [])]
+    search_page(
+        tmp_path / "s.html", [pictures[0], pictures[1]], ["with a hat", "in red"], hits, **asked, concepts=concepts
+    )
+    page = Page(tmp_path / "s.html")
+    alts = [attrs["alt"] for attrs in page.named("img")]
+    assert alts == ["picture0.png", "picture1.png", "picture3.png", "name 1", "b"]
+    for text in ("with a hat", "in red", "a coat", "not like", "Concepts of “with a hat”: hat", "make it so”: none"):
+        assert text in " ".join(page.text.split()), text
+    assert "fused" in page.text and "+1.000" in page.text and "-0.250" in page.text
+
+
 def bars(svg):
     """Height in percent of each bar, from the drawing itself."""
     root = ET.fromstring(svg)
