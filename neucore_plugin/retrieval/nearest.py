@@ -1,0 +1,102 @@
+"""The score as one inner product, to first order: what an engine for nearest neighbours can look up.
+
+The score of `query_factors` and `gallery_factors` is cosines . cosines^T + (weighted . weighted^T) / sqrt(squares .
+squares^T). Its fraction has the same value for every length of a gallery vector, so that unit vectors do for it, and
+sqrt(squares . E[squares]) over the gallery stands for its denominator. What is left is linear in the image. Where the
+cosines begin with the unit vectors themselves (they do where a model sums the terms "fused" and "explicit"), the
+fraction adds to their columns; elsewhere the unit vectors are columns of their own.
+
+A first stage only says which images are worth scoring: their scores are exact.
+
+Letters: Q queries, G gallery images, D width, W width of the vectors that are looked up.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neucore_plugin.common.errors import DataError
+
+TINY = 1e-24  # squared length below which a vector counts as zero
+Factors = Mapping[str, Tensor]
+Parts = Sequence[tuple[float, Factors]]  # a query: factors of one row each, and the sign and weight they count with
+
+
+@dataclass
+class FirstOrder:
+    """How images and queries become vectors.
+
+    shared: the cosines begin with the unit vectors of `weighted`. squares: E of their squares [D], None without the
+    explicit term; count: over how many images.
+    """
+
+    shared: bool
+    squares: Tensor | None
+    count: int
+
+    @classmethod
+    def of(cls, factors: Factors) -> "FirstOrder":
+        """For galleries whose `gallery_factors` look like these; the mean is not taken yet: see `gallery`."""
+        if "weighted" not in factors:
+            return cls(False, None, 0)
+        return cls(_is_shared(factors), torch.zeros(factors["weighted"].shape[1], dtype=torch.float64), 0)
+
+    def gallery(self, factors: Factors, learn: bool = True) -> Tensor:
+        """`gallery_factors` -> float32 [G,W]; with `learn` they count in the mean. DataError: NaN, or of another kind.
+
+        >>> order = FirstOrder.of({"cosines": torch.eye(2)})
+        >>> order.gallery({"cosines": torch.eye(2)}).shape
+        torch.Size([2, 2])
+        """
+        parts = [factors["cosines"].float()] if "cosines" in factors else []
+        if self.squares is not None:
+            unit = _unit(factors["weighted"].float())
+            if learn:
+                total = self.count + len(unit)
+                self.squares += (unit.double().square().sum(dim=0) - len(unit) * self.squares) / max(total, 1)
+                self.count = total
+            if not self.shared:
+                parts.append(unit)
+            elif not _is_shared(factors):
+                raise DataError("the gallery's factors are not of one kind; build the index again with one model")
+        return finite(torch.cat(parts, dim=1), "the gallery")
+
+    def query(self, parts: Parts) -> Tensor:
+        """One query -> float32 [W]. DataError: NaN or infinite numbers."""
+        total: Tensor | float = 0.0
+        for weight, factors in parts:
+            cosines = factors["cosines"][0].double() if "cosines" in factors else None
+            if self.squares is None:
+                total = total + weight * cosines
+                continue
+            length = (factors["squares"][0].double().cpu() @ self.squares).clamp(min=TINY).sqrt()
+            explicit = factors["weighted"][0].double() / length
+            if cosines is None:
+                row = explicit
+            elif self.shared:
+                row = cosines.clone()
+                row[: len(explicit)] += explicit
+            else:
+                row = torch.cat([cosines, explicit])
+            total = total + weight * row
+        return finite(total.float(), "the query")
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1, eps=TINY**0.5)
+
+
+def _is_shared(factors: Factors) -> bool:
+    if "cosines" not in factors:
+        return False
+    unit = _unit(factors["weighted"].float())
+    return torch.allclose(factors["cosines"][:, : unit.shape[1]].float(), unit, atol=1e-4)
+
+
+def finite(vectors: Tensor, what: str) -> Tensor:
+    """The same; DataError where they are not all finite."""
+    if not bool(vectors.isfinite().all()):
+        raise DataError(f"{what} holds NaN or infinite numbers; the model's weights are damaged, or the index is")
+    return vectors
