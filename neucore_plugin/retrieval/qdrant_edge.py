@@ -53,7 +53,7 @@ class EdgeCache:
         self.order = _order(manifest)
         starts = {part.unit: part.start for part in index.parts}
         self._starts = np.array([starts[unit["name"]] for unit in manifest["units"]], dtype=np.int64)
-        inside = torch.zeros(sum(part.count for part in index.parts), dtype=torch.bool)
+        inside = torch.zeros(index.stored, dtype=torch.bool)
         for unit in manifest["units"]:
             inside[starts[unit["name"]] : starts[unit["name"]] + unit["count"]] = True
         self.covered = int(inside.sum())
@@ -77,25 +77,24 @@ class EdgeCache:
     @classmethod
     def open(cls, index: Any) -> "EdgeCache | None":
         """The cache of a saved index, or None: there is none; or it does not fit or is in use, which is warned of."""
-        if _folder(index) is None or not (_folder(index) / "manifest.json").is_file():
+        folder = _folder(index)
+        if folder is None or not (folder / "manifest.json").is_file():
             return None
+        handle = None
         try:
-            manifest = _read(index)
-            if (late := sum(part.count for part in index.parts) - sum(unit["count"] for unit in manifest["units"])) > EXACT_ROWS:
-                raise DataError(f"{late} images came after it; `neucore index accelerate` takes them in")
-            handle = open_lock(_folder(index))
-        except (DataError, OSError) as error:
-            log.warning("searching exactly: %s", error)
-            return None
-        try:
+            handle = open_lock(folder)
             lock(handle)
+            manifest = _read(index)
+            if (late := index.stored - sum(unit["count"] for unit in manifest["units"])) > EXACT_ROWS:
+                raise DataError(f"{late} images came after {folder}; `neucore index accelerate` takes them in")
             return cls(index, manifest, handle)
-        except (BlockingIOError, DataError, ConfigError) as error:
+        except (OSError, DataError, ConfigError) as error:
             if handle is not None:
                 os.close(handle)
             used = isinstance(error, BlockingIOError)
-            why = f"{_folder(index)} is in use by another process (one at a time)" if used else error
-            log.warning("searching exactly: %s", why)
+            log.warning(
+                "searching exactly: %s", f"{folder} is in use by another process (one at a time)" if used else error
+            )
             return None
 
     def nearest(self, parts: Parts, wanted: int) -> Tensor:
@@ -136,10 +135,55 @@ class EdgeCache:
                 lock(handle)
                 return _build(index, folder, progress)
             except BlockingIOError:
-                raise DataError(f"{folder} is in use by another process: end its search or service, then try again") from None
+                raise DataError(
+                    f"{folder} is in use by another process: end its search or service, then try again"
+                ) from None
             finally:
                 if handle is not None:
                     os.close(handle)
+
+
+def worth_scoring(index: Any, query: Any, encoded: Any, places: Tensor | None) -> Tensor | None:
+    """Gallery positions [n], ascending, of the images to score for one query; None: all, or all of `places`.
+
+    query, encoded: of `queries`. places [n]: what is there and passes the filter, None: all. Where a filter leaves few
+    candidates more are looked up; where few images are left at all, they are all scored.
+    """
+    allowed = index.stored if places is None else len(places)
+    if query.exact or query.k is None or index.stored < WORTH_FROM or allowed <= EXACT_ROWS:
+        return None
+    if (cache := _opened(index)) is None:
+        return None
+    left_out = len(encoded.left_out) + len(query.exclude)
+    least = max(CANDIDATES, 4 * (query.k + left_out))
+    mask = None
+    if places is not None:
+        mask = torch.zeros(index.stored, dtype=torch.bool)
+        mask[places] = True
+    parts = [(weight, index.model.query_factors(part)) for weight, part in encoded.parts]
+    wanted = least * index.stored // allowed
+    try:
+        while wanted <= index.stored // 4:  # beyond it, to score them all is as quick
+            found = cache.nearest(parts, wanted)
+            kept = found if mask is None else found[mask[found]]
+            if 2 * len(kept) >= least:
+                return kept
+            wanted *= 4
+    except DataError as error:
+        log.warning("searching exactly: %s", error)
+    return None
+
+
+def _opened(index: Any) -> EdgeCache | None:
+    """The cache, kept open with the index object for as long as that has the same units."""
+    units = (index.stored, len(index.parts), index.parts[0].unit)
+    if index.first_stage is not None and index.first_stage[0] != units:
+        if index.first_stage[1] is not None:
+            index.first_stage[1].close()
+        index.first_stage = None
+    if index.first_stage is None:
+        index.first_stage = (units, EdgeCache.open(index))
+    return index.first_stage[1]
 
 
 def check(index: Any) -> str | None:
@@ -183,7 +227,7 @@ def _build(index: Any, folder: Path, progress: bool) -> int:
     total = sum(part.count for part in new)
     try:
         with tqdm(total=total, desc="first stage", unit="image", disable=not progress) as bar, _engine("written"):
-            for part, start in ((part, start) for part in new for start in range(0, part.count, _STEP)):
+            for part, start in _runs(new):
                 block = {key: value[start : start + _STEP].float() for key, value in part.arrays.items()}
                 factors = index.model.gallery_factors(block)
                 order = order or FirstOrder.of(factors)
@@ -224,6 +268,11 @@ def _build(index: Any, folder: Path, progress: bool) -> int:
     return total
 
 
+def _runs(parts: list[Any]) -> Iterator[tuple[Any, int]]:
+    for part in parts:
+        yield from ((part, start) for start in range(0, part.count, _STEP))
+
+
 def _shard(edge: Any, folder: Path, width: int, fresh: bool) -> Any:
     if not fresh:
         return edge.EdgeShard.load(os.fspath(folder))
@@ -257,7 +306,9 @@ def _read(index: Any) -> dict[str, Any]:
         sound = False
     if not sound:
         raise DataError(f"{path} lacks fields or holds others; {_REMEDY}")
-    there = {file.relative_to(folder).as_posix(): file for file in (folder / manifest["shard"]).rglob("*") if file.is_file()}
+    there = {
+        file.relative_to(folder).as_posix(): file for file in (folder / manifest["shard"]).rglob("*") if file.is_file()
+    }
     wrong = [name for name in files if name not in there or there[name].stat().st_size != files[name]]
     if wrong or set(there) != set(files):
         which = wrong[0] if wrong else sorted(set(there) - set(files))[0]
@@ -293,7 +344,9 @@ def _engine(what: str) -> Iterator[None]:
         # the engine raises bare Exceptions, and panics that are no Exceptions; all others pass
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise DataError(f"the first stage cannot be {what} ({' '.join(str(error).split())[:200]}); {_REMEDY}") from error
+        raise DataError(
+            f"the first stage cannot be {what} ({' '.join(str(error).split())[:200]}); {_REMEDY}"
+        ) from error
 
 
 def _edge() -> Any:

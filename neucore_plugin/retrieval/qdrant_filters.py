@@ -32,8 +32,8 @@ def condition(tree: filters.Filter) -> Any:
     if isinstance(tree, filters.Order):
         if isinstance(tree.value, str):
             raise DataError(
-                f"filter {tree.field} {tree.sign} {tree.value!r:.80}: Qdrant has no order of texts; compare numbers, or "
-                "search the index itself"
+                f"filter {tree.field} {tree.sign} {tree.value!r:.80}: Qdrant has no order of texts; compare numbers, "
+                "or search the index itself"
             )
         name = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}[tree.sign]
         return models.FieldCondition(key=key, range=models.Range(**{name: _finite(tree.value)}))

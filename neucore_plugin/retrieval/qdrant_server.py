@@ -20,8 +20,15 @@ from tqdm import tqdm
 
 from neucore_plugin.common.errors import ConfigError, DataError, NeucoreError, first_few
 from neucore_plugin.common.files import sha256_text
+from neucore_plugin.common.images import Picture, load_for
+from neucore_plugin.common.names import name_of, path_of
+from neucore_plugin.common.shard_image import ShardImage
+from neucore_plugin.retrieval import filters, queries
+from neucore_plugin.retrieval.encoding import evaluating, fingerprint_of
+from neucore_plugin.retrieval.index import Hit
 from neucore_plugin.retrieval.nearest import FirstOrder, Parts, finite
-from neucore_plugin.retrieval.qdrant_filters import payload_key
+from neucore_plugin.retrieval.qdrant_filters import condition, payload_key
+from neucore_plugin.retrieval.sources import File, canonical, relative
 
 FORMAT = "neucore-collection-1"
 KEY = "QDRANT_API_KEY"  # environment variable: a key on a command line is seen by everybody on the machine
@@ -44,65 +51,128 @@ class Layout:
 
 
 class QdrantCollection:
-    """A collection that holds a gallery; opened with `connect`, filled with `push`.
+    """A collection that holds a gallery, searched like an index; opened with `connect`, filled with `push`.
 
-    model_fingerprint: of the model that made it. root: folder that the pictures' paths are relative to, as text.
-    DataError: no such collection, or one that holds something else; the server does not answer.
+    model: what queries are encoded with. root: folder that the pictures' paths are relative to, as text.
+    DataError: no such collection, one of something else or of another model; the server does not answer.
     """
 
-    def __init__(self, client: Any, name: str, where: str = "the Qdrant server"):
-        self.client, self.name, self.where = client, name, where
-        with self._server():
+    def __init__(self, client: Any, name: str, model: Any, where: str = "the server"):
+        self.client, self.name, self.model, self.where = client, name, model, where
+        with answering(where):
             if not client.collection_exists(name):
                 there = sorted(found.name for found in client.get_collections().collections)
                 raise DataError(
-                    f"{where} has no collection {name!r}; it has {first_few(map(repr, there), 5) or 'none'}. "
-                    f"Make it with `neucore index push INDEX --qdrant ... --collection {name}`"
+                    f"Qdrant at {where} has no collection {name!r}; make it with `neucore index push`. It has "
+                    f"{first_few(map(repr, there), 5) or 'none'}"
                 )
-            noted = client.get_collection(name).config.metadata or {}
+            settings = client.get_collection(name).config
+        noted = getattr(settings, "metadata", None) or {}
         if noted.get("format") != FORMAT:
             raise DataError(
-                f"collection {name!r} at {where} was not made by `neucore index push` (its metadata lacks "
-                f"format = {FORMAT!r}); choose another name"
+                f"collection {name!r} at {where} was not made by `neucore index push` (its metadata lacks the format "
+                f"{FORMAT!r}); choose another name"
             )
         squares = noted["squares"]
         squares = None if squares is None else torch.tensor(squares, dtype=torch.float64)
         self.order = FirstOrder(noted["shared"], squares, noted["count"])
+        self.beside = sorted(set(settings.params.vectors) - {"nearest"})
         self.model_fingerprint, self.root = noted["model"], noted["root"]
-
-    @classmethod
-    def connect(cls, url: str, name: str) -> "QdrantCollection":
-        """url: http://HOST:6333; its key: environment QDRANT_API_KEY."""
-        return cls(client(url), name, url)
-
-    def __len__(self) -> int:
-        with self._server():
-            return self.client.count(self.name, exact=True).count
-
-    def check_model(self, fingerprint: str | None) -> None:
-        """DataError where another model than this made the collection."""
-        if fingerprint and self.model_fingerprint and fingerprint != self.model_fingerprint:
+        given = fingerprint_of(model)
+        if given and self.model_fingerprint and given != self.model_fingerprint:
             raise DataError(
-                f"collection {self.name!r} at {self.where} was made by model {self.model_fingerprint}, but the model "
-                f"given is {fingerprint}: their encodings cannot be compared; choose another collection, or that model"
+                f"collection {name!r} at {where} was made by model {self.model_fingerprint}, but the model given is "
+                f"{given}: their encodings cannot be compared; choose another collection, or that model"
             )
 
-    def search(
-        self, parts: Parts, k: int, keep: Any = None, exact: bool | None = None, candidates: int = CANDIDATES
-    ) -> list[tuple[float, dict[str, Any]]]:
-        """The k best points for one query: (score, payload); equal scores in the gallery's order.
+    @classmethod
+    def connect(cls, url: str, name: str, model: Any) -> "QdrantCollection":
+        """url: http://HOST:6333; its key: environment QDRANT_API_KEY."""
+        return cls(connect(url), name, model, url)
 
-        parts: see `FirstOrder.query`. keep: the Qdrant filter of those to look at, see `kept`. exact: score all of
-        them, not only the nearest; by default where the collection is small.
+    def __len__(self) -> int:
+        with answering(self.where):
+            return self.client.count(self.name, exact=True).count
+
+    # ---- as an index ------------------------------------------------------------------------------------------------
+
+    def search_many(self, asked: Sequence[queries.Query], exact: bool | None = None) -> list[list[Hit]]:
+        """What `GalleryIndex.search_many` gives, for queries of `queries.Query`; positions are None.
+
+        exact: see `nearest`. DataError for an explained search: the terms are not told apart in the server.
+        """
+        if any(query.explain for query in asked):
+            raise DataError("a search in a Qdrant server cannot be explained; search the index itself")
+        with torch.inference_mode(), evaluating(self.model):
+            encoded = queries.encode(self.model, asked, self.reference)
+            return [self._hits(query, one, exact) for query, one in zip(asked, encoded, strict=True)]
+
+    def _hits(self, query: queries.Query, encoded: queries.Encoded, exact: bool | None) -> list[Hit]:
+        models = _models()
+        must = [condition(filters.parse(query.where))] if query.where and query.where.strip() else []
+        unwanted = [point_id(name) for name in (*encoded.left_out, *map(self._known, query.exclude))]
+        must_not = [models.HasIdCondition(has_id=unwanted)] if unwanted else []
+        keep = models.Filter(must=must, must_not=must_not) if must or must_not else None
+        parts = [(weight, self.model.query_factors(part)) for weight, part in encoded.parts]
+        found = self.nearest(parts, query.k, keep, exact)
+        return [
+            Hit(rank, _heard(payload["name"]), score, self._file(payload), None, payload["attributes"])
+            for rank, (score, payload) in enumerate(found, start=1)
+        ]
+
+    def reference(self, image: Picture) -> tuple[Any, str | None]:
+        """The picture meant by a name in the collection, a file, its bytes or a picture; its name there if it has one."""
+        processor = getattr(self.model, "image_processor", None)
+        if not isinstance(image, str | os.PathLike):
+            return load_for(processor, image), None
+        name = name_of(image)
+        if payload := self._payload(name):
+            return load_for(processor, self._file(payload)), name
+        if not os.path.exists(image):
+            raise DataError(f"reference {name!r} is neither a file nor a name in collection {self.name!r}")
+        models = _models()
+        path = _said(relative(canonical(image), path_of(self.root) if self.root else None))
+        mine = models.FieldCondition(key="path", match=models.MatchValue(value=path)) if isinstance(path, str) else None
+        with answering(self.where):
+            same = self.client.scroll(self.name, models.Filter(must=[mine]), limit=1)[0] if mine else []
+        return load_for(processor, image), _heard(same[0].payload["name"]) if same else None
+
+    def _payload(self, name: str) -> dict[str, Any] | None:
+        with answering(self.where):
+            found = self.client.retrieve(self.name, [point_id(name)], with_payload=True)
+        return found[0].payload if found else None
+
+    def _known(self, name: str) -> str:
+        if self._payload(name) is None:
+            raise DataError(f"no image {name!r} in collection {self.name!r}")
+        return name
+
+    def _file(self, payload: Mapping[str, Any]) -> File:
+        path = path_of(_heard(payload["path"]))
+        path = path_of(self.root) / path if self.root else path
+        if payload.get("place") is None:
+            return path
+        return ShardImage(str(path), payload["place"], payload["bytes"] or 0, _heard(payload["name"]))
+
+    # ---- scores -----------------------------------------------------------------------------------------------------
+
+    def nearest(
+        self, parts: Parts, k: int | None = 10, keep: Any = None, exact: bool | None = None
+    ) -> list[tuple[float, dict[str, Any]]]:
+        """The k best points for one query, None = all: (score, payload); equal scores in the gallery's order.
+
+        parts: see `FirstOrder.query`. keep: the Qdrant filter of those to look at. exact: score all of them, not only
+        the nearest; by default where the collection is small.
         """
         models = _models()
         nearest = self.order.query(parts).tolist()
         count = len(self)
+        k = count if k is None else k
         exact = count <= EXACT_UP_TO if exact is None else exact
-        wanted = count if exact else max(candidates, 4 * k)
+        wanted = count if exact else min(count, max(CANDIDATES, 4 * k))
         if count == 0:
             return []
-        with self._server():
+        with answering(self.where):
             if not exact:
                 found = self.client.query_points(
                     self.name,
@@ -115,7 +185,10 @@ class QdrantCollection:
                 ).points
                 if not found:
                     return []
-                keep, wanted = models.Filter(must=[models.HasIdCondition(has_id=[point.id for point in found])]), len(found)
+                keep, wanted = (
+                    models.Filter(must=[models.HasIdCondition(has_id=[point.id for point in found])]),
+                    len(found),
+                )
             prefetch, formula = self._formula(parts, keep, wanted)
             found = self.client.query_points(
                 self.name, prefetch=prefetch, query=formula, limit=min(wanted, k + _TIES), with_payload=True
@@ -132,9 +205,7 @@ class QdrantCollection:
 
         def product(name: str, row: torch.Tensor, otherwise: float) -> str:
             defaults[variable := f"$score[{len(fetched)}]"] = otherwise
-            fetched.append(
-                models.Prefetch(query=row.tolist(), using=name, filter=keep, limit=limit, params=exactly)
-            )
+            fetched.append(models.Prefetch(query=row.tolist(), using=name, filter=keep, limit=limit, params=exactly))
             return variable
 
         terms: list[Any] = []
@@ -153,13 +224,8 @@ class QdrantCollection:
     def _plain_is_cosines(self) -> bool:
         return self.order.squares is None or self.order.shared
 
-    @contextmanager
-    def _server(self) -> Iterator[None]:
-        with answering(self.where):
-            yield
 
-
-def client(url: str) -> Any:
+def connect(url: str) -> Any:
     """A client for a server's address. ConfigError: the package is missing, or no such address."""
     _models()
     from qdrant_client import QdrantClient
@@ -191,51 +257,117 @@ def answering(where: str) -> Iterator[None]:
 
 
 def push(
-    index: Any, collection_client: Any, name: str, layout: Layout, where: str = "the server", progress: bool = True
+    index: Any, client: Any, name: str, layout: Layout, where: str = "the server", progress: bool = True
 ) -> tuple[int, int]:
-    """Make a collection equal to an index that has its model; (points written, points taken away).
+    """Make a collection equal to a saved index that has its model; (points written, points there afterwards).
 
     Unit by unit, and units that are there already are passed over: after a kill it goes on where it was.
     DataError: the collection holds another model's images, another folder's, or something else.
     """
     models = _models()
+    if index.folder is None:
+        raise DataError("an index held in memory cannot be pushed; save it first (GalleryIndex.save)")
+    if not len(index):
+        raise DataError("the index holds no images yet; finish its build, or add some")
     with answering(where):
-        if not collection_client.collection_exists(name):
-            _create(index, collection_client, name, layout, where)
-    there = QdrantCollection(collection_client, name, where)
-    there.check_model(index.model_fingerprint)
-    if there.root != (root := _root(index)):
+        new = not client.collection_exists(name)
+    if new:
+        _create(index, client, name, layout, where)
+    there = QdrantCollection(client, name, index.model, where)
+    if there.root != index.manifest.root:
         raise DataError(
-            f"collection {name!r} at {where} holds the pictures of {there.root!r}, the index those of {root!r}; "
-            "choose another collection"
+            f"collection {name!r} at {where} holds the pictures of {there.root!r}, the index those of "
+            f"{index.manifest.root!r}; choose another collection"
         )
-    written, before, indexed = 0, len(there), set()
     units = list(_units(index))
-    alive = sum(len(rows) for _, _, rows in units)
+    written, indexed = 0, set()
 
     def of_unit(unit: str) -> Any:
         return models.FieldCondition(key="unit", match=models.MatchValue(value=unit))
 
-    with answering(where), tqdm(total=alive, desc=f"to {name}", unit="image", disable=not progress) as bar:
+    with answering(where), tqdm(total=len(index), desc=f"to {name}", unit="image", disable=not progress) as bar:
         for unit, start, rows in units:
             mine = models.Filter(must=[of_unit(unit)])
-            if collection_client.count(name, count_filter=mine, exact=True).count == len(rows):
+            if client.count(name, count_filter=mine, exact=True).count == len(rows):
                 bar.update(len(rows))
                 continue
+            ids: list[str] = []
             for first in range(0, len(rows), BATCH):
-                some = rows[first : first + BATCH]
-                collection_client.upsert(name, _points(index, there, unit, start, some, indexed), wait=True)
-                bar.update(len(some))
+                batch = _points(index, there, unit, start, rows[first : first + BATCH], indexed)
+                client.upsert(name, batch, wait=True)
+                ids += batch.ids
+                bar.update(len(batch.ids))
             written += len(rows)
-            names = [point_id(index.name(start + row)) for row in rows]
-            others = models.Filter(must=[of_unit(unit)], must_not=[models.HasIdCondition(has_id=names)] if names else [])
-            collection_client.delete(name, models.FilterSelector(filter=others), wait=True)
+            gone = models.Filter(must=[of_unit(unit)], must_not=[models.HasIdCondition(has_id=ids)] if ids else [])
+            client.delete(name, models.FilterSelector(filter=gone), wait=True)
         known = models.FieldCondition(key="unit", match=models.MatchAny(any=[unit for unit, _, _ in units]))
-        collection_client.delete(name, models.FilterSelector(filter=models.Filter(must_not=[known])), wait=True)
-    after = len(there)
-    if after != alive:
-        raise DataError(f"collection {name!r} at {where} holds {after} points after the push, not {alive}; push again")
-    return written, max(before + written - after, 0) if before else 0
+        client.delete(name, models.FilterSelector(filter=models.Filter(must_not=[known])), wait=True)
+    if (after := len(there)) != len(index):
+        raise DataError(
+            f"collection {name!r} at {where} holds {after} points after the push, not {len(index)}; push again"
+        )
+    return written, after
+
+
+def _units(index: Any) -> Iterator[tuple[str, int, list[int]]]:
+    """(unit, gallery position of its first row, its rows that are there)."""
+    for part in index.parts:
+        there = None if index.alive is None else index.alive[part.start : part.start + part.count]
+        yield part.unit, part.start, list(range(part.count)) if there is None else there.nonzero().flatten().tolist()
+
+
+def _create(index: Any, client: Any, name: str, layout: Layout, where: str) -> None:
+    """A collection for this index, with the mean of a sample of it."""
+    models = _models()
+    alive = torch.arange(index.stored) if index.alive is None else index.alive.nonzero().flatten()
+    sample = alive[:: max(1, len(alive) // SAMPLE)]
+    factors = index.model.gallery_factors(index.candidates(sample))
+    order = FirstOrder.of(factors)
+    widths = {"nearest": order.gallery(factors).shape[1]}
+    if order.squares is not None:
+        beside = ("weighted", "squares") if order.shared or "cosines" not in factors else tuple(factors)
+        widths |= {key: factors[key].shape[1] for key in beside}
+    int8 = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, always_ram=True)
+    vectors = {
+        key: models.VectorParams(
+            size=width,
+            distance=models.Distance.DOT,
+            on_disk=layout.on_disk or None,
+            # no graph for those that are only read for given points
+            hnsw_config=None if key == "nearest" else models.HnswConfigDiff(m=0),
+            quantization_config=models.ScalarQuantization(scalar=int8)
+            if layout.quantization and key == "nearest"
+            else None,
+        )
+        for key, width in widths.items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "model": index.model_fingerprint,
+        "root": index.manifest.root,
+        "shared": order.shared,
+        "squares": None if order.squares is None else order.squares.tolist(),
+        "count": order.count,
+    }
+    with answering(where):
+        client.create_collection(
+            name,
+            vectors_config=vectors,
+            shard_number=layout.shard_number,
+            replication_factor=layout.replication_factor,
+            metadata=metadata,
+        )
+        if (client.get_collection(name).config.metadata or {}).get("format") != FORMAT:
+            client.delete_collection(name)
+            raise DataError(f"Qdrant at {where} keeps no metadata of collections; use server and client 1.16 or later")
+        for key in ("unit", "name", "path"):
+            _index_payload(client, name, key, "KEYWORD")
+
+
+def _index_payload(client: Any, name: str, key: str, kind: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the client's memory has no such indexes
+        client.create_payload_index(name, key, getattr(_models().PayloadSchemaType, kind))
 
 
 def point_id(name: str) -> str:
@@ -243,26 +375,25 @@ def point_id(name: str) -> str:
     return str(uuid.UUID(hex=sha256_text(name)[:32]))
 
 
-def _points(index: Any, there: QdrantCollection, unit: str, start: int, rows: Sequence[int], indexed: set) -> Any:
+def _points(index: Any, there: "QdrantCollection", unit: str, start: int, rows: Sequence[int], indexed: set) -> Any:
     """Rows of a unit as points; what their attributes hold is indexed, so that filters are quick."""
-    models = _models()
     places = [start + row for row in rows]
     factors = index.model.gallery_factors(index.candidates(torch.tensor(places)))
     vectors = {"nearest": there.order.gallery(factors, learn=False)}
-    vectors |= {key: finite(factors[key].float(), "the gallery") for key in there.vectors if key != "nearest"}
+    vectors |= {key: finite(factors[key].float(), "the gallery") for key in there.beside}
+    known = [index.row(place) for place in places]
     payloads = []
-    for place, row in zip(places, rows, strict=True):
-        attributes = index.attributes(place)
-        name, path = _said(index.name(place)), _said(there.path_text(index.path(place)))
-        payloads.append({"name": name, "path": path, "unit": unit, "row": row, "attributes": attributes})
-        for key, kind in _kinds(attributes):
+    for number, row in zip(rows, known, strict=True):
+        payload = {"name": _said(row.name), "path": _said(row.path), "unit": unit, "row": number}
+        if row.place is not None:
+            payload |= {"place": row.place, "bytes": row.bytes}
+        payloads.append(payload | {"attributes": dict(row.attributes)})
+        for key, kind in _kinds(row.attributes):
             if key not in indexed and len(indexed) < _INDEXED:
                 indexed.add(key)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the client's memory has no such indexes
-                    there.client.create_payload_index(there.name, key, getattr(models.PayloadSchemaType, kind))
-    ids = [point_id(index.name(place)) for place in places]
-    return models.Batch(ids=ids, vectors={key: value.tolist() for key, value in vectors.items()}, payloads=payloads)
+                _index_payload(there.client, there.name, key, kind)
+    ids = [point_id(row.name) for row in known]
+    return _models().Batch(ids=ids, vectors={key: value.tolist() for key, value in vectors.items()}, payloads=payloads)
 
 
 def _kinds(attributes: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
@@ -297,54 +428,3 @@ def _models() -> Any:
             f"a Qdrant server needs a package that is not installed ({error}): pip install 'neucore-plugin[qdrant]'"
         ) from error
     return models
-
-
-def _create(index: Any, there: Any, name: str, layout: Layout, where: str) -> None:
-    """A collection for this index, with the mean of a sample of it."""
-    models = _models()
-    places = torch.linspace(0, len(index.alive_positions) - 1, min(SAMPLE, len(index)), dtype=torch.float64).long().unique()
-    factors = index.model.gallery_factors(index.candidates(index.alive_positions[places]))
-    order = FirstOrder.of(factors)
-    widths = {"nearest": order.gallery(factors).shape[1]}
-    named = {"weighted", "squares"} if order.squares is not None else set()
-    named |= {"cosines"} if order.squares is not None and not order.shared and "cosines" in factors else set()
-    int8 = models.ScalarQuantization(
-        scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, always_ram=True)
-    )
-    vectors = {
-        "nearest": models.VectorParams(
-            size=widths["nearest"],
-            distance=models.Distance.DOT,
-            on_disk=layout.on_disk or None,
-            quantization_config=int8 if layout.quantization else None,
-        )
-    }
-    for key in sorted(named):  # m=0: no graph; they are only read for given points
-        vectors[key] = models.VectorParams(
-            size=factors[key].shape[1],
-            distance=models.Distance.DOT,
-            on_disk=layout.on_disk or None,
-            hnsw_config=models.HnswConfigDiff(m=0),
-        )
-    metadata = {
-        "format": FORMAT,
-        "model": index.model_fingerprint,
-        "root": _root(index),
-        "shared": order.shared,
-        "squares": None if order.squares is None else order.squares.tolist(),
-        "count": order.count,
-    }
-    there.create_collection(
-        name,
-        vectors_config=vectors,
-        shard_number=layout.shard_number,
-        replication_factor=layout.replication_factor,
-        metadata=metadata,
-    )
-    if (there.get_collection(name).config.metadata or {}).get("format") != FORMAT:
-        there.delete_collection(name)
-        raise DataError(f"Qdrant at {where} keeps no metadata of collections; use server 1.16 or later")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the client's own folder has no such indexes
-        for key in ("unit", "name", "path"):
-            there.create_payload_index(name, key, models.PayloadSchemaType.KEYWORD, wait=True)
