@@ -29,6 +29,7 @@ class Gallery:
     """Parts in a row, each position an image or one that was removed. `GalleryIndex` makes, changes and searches it."""
 
     model: RetrievalModel | None
+    first_stage: Any = None  # of large galleries, kept open between searches: see qdrant_edge.py
 
     def _set(
         self,

@@ -50,49 +50,49 @@ class FirstOrder:
         >>> order.gallery({"cosines": torch.eye(2)}).shape
         torch.Size([2, 2])
         """
-        parts = [factors["cosines"].float()] if "cosines" in factors else []
+        for values in factors.values():
+            finite(values, "the gallery")
+        columns = [factors["cosines"].float()] if "cosines" in factors else []
         if self.squares is not None:
-            unit = _unit(factors["weighted"].float())
+            units = unit(factors["weighted"].float())
             if learn:
-                total = self.count + len(unit)
-                self.squares += (unit.double().square().sum(dim=0) - len(unit) * self.squares) / max(total, 1)
+                total = self.count + len(units)
+                self.squares += (units.double().square().sum(dim=0) - len(units) * self.squares) / max(total, 1)
                 self.count = total
             if not self.shared:
-                parts.append(unit)
+                columns.append(units)
             elif not _is_shared(factors):
                 raise DataError("the gallery's factors are not of one kind; build the index again with one model")
-        return finite(torch.cat(parts, dim=1), "the gallery")
+        return torch.cat(columns, dim=1)
 
     def query(self, parts: Parts) -> Tensor:
         """One query -> float32 [W]. DataError: NaN or infinite numbers."""
         total: Tensor | float = 0.0
         for weight, factors in parts:
-            cosines = factors["cosines"][0].double() if "cosines" in factors else None
-            if self.squares is None:
-                total = total + weight * cosines
-                continue
-            length = (factors["squares"][0].double().cpu() @ self.squares).clamp(min=TINY).sqrt()
-            explicit = factors["weighted"][0].double() / length
-            if cosines is None:
-                row = explicit
-            elif self.shared:
-                row = cosines.clone()
-                row[: len(explicit)] += explicit
-            else:
-                row = torch.cat([cosines, explicit])
+            rows = {key: value[0].double().cpu() for key, value in factors.items()}
+            row = rows.get("cosines")
+            if self.squares is not None:
+                explicit = rows["weighted"] / (rows["squares"] @ self.squares).clamp(min=TINY).sqrt()
+                if row is None:
+                    row = explicit
+                elif self.shared:
+                    row = torch.cat([row[: len(explicit)] + explicit, row[len(explicit) :]])
+                else:
+                    row = torch.cat([row, explicit])
             total = total + weight * row
         return finite(total.float(), "the query")
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Of length 1, zero where a vector is zero."""
     return torch.nn.functional.normalize(x, dim=-1, eps=TINY**0.5)
 
 
 def _is_shared(factors: Factors) -> bool:
     if "cosines" not in factors:
         return False
-    unit = _unit(factors["weighted"].float())
-    return torch.allclose(factors["cosines"][:, : unit.shape[1]].float(), unit, atol=1e-4)
+    units = unit(factors["weighted"].float())
+    return torch.allclose(factors["cosines"][:, : units.shape[1]].float(), units, atol=1e-4)
 
 
 def finite(vectors: Tensor, what: str) -> Tensor:

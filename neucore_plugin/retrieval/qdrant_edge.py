@@ -65,9 +65,12 @@ class EdgeCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Let another process have it."""
-        if self._shard is not None:
+        if getattr(self, "_shard", None) is not None:
             self._shard.close()
             self._shard = None
         if self._handle is not None:
@@ -152,7 +155,7 @@ def worth_scoring(index: Any, query: Any, encoded: Any, places: Tensor | None) -
     allowed = index.stored if places is None else len(places)
     if query.exact or query.k is None or index.stored < WORTH_FROM or allowed <= EXACT_ROWS:
         return None
-    if (cache := _opened(index)) is None:
+    if (cache := opened(index)) is None:
         return None
     left_out = len(encoded.left_out) + len(query.exclude)
     least = max(CANDIDATES, 4 * (query.k + left_out))
@@ -174,7 +177,7 @@ def worth_scoring(index: Any, query: Any, encoded: Any, places: Tensor | None) -
     return None
 
 
-def _opened(index: Any) -> EdgeCache | None:
+def opened(index: Any) -> EdgeCache | None:
     """The cache, kept open with the index object for as long as that has the same units."""
     units = (index.stored, len(index.parts), index.parts[0].unit)
     if index.first_stage is not None and index.first_stage[0] != units:

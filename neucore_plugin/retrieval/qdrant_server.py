@@ -121,7 +121,7 @@ class QdrantCollection:
         ]
 
     def reference(self, image: Picture) -> tuple[Any, str | None]:
-        """The picture meant by a name in the collection, a file, its bytes or a picture; its name there if it has one."""
+        """The picture meant by a name in the collection, a file, its bytes or a picture; its name there, if any."""
         processor = getattr(self.model, "image_processor", None)
         if not isinstance(image, str | os.PathLike):
             return load_for(processor, image), None
