@@ -23,6 +23,7 @@ from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.images import Picture
 from neucore_plugin.retrieval import filters
 from neucore_plugin.retrieval.encoding import evaluating
+from neucore_plugin.retrieval.qdrant_edge import worth_scoring
 from neucore_plugin.retrieval.ranks import topk
 
 NEGATIVE = 0.5  # what negatives count against the query
@@ -52,6 +53,7 @@ class Query:
     without_images: Sequence[Picture] = ()
     where: str | None = None
     explain: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         for name in ("images", "then", "exclude", "without_texts", "without_images"):
@@ -175,10 +177,15 @@ def answer(index: Any, queries: Sequence[Query]) -> list[list[Found]]:
             places = passing(index, where)
             for start in range(0, len(numbers), step):
                 batch = numbers[start : start + step]
-                encoded = encode(model, [queries[number] for number in batch], index.reference)
-                scores = _scores(index, encoded, places)  # [Q,n] of those places
-                for row, number in enumerate(batch):
-                    results[number] = _found(index, queries[number], encoded[row], scores[row : row + 1], places)
+                encoded = dict(zip(batch, encode(model, [queries[n] for n in batch], index.reference), strict=True))
+                for number in batch:
+                    near = worth_scoring(index, queries[number], encoded[number], places)
+                    if near is not None:
+                        one = encoded.pop(number)
+                        results[number] = _found(index, queries[number], one, _scores(index, [one], near), near)
+                scores = _scores(index, list(encoded.values()), places) if encoded else None  # [Q,n] of those places
+                for row, (number, one) in enumerate(encoded.items()):
+                    results[number] = _found(index, queries[number], one, scores[row : row + 1], places)
     return results
 
 
