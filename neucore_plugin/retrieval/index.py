@@ -254,6 +254,7 @@ class GalleryIndex(Gallery):
         without_images: Sequence[Picture] = (),
         where: str | None = None,
         explain: bool = False,
+        exact: bool = False,
     ) -> list[Hit]:
         """The k best images, None = all, for a reference and a relative caption; where fewer are left, all of these.
 
@@ -261,10 +262,11 @@ class GalleryIndex(Gallery):
         then the query is text alone or image alone. References that are in the index are left out, unless
         exclude_reference is off. images: further references. then: further turns of a dialogue.
         exclude: names of images that are no answers. without_texts, without_images: what the images should not be like.
-        where: a filter on attributes, see `filters`. explain: each hit has the terms of its score. How several
-        references, turns and negatives become one score: `queries`.
+        where: a filter on attributes, see `filters`. explain: each hit has the terms of its score. exact: score
+        every image, also where there is a first stage. How several references, turns and negatives become one score:
+        `queries`.
         """
-        more = (images, then, exclude, without_texts, without_images, where, explain)
+        more = (images, then, exclude, without_texts, without_images, where, explain, exact)
         return self.search_many([Query(image, text, k, exclude_reference, *more)])[0]
 
     def search_many(

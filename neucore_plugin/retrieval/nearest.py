@@ -13,11 +13,12 @@ Letters: Q queries, G gallery images, D width, W width of the vectors that are l
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.errors import ConfigError, DataError
 
 TINY = 1e-24  # squared length below which a vector counts as zero
 Factors = Mapping[str, Tensor]
@@ -81,6 +82,15 @@ class FirstOrder:
                     row = torch.cat([row, explicit])
             total = total + weight * row
         return finite(total.float(), "the query")
+
+
+def check_factors(model: Any) -> None:
+    """ConfigError where a model's score has no factors (others tell the reason themselves, when asked for them)."""
+    if not hasattr(model, "gallery_factors") or not hasattr(model, "query_factors"):
+        raise ConfigError(
+            f"{type(model).__name__} does not say what its score is made of (it has no `gallery_factors`), so that it "
+            "cannot be computed elsewhere; search the index exactly"
+        )
 
 
 def unit(x: Tensor) -> Tensor:

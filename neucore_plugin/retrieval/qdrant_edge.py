@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.common.files import file_errors, lock, open_lock, read_json, sha256_file, write_json
-from neucore_plugin.retrieval.nearest import FirstOrder, Parts
+from neucore_plugin.retrieval.nearest import FirstOrder, Parts, check_factors
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,11 @@ class EdgeCache:
     covered: how many rows of the index it holds. One process at a time: see `open`.
     """
 
-    def __init__(self, index: Any, manifest: dict[str, Any], handle: int | None):
+    _shard: Any = None
+    _handle: int | None = None  # of the lock
+
+    def __init__(self, index: Any, manifest: dict[str, Any]):
         edge = _edge()
-        self._handle = handle
         with _engine("opened"):
             self._shard = edge.EdgeShard.load(os.fspath(_folder(index) / manifest["shard"]))
         self.order = _order(manifest)
@@ -70,7 +72,7 @@ class EdgeCache:
 
     def close(self) -> None:
         """Let another process have it."""
-        if getattr(self, "_shard", None) is not None:
+        if self._shard is not None:
             self._shard.close()
             self._shard = None
         if self._handle is not None:
@@ -90,7 +92,9 @@ class EdgeCache:
             manifest = _read(index)
             if (late := index.stored - sum(unit["count"] for unit in manifest["units"])) > EXACT_ROWS:
                 raise DataError(f"{late} images came after {folder}; `neucore index accelerate` takes them in")
-            return cls(index, manifest, handle)
+            cache = cls(index, manifest)
+            cache._handle = handle
+            return cache
         except (OSError, DataError, ConfigError) as error:
             if handle is not None:
                 os.close(handle)
@@ -130,6 +134,7 @@ class EdgeCache:
         folder = _folder(index)
         if folder is None:
             raise DataError("an index held in memory needs no first stage; save it first")
+        check_factors(index.model)
         _edge()
         with file_errors(folder):
             folder.mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ from neucore_plugin.common.shard_image import ShardImage
 from neucore_plugin.retrieval import filters, queries
 from neucore_plugin.retrieval.encoding import evaluating, fingerprint_of
 from neucore_plugin.retrieval.index import Hit
-from neucore_plugin.retrieval.nearest import FirstOrder, Parts, finite
+from neucore_plugin.retrieval.nearest import FirstOrder, Parts, check_factors, finite
 from neucore_plugin.retrieval.qdrant_filters import condition, payload_key
 from neucore_plugin.retrieval.sources import File, canonical, relative
 
@@ -269,6 +269,7 @@ def push(
         raise DataError("an index held in memory cannot be pushed; save it first (GalleryIndex.save)")
     if not len(index):
         raise DataError("the index holds no images yet; finish its build, or add some")
+    check_factors(index.model)
     with answering(where):
         new = not client.collection_exists(name)
     if new:

@@ -1,4 +1,4 @@
-"""A retrieval model without weights to speak of, whose score is the one of `Matching`, and a gallery of random images."""
+"""A retrieval model of random projections whose score is the one of `Matching`, and a gallery of random images."""
 
 import numpy as np
 import torch
