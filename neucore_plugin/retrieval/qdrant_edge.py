@@ -136,6 +136,7 @@ class EdgeCache:
             raise DataError("an index held in memory needs no first stage; save it first")
         check_factors(index.model)
         _edge()
+        _forget(index)
         with file_errors(folder):
             folder.mkdir(exist_ok=True)
             handle = open_lock(folder)
@@ -186,12 +187,16 @@ def opened(index: Any) -> EdgeCache | None:
     """The cache, kept open with the index object for as long as that has the same units."""
     units = (index.stored, len(index.parts), index.parts[0].unit)
     if index.first_stage is not None and index.first_stage[0] != units:
-        if index.first_stage[1] is not None:
-            index.first_stage[1].close()
-        index.first_stage = None
+        _forget(index)
     if index.first_stage is None:
         index.first_stage = (units, EdgeCache.open(index))
     return index.first_stage[1]
+
+
+def _forget(index: Any) -> None:
+    if index.first_stage is not None and index.first_stage[1] is not None:
+        index.first_stage[1].close()
+    index.first_stage = None
 
 
 def check(index: Any) -> str | None:

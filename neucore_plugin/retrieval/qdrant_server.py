@@ -53,7 +53,8 @@ class Layout:
 class QdrantCollection:
     """A collection that holds a gallery, searched like an index; opened with `connect`, filled with `push`.
 
-    model: what queries are encoded with. root: folder that the pictures' paths are relative to, as text.
+    model: what queries are encoded with. root: folder that the pictures' paths are relative to, as text. index: id of
+    the index that it was filled from.
     DataError: no such collection, one of something else or of another model; the server does not answer.
     """
 
@@ -77,7 +78,7 @@ class QdrantCollection:
         squares = None if squares is None else torch.tensor(squares, dtype=torch.float64)
         self.order = FirstOrder(noted["shared"], squares, noted["count"])
         self.beside = sorted(set(settings.params.vectors) - {"nearest"})
-        self.model_fingerprint, self.root = noted["model"], noted["root"]
+        self.model_fingerprint, self.root, self.index = noted["model"], noted["root"], noted["index"]
         given = fingerprint_of(model)
         if given and self.model_fingerprint and given != self.model_fingerprint:
             raise DataError(
@@ -275,11 +276,13 @@ def push(
     if new:
         _create(index, client, name, layout, where)
     there = QdrantCollection(client, name, index.model, where)
-    if there.root != index.manifest.root:
+    if index.manifest.id != there.index and index.manifest.root != there.root:
         raise DataError(
             f"collection {name!r} at {where} holds the pictures of {there.root!r}, the index those of "
             f"{index.manifest.root!r}; choose another collection"
         )
+    with answering(where):  # the pictures may have moved, the index may have been built anew
+        client.update_collection(name, metadata={"root": index.manifest.root, "index": index.manifest.id})
     units = list(_units(index))
     written, indexed = 0, set()
 
@@ -346,6 +349,7 @@ def _create(index: Any, client: Any, name: str, layout: Layout, where: str) -> N
         "format": FORMAT,
         "model": index.model_fingerprint,
         "root": index.manifest.root,
+        "index": index.manifest.id,
         "shared": order.shared,
         "squares": None if order.squares is None else order.squares.tolist(),
         "count": order.count,
