@@ -25,19 +25,22 @@ from neucore_plugin.commands import (
     search,
     setup_host,
     shards,
+    study,
     submit,
     train,
     vocab,
 )
 from neucore_plugin.common.errors import FileError, NeucoreError, explained
 
-COMMANDS = (train, evaluate, search, report, compare, configs, models, data, vocab, shards, submit, convert, setup_host)
+COMMANDS = (train, evaluate, study, search, report, compare, configs, models, data, vocab)
+COMMANDS += (shards, submit, convert, setup_host)
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
 EXAMPLES = """\
 examples:
   neucore train --cfg-path train_emoji
   neucore train --cfg-path my.yaml --options run.seed=1 run.output_dir=output/second
   neucore evaluate --cfg-path my.yaml --checkpoint output/emoji/RUN/checkpoint_best.pth
+  neucore study --cfg-path study_emoji --quick
   neucore search --checkpoint BEST.pth --folder photos --image photos/cat.jpg --text "now asleep" --html found.html
   neucore report output/emoji
   neucore compare output/emoji/RUN output/other/RUN --html compared.html

@@ -4,6 +4,7 @@ import inspect
 import logging
 import multiprocessing
 import os
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,17 @@ from neucore_plugin.host.registration import register_all
 from neucore_plugin.weights.trust import section_of
 
 
-def run(cfg_path: str | Path, options: loading.Options | None = None, evaluate: bool = False) -> Any:
+def run(
+    cfg_path: str | Path,
+    options: loading.Options | None = None,
+    evaluate: bool = False,
+    started: Callable[[Any], None] | None = None,
+) -> Any:
     """Train (or evaluate) what a config file describes; returns what the runner returned.
 
-    `evaluate` sets run.evaluate. An evaluation takes the model from its checkpoint; what the file says of it must
-    agree. The config is checked whole before data or weights are touched: `ConfigError`.
+    `evaluate` sets run.evaluate; `started` is given the runner before it begins. An evaluation takes the model from its
+    checkpoint; what the file says of it must agree. The config is checked whole before data or weights are touched:
+    `ConfigError`.
     A file whose arch, task and runner are the host's own goes the host's stock way, unchecked where it is not ours.
     """
     try:
@@ -37,6 +44,8 @@ def run(cfg_path: str | Path, options: loading.Options | None = None, evaluate: 
             cfg.pretty_print()  # now that nothing is left to be refused
         runner_class = registry.get_runner_class(cfg.run_cfg.get("runner") or "runner_base")
         runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+        if started:
+            started(runner)
         return runner.evaluate(skip_reload=True) if cfg.run_cfg.get("evaluate") else runner.train()
     finally:
         distributed.leave()

@@ -22,6 +22,7 @@ FLOORS = (
     ("evaluation", "released"),
     ("__init__", "task"),
     ("launch",),
+    ("study",),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -37,6 +38,7 @@ NEVER = {  # neighbours on one floor, or further, that must not know each other
     "retrieval": ("models", "datasets", "evaluation", "config", "report"),
     "report": ("models", "datasets", "evaluation", "config", "retrieval"),
     "evaluation": ("models", "training", "task", "released"),
+    "study": ("models", "datasets", "retrieval", "host", "weights", "task", "concepts", "processors"),
 }
 HOST_LINE = (  # these alone may import lavis
     "host.",
@@ -180,6 +182,9 @@ PLANTED = [
     ("evaluation.metrics", "from neucore_plugin.models import base", "evaluation never imports models"),
     ("evaluation.metrics", "from neucore_plugin.training import loaders", "evaluation never imports training"),
     ("evaluation.metrics", "from neucore_plugin import task", "evaluation never imports task"),
+    ("study.plan", "from neucore_plugin.models import base", "study never imports models"),
+    ("study.worker", "def f():\n    from neucore_plugin.datasets import triplets", "study never imports datasets"),
+    ("launch", "def f():\n    from neucore_plugin.study import plan", "runs up"),
     ("task", "def f():\n    from neucore_plugin.released import convert", "only commands imports released"),
     ("concepts", "def f():\n    from lavis.common.registry import registry", "concepts imports lavis"),
     ("evaluation.evaluator", "import lavis", "evaluation.evaluator imports lavis"),

@@ -138,7 +138,8 @@ def dotlist(options: Options | None) -> list[Option]:
     return result
 
 
-def _with_options(content: dict[str, Any], options: Options | None) -> dict[str, Any]:
+def with_options(content: dict[str, Any], options: Options | None) -> dict[str, Any]:
+    """The content of a config with `--options` laid over it. Raises ConfigError."""
     chosen, option = OmegaConf.create(), "${}"
     try:
         for option in dotlist(options):
@@ -262,7 +263,7 @@ def load_config(
     Raises one ConfigError with every problem of every section. Sections of the host's own models, data sets and
     runners are completed from their default files and passed through unchecked.
     """
-    content = _with_options(read_yaml(path), options)
+    content = with_options(read_yaml(path), options)
     model, run, eval_pixels = content.get("model"), content.get("run"), {}
     if section_of and isinstance(run, Mapping) and run.get("evaluate") is True and isinstance(model, Mapping):
         source = model.get("checkpoint")
@@ -283,7 +284,9 @@ def check(
     """The checked, completed content; `source` is named in the error. eval_pixels: the eval processor's defaults."""
     problems = Problems(tables.processors, MODEL_SCHEMAS)
     for key in content:
-        if key not in SECTIONS:
+        if key == "study":
+            problems.add(key, "this file describes a study of many trainings; run it with `neucore study --cfg-path`")
+        elif key not in SECTIONS:
             problems.add(str(key), f"unknown section.{nearest(str(key), SECTIONS)}")
     for key in SECTIONS[:3]:
         if key not in content:
@@ -365,7 +368,7 @@ def _model(problems: Problems, given: Any, tables: Tables) -> tuple[dict[str, An
     if schema is None:
         return {**merge(section, given), "model_type": model_type}, defaults.get("preprocess") or {}
     if section.get("arch") not in (None, arch):  # the file of another model of ours is shared
-        section = _shared(section, schema)
+        section = shared_settings(section, schema)
     merged = {**merge(merge({"backbone": _encoders()}, section), given), "model_type": model_type}
     return _completed(problems, "model", merged, schema), defaults.get("preprocess") or {}
 
@@ -375,13 +378,13 @@ def _encoders() -> dict[str, Any]:
     return BackboneSchema().model_dump(include={"image": {"name"}, "text": {"name"}})
 
 
-def _shared(section: Mapping[str, Any], schema: type[Section]) -> dict[str, Any]:
+def shared_settings(section: Mapping[str, Any], schema: type[Section]) -> dict[str, Any]:
     """What of a default section `schema` has too; of its sections, which another model may have longer, the same."""
     kept = {key: value for key, value in section.items() if key in schema.model_fields}
     for key, value in kept.items():
         inner = schema.model_fields[key].annotation
         if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Section):
-            kept[key] = _shared(value, inner)
+            kept[key] = shared_settings(value, inner)
     return kept
 
 

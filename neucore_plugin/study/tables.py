@@ -1,0 +1,181 @@
+"""The tables of a study as Markdown, from what study.json holds; also those of README and docs (docs/make_tables.py)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from neucore_plugin.common.text import visible
+
+Summary = Mapping[str, Any]
+_NAMES = {"neucore": "NEUCORE", "text_only": "text only", "image_only": "image only"}
+
+
+def metrics_shown(summary: Summary) -> list[str]:
+    """The metric of the goals, and R@10 beside it where it was counted."""
+    first = summary["metric"]
+    there = {name for row in summary["rows"].values() for part in row["results"].values() for name in part}
+    return [first, *(["R@10"] if "R@10" in there and first != "R@10" else [])]
+
+
+def value(found: Mapping[str, Any] | None, bold: bool = False) -> str:
+    """`64.9 ± 1.2`, `64.9` of one seed alone, `–` where there is none."""
+    if not found or found.get("mean") is None:
+        return "–"
+    mean = f"{found['mean']:.1f}"
+    spread = found.get("spread")
+    return f"{f'**{mean}**' if bold else mean}{'' if spread is None else f' ± {spread:.1f}'}"
+
+
+def signed(number: float | None) -> str:
+    """`+1.2`."""
+    return "–" if number is None else f"{number:+.1f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table; a bar within a cell would end it."""
+    cells = [[visible(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], f"|{'---|' * len(head)}", *lines[1:]]
+
+
+def of(row: Mapping[str, Any], split: str, metric: str) -> Mapping[str, Any] | None:
+    """{"mean", "spread", "values"} of a row; None where it has none."""
+    return row["results"].get(split, {}).get(metric)
+
+
+def _cell(row: Mapping[str, Any], split: str, metrics: Sequence[str], best: Mapping[str, Any]) -> str:
+    shown = []
+    for metric in metrics:
+        found = of(row, split, metric)
+        shown.append(value(found, bold=bool(found) and found["mean"] == best.get((split, metric))))
+    return " / ".join(shown)
+
+
+def _best(rows: Mapping[str, Any], splits: Sequence[str], metrics: Sequence[str]) -> dict[tuple[str, str], float]:
+    best = {}
+    for split in splits:
+        for metric in metrics:
+            means = [found["mean"] for row in rows.values() if (found := of(row, split, metric))]
+            if means:
+                best[split, metric] = max(means)
+    return best
+
+
+def rows_of(summary: Summary, kind: str) -> dict[str, Any]:
+    """{name: row} of methods, ablations or curves, in the study's order."""
+    return {name: row for name, row in summary["rows"].items() if row["kind"] == kind}
+
+
+def methods_table(summary: Summary) -> list[str]:
+    """A row a method: what it costs, and each split's metrics; the best of each in bold."""
+    metrics, splits, rows = metrics_shown(summary), list(summary["splits"]), rows_of(summary, "method")
+    best = _best(rows, splits, metrics)
+    costs = any(row.get("step_ms") for row in rows.values())
+    head = ["method", "parameters", *(["ms a step", "epochs"] if costs else []), *splits]
+    lines = []
+    for name, row in rows.items():
+        cost = [_number(row.get("step_ms")), _number(row.get("length"))] if costs else []
+        cells = [_cell(row, split, metrics, best) for split in splits]
+        lines.append([_label(name), _millions(row.get("parameters")), *cost, *cells])
+    return table(head, lines)
+
+
+def partial_table(summary: Summary) -> list[str]:
+    """A row a split: the main method, and the same model with one half of each query left out."""
+    metrics, main = metrics_shown(summary), summary["rows"][summary["main"]]
+    parts = list(main["partial"])
+    shown = " / ".join(metrics)
+    name = _NAMES.get(summary["main"], summary["main"])
+    head = ["split", "queries", f"{name} {shown}", *(f"{_NAMES.get(part, part)} {shown}" for part in parts)]
+    lines = []
+    for split, about in summary["splits"].items():
+        own = " / ".join(value(of(main, split, metric), bold=True) for metric in metrics)
+        others = [
+            " / ".join(value(main["partial"][part].get(split, {}).get(metric)) for metric in metrics) for part in parts
+        ]
+        meaning = f": {about['meaning']}" if about.get("meaning") else ""
+        lines.append([f"{split}{meaning}", f"{about['queries']:,}", own, *others])
+    return table(head, lines)
+
+
+def differences_table(summary: Summary) -> list[str]:
+    """A row a split: the main method beside the best other one."""
+    lines = []
+    for found in summary["differences"]:
+        lines.append([found["split"], found["metric"], _label(found["against"]), signed(found["mean"]),
+                      _number(found["spread"]), _interval(found)])  # fmt: skip
+    return table(["split", "metric", "best other method", "difference", "spread", "95 % interval"], lines)
+
+
+def ablations_table(summary: Summary) -> list[str]:
+    """A row an ablation: the points that it costs, with their 95 % interval."""
+    splits = list(summary["splits"])
+    lines = []
+    for name, costs in summary["ablations"].items():
+        cells = [f"{signed(costs[split]['cost'])} {_interval(costs[split])}".rstrip(" –") if split in costs else "–"
+                 for split in splits]  # fmt: skip
+        lines.append([name, *cells])
+    return table([f"left out: points of {summary['metric']} it costs", *splits], lines)
+
+
+def curves_table(summary: Summary) -> list[str]:
+    """A row a method and curve."""
+    metrics, splits = metrics_shown(summary), list(summary["splits"])
+    rows = rows_of(summary, "curve")
+    return table(["trial", *splits], [[name, *(_cell(row, s, metrics, {}) for s in splits)] for name, row in rows.items()])
+
+
+def goals_list(summary: Summary) -> list[str]:
+    """A line a goal."""
+    words = {True: "met", False: "**not met**", None: "open"}
+    lines = []
+    for goal in summary["goals"]:
+        by = "" if goal["met"] in (True, None) else f" by {goal['by']:.1f}"
+        lines.append(f"- {visible(goal['goal'])}: {words[goal['met']]}{by}{visible(goal['detail'])}")
+    return lines
+
+
+def page(summary: Summary) -> str:
+    """The whole study as Markdown."""
+    parts = [f"# {visible(summary['title'])}", "", *facts(summary), ""]
+    parts += ["## Methods", "", f"{' / '.join(metrics_shown(summary))} in percent, mean ± standard deviation over seeds.", ""]
+    parts += [*methods_table(summary), ""]
+    if summary["rows"].get(summary["main"], {}).get("partial"):
+        parts += ["## Half a query", "", *partial_table(summary), ""]
+    if summary["differences"]:
+        parts += ["## Beside the best other method", "", *differences_table(summary), ""]
+    if summary["ablations"]:
+        parts += ["## What each part is worth", "", *ablations_table(summary), ""]
+    if rows_of(summary, "curve"):
+        parts += ["## Curves", "", *curves_table(summary), ""]
+    if summary["goals"]:
+        parts += ["## Goals", "", *goals_list(summary), ""]
+    return "\n".join(parts)
+
+
+def facts(summary: Summary) -> list[str]:
+    """What was run, and what of it is not there."""
+    seeds = ", ".join(map(str, summary["seeds"]))
+    budget = "the epochs of the config" if not summary["minutes"] else (
+        f"{summary['minutes']:g} minutes of processor time a training, from which the epochs follow"
+    )  # fmt: skip
+    lines = [f"Made by `{visible(summary['command'])}`; seeds {seeds}; each training has {budget}."]
+    if summary["missing"]:
+        lines.append(f"Not there (not run, or failed): {visible(', '.join(summary['missing']))}.")
+    return lines
+
+
+def _label(name: str) -> str:
+    return "NEUCORE" if name == "neucore" else f"`{name}`"
+
+
+def _millions(count: float | None) -> str:
+    return "–" if count is None else f"{count / 1e6:.1f} M"
+
+
+def _number(number: float | None) -> str:
+    return "–" if number is None else f"{number:g}" if isinstance(number, int) else f"{number:.1f}"
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    low, high = found.get("low"), found.get("high")
+    return "–" if low is None or high is None else f"({low:+.1f} to {high:+.1f})"
