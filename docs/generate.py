@@ -19,6 +19,7 @@ from neucore_plugin import cli
 from neucore_plugin.config import data, sections
 from neucore_plugin.config.encoders import BACKBONE_SCHEMAS
 from neucore_plugin.config.run import RunSchema
+from neucore_plugin.config.study import StudySchema
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUNDS = {"ge": "at least {}", "gt": "greater than {}", "le": "at most {}", "lt": "less than {}"}
@@ -46,6 +47,12 @@ def config_page() -> str:
     parts += ["## run", _text(RunSchema), table(RunSchema, "run")]
     for name, schema in data.DATASET_SCHEMAS.items():
         parts += [f"## datasets.{name}", _text(schema), table(schema, f"datasets.{name}")]
+    parts += [
+        "## study",
+        _text(StudySchema),
+        "Of a study file, which `neucore study` runs.",
+        table(StudySchema, "study"),
+    ]
     parts.append("## Processors")
     parts.append("Below `datasets.<name>.vis_processor.train`, `.eval` and the same of `text_processor`.")
     for name, schema in data.PROCESSOR_SCHEMAS.items():

@@ -36,7 +36,7 @@ class GoalsSchema(Section):
         2.0, ge=0, description="each lead is to be above this many spreads (of the two methods' the larger)"
     )
     removal_costs: Real | None = Field(
-        None, description="points that each ablation is to cost on one of the splits of `ahead` at least; null: not asked"
+        None, description="points that each ablation is to cost on one split of `ahead` at least; null: not asked"
     )
 
 
@@ -85,7 +85,7 @@ class StudySchema(Section):
 
 
 def read_study(path: str | Path) -> StudySchema:
-    """The checked study of a yaml file, or of the shipped one of that name. Raises one ConfigError with all problems."""
+    """The checked study of a yaml file, or of the shipped one of that name. Raises a ConfigError with all problems."""
     content = read_yaml(path)
     if "study" not in content:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Which trials a study has: a whole, checked config for each, and the folder it runs in. Trains nothing, imports no torch."""
+"""Which trials a study has: a whole, checked config for each, and the folder it runs in. Light: no torch."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -131,7 +131,8 @@ def make_plan(
         try:
             content = _content(base, layers, options)
             place = folder / "trials" / _slug(row)
-            seeded = [_seeded(content, seed, place / f"seed-{seed}") for seed in numbers[: 1 if kind == "curve" else None]]
+            its_seeds = numbers[:1] if kind == "curve" else numbers
+            seeded = [_seeded(content, seed, place / f"seed-{seed}") for seed in its_seeds]
             checked = loading.check(seeded[0], tables or package_tables(), f"of the trial {row}")
             if (runner := checked["run"].get("runner")) not in LENGTHS:
                 raise ConfigError(f"the trial {row}: run.runner: got {runner!r}; a study needs {' or '.join(LENGTHS)}")
@@ -157,7 +158,7 @@ def _base(source: Path, given: str) -> Path:
 
 
 def _slug(row: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", row).strip("-.") or sha256_text(row)[:12]
+    return re.sub(r"[^A-Za-z0-9_]+", "-", row).strip("-") or sha256_text(row)[:12]
 
 
 def _check_names(rows: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from neucore_plugin.common.errors import ConfigError, DataError, NeucoreError, first_few
+from neucore_plugin.common.errors import ConfigError, DataError, FileError, NeucoreError, first_few
 from neucore_plugin.common.files import atomic_write, lock, open_lock, read_json, write_json
 from neucore_plugin.config.loading import as_yaml
 from neucore_plugin.config.run import LENGTHS
@@ -70,7 +70,8 @@ def expected_seconds(trial: Trial, times: dict[str, dict[str, Any]]) -> float | 
         return None
     rounds = run["max_epoch"] or run["max_iters"] / found["round"]
     tests = len(run["test_splits"])
-    return found["setup"] + rounds * (found["round"] * found["step"] + found["validation"]) + tests * found["validation"]
+    a_round = found["round"] * found["step"] + found["validation"]
+    return found["setup"] + rounds * a_round + tests * found["validation"]
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ def study_folder(plan: Plan) -> Iterator[None]:
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"study.output_dir: {plan.folder} cannot be made ({error.strerror}); choose another") from error
+        raise ConfigError(f"study.output_dir: {FileError.of(error, plan.folder)}") from error
     handle = open_lock(plan.folder / ".lock")
     try:
         lock(handle, without=f"let no other study run in {plan.folder}")
@@ -152,9 +153,10 @@ def run_trials(plan: Plan, trials: Sequence[Trial], times: dict[str, dict[str, A
                     outcome.done.append(trial.title)
                     display.finished(f"{trial.title}: finished in {duration(job.age)}", left)
                 else:
-                    tail = last_lines(trial.folder / LOG, _SHOWN)
+                    log = trial.folder / LOG
                     outcome.failed[trial.title] = job.why()
-                    display.finished(f"{trial.title}: FAILED, {job.why()}; {trial.folder / LOG} ends with\n{tail}", left)
+                    why = f"{trial.title}: FAILED, {job.why()}; {log} ends with\n{last_lines(log, _SHOWN)}"
+                    display.finished(why, left)
     return outcome
 
 

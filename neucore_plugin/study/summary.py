@@ -23,6 +23,7 @@ from neucore_plugin.study.running import record_of
 FORMAT = "neucore-study-1"
 _METRIC = re.compile(r"(R|R_subset|mAP)@\d+|median_rank")
 Runs = Mapping[str, Mapping[int, StoredRun]]  # {row: {seed: run}}
+Finished = tuple[Trial, Mapping[str, Any]]  # with its trial.json
 
 
 def write_summary(plan: Plan, trials: Sequence[Trial], times: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -45,22 +46,20 @@ def write_summary(plan: Plan, trials: Sequence[Trial], times: Mapping[str, Any])
     write_json(plan.folder / "study.json", summary)
     with atomic_write(plan.folder / "study.md", "w") as stream:
         stream.write(tables.page(summary))
-    from neucore_plugin.report.study_page import write_study_page
-
-    write_study_page(plan.folder, summary)
     return summary
 
 
 def summarise(
     plan: Plan,
     runs: Runs,
-    records: Mapping[str, Sequence[tuple[Trial, Mapping[str, Any]]]],
+    records: Mapping[str, Sequence[Finished]],
     missing: Sequence[str],
     times: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All that study.json holds."""
     metric = plan.study.goals.metric
-    rows = {row: _row(runs[row], records[row], times, metric) for row in dict.fromkeys(t.row for t in plan.trials) if row in runs}
+    names = [row for kind in ("method", "ablation", "curve") for row in plan.rows(kind)]
+    rows = {row: _row(runs[row], records[row], times, metric) for row in names if row in runs}
     first = next(iter(next(iter(runs.values())).values()))
     splits = _splits(runs)
     methods = [row for row in plan.rows("method") if row in runs]
@@ -101,7 +100,7 @@ def summarise(
 
 
 def _row(
-    runs: Mapping[int, StoredRun], records: Sequence[tuple[Trial, Mapping[str, Any]]], times: Mapping[str, Any], metric: str
+    runs: Mapping[int, StoredRun], records: Sequence[Finished], times: Mapping[str, Any], metric: str
 ) -> dict[str, Any]:
     trial, record = records[0]
     stored = list(runs.values())
@@ -112,7 +111,7 @@ def _row(
             place = own if number == 0 else partial.setdefault(name, {})
             place[split] = _means([run.results.get(split, {}).get(name, {}) for run in stored])
     step = times.get(trial.pace, {}).get("step")
-    took = [entry["seconds"] for _, entry in records if not entry.get("resumed")]
+    trained = [entry["training_seconds"] for _, entry in records if entry.get("training_seconds")]
     return {
         "kind": trial.kind,
         "method": trial.method,
@@ -120,7 +119,7 @@ def _row(
         "parameters": record.get("parameters"),
         "length": record.get("max_epoch") or record.get("max_iters"),
         "step_ms": None if step is None else round(1000 * step, 2),
-        "seconds": round(float(np.mean(took)), 1) if took else None,
+        "training_seconds": round(float(np.mean(trained)), 1) if trained else None,
         "results": own,
         "partial": partial,
         "curve": _curve(stored, metric),
@@ -148,7 +147,10 @@ def _curve(runs: Sequence[StoredRun], metric: str) -> dict[str, list[dict[str, A
                 if split != key and isinstance(entry.get("epoch"), int) and isinstance(value, int | float):
                     points.setdefault(split, {}).setdefault(int(entry["iteration"]), []).append(float(value))
     return {
-        split: [{"iteration": at, "mean": _round(np.mean(v)), "spread": _round(spread(v))} for at, v in sorted(found.items())]
+        split: [
+            {"iteration": at, "mean": _round(np.mean(values)), "spread": _round(spread(values))}
+            for at, values in sorted(found.items())
+        ]
         for split, found in points.items()
     }
 
@@ -165,8 +167,9 @@ def _splits(runs: Runs) -> dict[str, dict[str, Any]]:
                 name, other = asked.setdefault(split, (f"{row}, seed {seed}", this))
                 if this != other:
                     raise DataError(
-                        f"{split}: {name} and {row}, seed {seed} were asked different queries, or of different galleries: "
-                        "the data changed between them. Delete the older of their folders and run the study again"
+                        f"{split}: {name} and {row}, seed {seed} were asked different queries, or of different "
+                        "galleries: the data changed between them. Delete the older of their folders and run the "
+                        "study again"
                     )
     return splits
 
@@ -177,9 +180,7 @@ def _best(rows: Mapping[str, Any], names: Iterable[str], split: str, metric: str
     return max(means, key=lambda name: means[name], default=None)
 
 
-def compared(
-    ours: Mapping[int, StoredRun], theirs: Mapping[int, StoredRun], split: str, metric: str
-) -> dict[str, Any]:
+def compared(ours: Mapping[int, StoredRun], theirs: Mapping[int, StoredRun], split: str, metric: str) -> dict[str, Any]:
     """{"mean": how much higher ours is, "spread": the larger of both, "seeds", "low", "high", "p"}: of the seeds that
     both have. The last three are null where the queries' ranks were not kept."""
     seeds = sorted(set(ours) & set(theirs))
@@ -207,26 +208,29 @@ def _metric(run: StoredRun, split: str, metric: str) -> float | None:
 
 
 def goals(wanted: GoalsSchema, summary: Mapping[str, Any], ablations: Sequence[str]) -> list[dict[str, Any]]:
-    """A line a goal: {"goal", "met": true, false, or null where it cannot be told yet, "by": points short, "detail"}."""
+    """A line a goal: {"goal", "met": true, false, or null: cannot be told yet, "by": points short, "detail"}."""
     lines = []
     metric = summary["metric"]
     leads = {found["split"]: found for found in summary["differences"] if found["metric"] == metric}
     for split, least in wanted.ahead.items():
-        found, what = leads.get(split), f"at least {least:g} points above the best other method" if least else "not below the best other method"
+        found = leads.get(split)
+        what = f"at least {least:g} points above" if least else "not below"
         mean = found and found["mean"]
         against = f" ({signed(mean)} to {found['against']})" if found else ""
-        lines.append(_goal(f"{split}: {metric} {what}", mean, least, against))
+        lines.append(_goal(f"{split}: {metric} {what} the best other method", mean, least, against))
         if wanted.spreads:
             wide = found and found["spread"]
             needed = None if wide is None else wanted.spreads * wide
             detail = "" if needed is None else f" (spread {wide:.1f})"
-            lines.append(_goal(f"{split}: this lead above {wanted.spreads:g} spreads", mean, needed, detail, above=True))
+            goal = f"{split}: this lead above {wanted.spreads:g} spreads"
+            lines.append(_goal(goal, mean, needed, detail, above=True))
     if wanted.removal_costs is not None:
         for name in ablations:
-            costs = {split: one["cost"] for split, one in summary["ablations"].get(name, {}).items() if split in wanted.ahead}
+            found = summary["ablations"].get(name, {})
+            costs = {split: one["cost"] for split, one in found.items() if split in wanted.ahead}
             split = max(costs, key=lambda key: costs[key], default=None)
-            detail = "" if split is None else f" (at most {signed(costs[split])}, on {split})"
-            what = f"{name}: costs at least {wanted.removal_costs:g} points on one of {', '.join(wanted.ahead)}"
+            detail = "" if split is None else f" ({signed(costs[split])} on {split})"
+            what = f"{name}: costs {wanted.removal_costs:g} or more points on one of {', '.join(wanted.ahead)}"
             lines.append(_goal(what, costs.get(split), wanted.removal_costs, detail))
     return lines
 

@@ -1,4 +1,4 @@
-"""The tables of a study as Markdown, from what study.json holds; also those of README and docs (docs/make_tables.py)."""
+"""The tables of a study as Markdown, from what study.json holds; those of README and docs are made of them too."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from neucore_plugin.common.text import visible
 
 Summary = Mapping[str, Any]
+COSTS = "A step's milliseconds were taken alone, the minutes of a training while others ran; both are processor time."
 _NAMES = {"neucore": "NEUCORE", "text_only": "text only", "image_only": "image only"}
 
 
@@ -70,10 +71,11 @@ def methods_table(summary: Summary) -> list[str]:
     metrics, splits, rows = metrics_shown(summary), list(summary["splits"]), rows_of(summary, "method")
     best = _best(rows, splits, metrics)
     costs = any(row.get("step_ms") for row in rows.values())
-    head = ["method", "parameters", *(["ms a step", "epochs"] if costs else []), *splits]
+    head = ["method", "parameters", *(["ms a step", "epochs", "minutes"] if costs else []), *splits]
     lines = []
     for name, row in rows.items():
-        cost = [_number(row.get("step_ms")), _number(row.get("length"))] if costs else []
+        minutes = row.get("training_seconds") and row["training_seconds"] / 60
+        cost = [_number(row.get("step_ms")), _number(row.get("length")), _number(minutes)] if costs else []
         cells = [_cell(row, split, metrics, best) for split in splits]
         lines.append([_label(name), _millions(row.get("parameters")), *cost, *cells])
     return table(head, lines)
@@ -81,19 +83,18 @@ def methods_table(summary: Summary) -> list[str]:
 
 def partial_table(summary: Summary) -> list[str]:
     """A row a split: the main method, and the same model with one half of each query left out."""
-    metrics, main = metrics_shown(summary), summary["rows"][summary["main"]]
+    metrics, main = metrics_shown(summary), summary.get("job") or summary["rows"][summary["main"]]
     parts = list(main["partial"])
     shown = " / ".join(metrics)
     name = _NAMES.get(summary["main"], summary["main"])
     head = ["split", "queries", f"{name} {shown}", *(f"{_NAMES.get(part, part)} {shown}" for part in parts)]
     lines = []
     for split, about in summary["splits"].items():
-        own = " / ".join(value(of(main, split, metric), bold=True) for metric in metrics)
-        others = [
-            " / ".join(value(main["partial"][part].get(split, {}).get(metric)) for metric in metrics) for part in parts
-        ]
+        sides = {name: {"results": found} for name, found in (("", main["results"]), *main["partial"].items())}
+        best = _best(sides, [split], metrics)
         meaning = f": {about['meaning']}" if about.get("meaning") else ""
-        lines.append([f"{split}{meaning}", f"{about['queries']:,}", own, *others])
+        cells = [_cell(side, split, metrics, best) for side in sides.values()]
+        lines.append([f"{split}{meaning}", f"{about['queries']:,}", *cells])
     return table(head, lines)
 
 
@@ -120,8 +121,8 @@ def ablations_table(summary: Summary) -> list[str]:
 def curves_table(summary: Summary) -> list[str]:
     """A row a method and curve."""
     metrics, splits = metrics_shown(summary), list(summary["splits"])
-    rows = rows_of(summary, "curve")
-    return table(["trial", *splits], [[name, *(_cell(row, s, metrics, {}) for s in splits)] for name, row in rows.items()])
+    rows = rows_of(summary, "curve").items()
+    return table(["trial", *splits], [[name, *(_cell(row, s, metrics, {}) for s in splits)] for name, row in rows])
 
 
 def goals_list(summary: Summary) -> list[str]:
@@ -137,7 +138,8 @@ def goals_list(summary: Summary) -> list[str]:
 def page(summary: Summary) -> str:
     """The whole study as Markdown."""
     parts = [f"# {visible(summary['title'])}", "", *facts(summary), ""]
-    parts += ["## Methods", "", f"{' / '.join(metrics_shown(summary))} in percent, mean ± standard deviation over seeds.", ""]
+    shown = " / ".join(metrics_shown(summary))
+    parts += ["## Methods", "", f"{shown} in percent, mean ± standard deviation over seeds. {COSTS}", ""]
     parts += [*methods_table(summary), ""]
     if summary["rows"].get(summary["main"], {}).get("partial"):
         parts += ["## Half a query", "", *partial_table(summary), ""]
@@ -159,6 +161,8 @@ def facts(summary: Summary) -> list[str]:
         f"{summary['minutes']:g} minutes of processor time a training, from which the epochs follow"
     )  # fmt: skip
     lines = [f"Made by `{visible(summary['command'])}`; seeds {seeds}; each training has {budget}."]
+    if summary.get("note"):
+        lines.append(f"{visible(summary['note'][:1].upper() + summary['note'][1:])}.")
     if summary["missing"]:
         lines.append(f"Not there (not run, or failed): {visible(', '.join(summary['missing']))}.")
     return lines

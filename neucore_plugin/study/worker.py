@@ -62,7 +62,7 @@ def run_trial(config: str, record: dict[str, Any], connection: Connection) -> No
             "parameters": sum(p.numel() for p in runner.bare_model.parameters() if p.requires_grad),
             "iterations": runner.progress.iteration or None,
             "resumed": runner.folder.continued,  # then the times are of its last part
-            **clock.summary(),
+            **clock.summary(runner.progress.iteration),
         }
         write_json(folder / RECORD, found)
         (path / LAST).unlink(missing_ok=True)  # two thirds of the room; nothing goes on from here
@@ -95,7 +95,7 @@ def run_probe(config: str, log: str, connection: Connection) -> None:
             for split in runner.run.valid_splits[:1]:
                 runner.eval_epoch(split, 0)
             found["validation"] = time.process_time() - before
-        connection.send({**found, "step": (clock.summary()["step_ms"] or 0) / 1000})
+        connection.send({**found, "step": (clock.summary(0)["step_ms"] or 0) / 1000})
 
     _alone(job, Path(log), connection)
 
@@ -129,10 +129,13 @@ class _StepClock:
 
         runner.task.train_step = seen
 
-    def summary(self) -> dict[str, Any]:
-        """{"step_ms": the median, None where there was none}."""
+    def summary(self, iterations: int) -> dict[str, Any]:
+        """{"step_ms": the median, "training_seconds": mean times `iterations`}; None where no step was seen."""
         times = self._times[_UNTIMED:] or self._times
-        return {"step_ms": round(statistics.median(times) * 1000, 3) if times else None}
+        if not times:
+            return {"step_ms": None, "training_seconds": None}
+        whole = statistics.fmean(times) * iterations
+        return {"step_ms": round(statistics.median(times) * 1000, 3), "training_seconds": round(whole, 2)}
 
 
 def _alone(job: Callable[[], None], log: Path, connection: Connection) -> None:
