@@ -31,18 +31,18 @@ MEANINGS = {
 
 
 def _differences(summary: tables.Summary) -> list[str]:
-    return tables.differences_table(summary) if summary["differences"] else [_OPEN]
+    return tables.differences_table(summary).lines if summary["differences"] else [_OPEN]
 
 
 def _ablations(summary: tables.Summary) -> list[str]:
-    return tables.ablations_table(summary) if summary["ablations"] else [_OPEN]
+    return tables.ablations_table(summary).lines if summary["ablations"] else [_OPEN]
 
 
 _OPEN = "*No study has been run yet.*"
 PARTS = {
     "facts": tables.facts,
-    "half": tables.partial_table,
-    "methods": tables.methods_table,
+    "half": lambda summary: tables.partial_table(summary).lines,
+    "methods": lambda summary: tables.methods_table(summary).lines,
     "differences": _differences,
     "ablations": _ablations,
     "goals": lambda summary: tables.goals_list(summary) or [_OPEN],

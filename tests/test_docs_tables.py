@@ -1,4 +1,4 @@
-"""The result tables of README and docs are those of docs/study.json, and the script that writes them sees what is wrong."""
+"""The result tables of README and docs are those of docs/study.json; the script that writes them sees what is wrong."""
 
 import copy
 import importlib.util
@@ -70,6 +70,6 @@ def test_a_finished_study_takes_the_place_of_the_numbers(tmp_path, monkeypatch):
     assert "12.3** ± 1.3" in text and text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
     kept = json.loads((tmp_path / "study.json").read_text())["rows"]["neucore"]
     assert "folders" not in kept and set(kept["results"]["val"]) == {"R@1", "R@10"}
+    (tmp_path / "new.json").write_text("{}")
     with pytest.raises(DataError, match="expected the format neucore-study-1"):
-        (tmp_path / "new.json").write_text("{}")
         SCRIPT.load(tmp_path / "new.json")

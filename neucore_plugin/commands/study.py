@@ -108,6 +108,6 @@ def _summarise(plan: "Plan", times: dict) -> None:
     summary = write_summary(plan, running.with_lengths(plan, times), times)
     if summary is None:
         return
-    print("\n".join([*tables.methods_table(summary), "", *tables.goals_list(summary)]))
+    print("\n".join([*tables.methods_table(summary).lines, "", *tables.goals_list(summary)]))
     names = ", ".join(str(plan.folder / name) for name in ("study.html", "study.md", "study.json"))
     print(f"written: {names}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The tables of a study as Markdown, from what study.json holds; those of README and docs are made of them too."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from neucore_plugin.common.text import visible
@@ -31,11 +32,19 @@ def signed(number: float | None) -> str:
     return "–" if number is None else f"{number:+.1f}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; a bar within a cell would end it."""
-    cells = [[visible(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return [lines[0], f"|{'---|' * len(head)}", *lines[1:]]
+@dataclass(frozen=True)
+class Table:
+    """Cells as Markdown has them: `**64.9**` is bold."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+    @property
+    def lines(self) -> list[str]:
+        """The table in Markdown; a bar within a cell would end it."""
+        cells = [[visible(cell).replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in cells]
+        return [lines[0], f"|{'---|' * len(self.head)}", *lines[1:]]
 
 
 def of(row: Mapping[str, Any], split: str, metric: str) -> Mapping[str, Any] | None:
@@ -66,7 +75,7 @@ def rows_of(summary: Summary, kind: str) -> dict[str, Any]:
     return {name: row for name, row in summary["rows"].items() if row["kind"] == kind}
 
 
-def methods_table(summary: Summary) -> list[str]:
+def methods_table(summary: Summary) -> Table:
     """A row a method: what it costs, and each split's metrics; the best of each in bold."""
     metrics, splits, rows = metrics_shown(summary), list(summary["splits"]), rows_of(summary, "method")
     best = _best(rows, splits, metrics)
@@ -78,10 +87,10 @@ def methods_table(summary: Summary) -> list[str]:
         cost = [_number(row.get("step_ms")), _number(row.get("length")), _number(minutes)] if costs else []
         cells = [_cell(row, split, metrics, best) for split in splits]
         lines.append([_label(name), _millions(row.get("parameters")), *cost, *cells])
-    return table(head, lines)
+    return Table(head, lines)
 
 
-def partial_table(summary: Summary) -> list[str]:
+def partial_table(summary: Summary) -> Table:
     """A row a split: the main method, and the same model with one half of each query left out."""
     metrics, main = metrics_shown(summary), summary.get("job") or summary["rows"][summary["main"]]
     parts = list(main["partial"])
@@ -95,19 +104,19 @@ def partial_table(summary: Summary) -> list[str]:
         meaning = f": {about['meaning']}" if about.get("meaning") else ""
         cells = [_cell(side, split, metrics, best) for side in sides.values()]
         lines.append([f"{split}{meaning}", f"{about['queries']:,}", *cells])
-    return table(head, lines)
+    return Table(head, lines)
 
 
-def differences_table(summary: Summary) -> list[str]:
+def differences_table(summary: Summary) -> Table:
     """A row a split: the main method beside the best other one."""
     lines = []
     for found in summary["differences"]:
         lines.append([found["split"], found["metric"], _label(found["against"]), signed(found["mean"]),
                       _number(found["spread"]), _interval(found)])  # fmt: skip
-    return table(["split", "metric", "best other method", "difference", "spread", "95 % interval"], lines)
+    return Table(["split", "metric", "best other method", "difference", "spread", "95 % interval"], lines)
 
 
-def ablations_table(summary: Summary) -> list[str]:
+def ablations_table(summary: Summary) -> Table:
     """A row an ablation: the points that it costs, with their 95 % interval."""
     splits = list(summary["splits"])
     lines = []
@@ -115,18 +124,18 @@ def ablations_table(summary: Summary) -> list[str]:
         cells = [f"{signed(costs[split]['cost'])} {_interval(costs[split])}".rstrip(" –") if split in costs else "–"
                  for split in splits]  # fmt: skip
         lines.append([name, *cells])
-    return table([f"left out: points of {summary['metric']} it costs", *splits], lines)
+    return Table(["left out", *splits], lines)
 
 
-def curves_table(summary: Summary) -> list[str]:
+def curves_table(summary: Summary) -> Table:
     """A row a method and curve."""
     metrics, splits = metrics_shown(summary), list(summary["splits"])
     rows = rows_of(summary, "curve").items()
-    return table(["trial", *splits], [[name, *(_cell(row, s, metrics, {}) for s in splits)] for name, row in rows])
+    return Table(["trial", *splits], [[name, *(_cell(row, s, metrics, {}) for s in splits)] for name, row in rows])
 
 
 def goals_list(summary: Summary) -> list[str]:
-    """A line a goal."""
+    """A line a goal, as Markdown."""
     words = {True: "met", False: "**not met**", None: "open"}
     lines = []
     for goal in summary["goals"]:
@@ -135,20 +144,40 @@ def goals_list(summary: Summary) -> list[str]:
     return lines
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of the study's page: `name`, a heading, a line under it, a table."""
+
+    name: str
+    title: str
+    note: str
+    table: Table
+
+
+def sections(summary: Summary) -> list[Section]:
+    """The parts that this study has."""
+    shown = " / ".join(metrics_shown(summary))
+    note = f"{shown} in percent, mean ± standard deviation over seeds. {COSTS}"
+    found = [Section("methods", "Methods", note, methods_table(summary))]
+    if summary["rows"].get(summary["main"], {}).get("partial"):
+        note = "The same model, with the image or the text of each query left out."
+        found.append(Section("half", "Half a query", note, partial_table(summary)))
+    if summary["differences"]:
+        note = "The spread is the larger one of both methods'. Intervals: paired bootstrap over the queries."
+        found.append(Section("differences", "Beside the best other method", note, differences_table(summary)))
+    if summary["ablations"]:
+        note = f"Points of {summary['metric']} that leaving it out costs, with the 95 % interval of the queries."
+        found.append(Section("ablations", "What each part is worth", note, ablations_table(summary)))
+    if rows_of(summary, "curve"):
+        found.append(Section("curves", "Curves", "The first seed alone.", curves_table(summary)))
+    return found
+
+
 def page(summary: Summary) -> str:
     """The whole study as Markdown."""
     parts = [f"# {visible(summary['title'])}", "", *facts(summary), ""]
-    shown = " / ".join(metrics_shown(summary))
-    parts += ["## Methods", "", f"{shown} in percent, mean ± standard deviation over seeds. {COSTS}", ""]
-    parts += [*methods_table(summary), ""]
-    if summary["rows"].get(summary["main"], {}).get("partial"):
-        parts += ["## Half a query", "", *partial_table(summary), ""]
-    if summary["differences"]:
-        parts += ["## Beside the best other method", "", *differences_table(summary), ""]
-    if summary["ablations"]:
-        parts += ["## What each part is worth", "", *ablations_table(summary), ""]
-    if rows_of(summary, "curve"):
-        parts += ["## Curves", "", *curves_table(summary), ""]
+    for section in sections(summary):
+        parts += [f"## {section.title}", "", section.note, "", *section.table.lines, ""]
     if summary["goals"]:
         parts += ["## Goals", "", *goals_list(summary), ""]
     return "\n".join(parts)

@@ -17,16 +17,13 @@ from neucore_plugin.common.errors import ConfigError, NeucoreError
 from neucore_plugin.study import display, running
 from neucore_plugin.study.plan import make_plan
 
-HERE = Path(__file__).parent.parent / "helpers"
-
 
 @pytest.fixture
 def light(monkeypatch):
-    """Processes that train nothing, and need no host."""
+    """Processes that train nothing, and need no host; forked, which is quick."""
     monkeypatch.setattr(running, "run_trial", case.quick_trial)
     monkeypatch.setattr(running, "run_probe", case.quick_probe)
-    monkeypatch.setattr(running, "context", lambda: multiprocessing.get_context("spawn"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(running, "context", lambda: multiprocessing.get_context("fork"))
 
 
 @pytest.fixture
@@ -248,7 +245,7 @@ def test_ctrl_c_ends_the_trials_and_keeps_what_is_finished(study, tmp_path):
     while not all(list(f.glob("*/checkpoint_last.pth")) for f in folders) and time.monotonic() < until:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped" in err and "Traceback" not in err, err
     time.sleep(1)
     with pytest.raises(ProcessLookupError):

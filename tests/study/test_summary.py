@@ -122,7 +122,7 @@ def test_tables_of_awkward_names_and_empty_places():
     row = {"kind": "method", "parameters": None, "step_ms": None, "results": {"val": {"R@5": found}}, "partial": {}}
     summary = {"metric": "R@5", "main": "a|b", "splits": {"val": {"queries": 1000}, "other": {"queries": 1}},
                "rows": {"a|b": row}}  # fmt: skip
-    lines = tables.methods_table(summary)
+    lines = tables.methods_table(summary).lines
     assert lines == ["| method | parameters | val | other |", "|---|---|---|---|", "| `a\\|b` | – | **1.0** | – |"]
-    assert tables.partial_table(summary)[2] == "| val | 1,000 | **1.0** |"
+    assert tables.partial_table(summary).lines[2] == "| val | 1,000 | **1.0** |"
     assert tables.signed(-0.04) == "-0.0" and tables.value(None) == "–"
