@@ -1,4 +1,4 @@
-"""Write the result tables of README.md and the docs from docs/study.json, between markers; needs neither torch nor lavis.
+"""Write the result tables of README.md and docs from docs/study.json, between markers; needs neither torch nor lavis.
 
     python docs/make_tables.py                                  # the tables anew
     python docs/make_tables.py output/study_emoji/study.json    # first docs/study.json, from a finished study

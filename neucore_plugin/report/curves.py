@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from neucore_plugin.report.charts import legend_width
+from neucore_plugin.report.charts import CHART_STYLE, legend_width
 
 LINE_STYLE = """
 .chart .line{fill:none;stroke-width:2;stroke-linejoin:round}
@@ -128,6 +128,14 @@ def interval_chart_svg(title: str, rows: Sequence[Interval], zero: bool = False)
         parts.append(_text(right + 12, y + 4, _figures(row, zero), "start", 11.5, "soft"))
         parts.append("</g>")
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def standalone(svg: str) -> str:
+    """A chart of a page as a picture of its own: with its style and a background."""
+    ground = ".ground{fill:#fff}@media (prefers-color-scheme:dark){.ground{fill:#151a23}}"
+    style = f'<style>{CHART_STYLE}{LINE_STYLE}{ground}</style><rect class="ground" width="100%" height="100%" rx="8"/>'
+    head, _, rest = svg.partition("<title>")
+    return f"{head}{style}<title>{rest}"
 
 
 def _figures(row: Interval, signed: bool) -> str:

@@ -135,6 +135,38 @@ def comparison_page(
     _write(path, page, [], None)
 
 
+def study_page(
+    path: str | Path,
+    title: str,
+    sections: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+    goals: Sequence[Mapping[str, Any]],
+    runs: Sequence[tuple[str, Sequence[str]]],
+    settings: Any = None,
+) -> None:
+    """Write the page of a study.
+
+    sections: dicts of name, title, note, head, rows (cells, `**` around what is bold) and charts [(title, SVG)].
+    goals: dicts of goal, met (true, false or None), by, detail. runs: (row, folders beside the page) to be linked.
+    """
+    parts = [
+        {
+            **section,
+            "rows": [[_bold(cell) for cell in row] for row in section["rows"]],
+            "charts": [(name, Markup(svg)) for name, svg in section["charts"]],
+        }
+        for section in sections
+    ]
+    page = {"kind": "study", "title": title, "parts": parts, "notes": notes, "goals": goals, "runs": runs}
+    _write(path, {**page, "settings": list(_flat(settings or {}))}, [], None)
+
+
+def _bold(cell: str) -> Markup:
+    """Markdown's bold as HTML, all else escaped."""
+    pieces = enumerate(cell.replace("`", "").split("**"))
+    return Markup("").join(Markup("<strong>{}</strong>").format(text) if n % 2 else text for n, text in pieces)
+
+
 def search_page(
     path: str | Path,
     reference: Picture | Sequence[Picture] | None,

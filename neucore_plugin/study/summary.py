@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.common.files import atomic_write, write_json
+from neucore_plugin.common.files import write_json
 from neucore_plugin.config.study import GoalsSchema
 from neucore_plugin.evaluation.significance import paired_bootstrap, spread
 from neucore_plugin.evaluation.stored import StoredRun, read_run
 from neucore_plugin.study import tables
+from neucore_plugin.study.page import write_pages
 from neucore_plugin.study.plan import Plan, Trial
 from neucore_plugin.study.running import record_of
 
@@ -27,7 +28,7 @@ Finished = tuple[Trial, Mapping[str, Any]]  # with its trial.json
 
 
 def write_summary(plan: Plan, trials: Sequence[Trial], times: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Write study.json, study.md, study.html and the plots of what is finished; None where nothing is.
+    """Write study.json and the pages of what is finished; None where nothing is.
 
     trials: those of the whole study, wanted now or not.
     """
@@ -44,8 +45,7 @@ def write_summary(plan: Plan, trials: Sequence[Trial], times: Mapping[str, Any])
         return None
     summary = summarise(plan, found, records, missing, times)
     write_json(plan.folder / "study.json", summary)
-    with atomic_write(plan.folder / "study.md", "w") as stream:
-        stream.write(tables.page(summary))
+    write_pages(plan.folder, summary)
     return summary
 
 

@@ -1,4 +1,4 @@
-"""Trials in processes of their own: skipped, resumed, failed, stopped. The processes of the quick tests train nothing."""
+"""Trials in processes of their own: skipped, resumed, failed, stopped. Those of the quick tests train nothing."""
 
 import json
 import multiprocessing

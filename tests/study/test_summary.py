@@ -2,12 +2,14 @@
 
 import json
 from statistics import stdev
+from xml.etree import ElementTree
 
 import pytest
 import study_case as case
 
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.study import tables
+from neucore_plugin.study.page import write_pages
 from neucore_plugin.study.plan import make_plan
 from neucore_plugin.study.summary import write_summary
 
@@ -126,3 +128,25 @@ def test_tables_of_awkward_names_and_empty_places():
     assert lines == ["| method | parameters | val | other |", "|---|---|---|---|", "| `a\\|b` | – | **1.0** | – |"]
     assert tables.partial_table(summary).lines[2] == "| val | 1,000 | **1.0** |"
     assert tables.signed(-0.04) == "-0.0" and tables.value(None) == "–"
+
+
+def test_the_page_stands_alone_and_every_text_of_it_is_escaped(plan):
+    plan = plan()
+    finish(plan)
+    (plan.folder / "study.json").write_text("{}")
+    summary = write_summary(plan, plan.trials, {})
+    page = (plan.folder / "study.html").read_text()
+    assert "not met by 2.5" in page and "<strong>62.5</strong> ± 17.7" in page and "**" not in page
+    assert 'href="trials/neucore/seed-1/report.html"' in page and "https:" not in page and "src=" not in page
+    plots = sorted(path.name for path in (plan.folder / "plots").iterdir())
+    assert plots == ["ablations-val.svg", "differences.svg", "methods-val.svg", "training-val.svg"]
+    for name in plots:
+        root = ElementTree.parse(plan.folder / "plots" / name).getroot()
+        assert root.tag.endswith("svg") and any(child.tag.endswith("style") for child in root)
+    spoken = (plan.folder / "plots" / "methods-val.svg").read_text()
+    assert "NEUCORE 62.50 [44.8, 80.2]" in spoken and "TIRG 25.00" in spoken
+    summary["rows"]["<b>x</b>"] = {**summary["rows"]["neucore"], "folders": ['trials/"><b>y</b>/seed-1']}
+    summary["missing"] = ["<b>z</b>"]
+    write_pages(plan.folder, summary)
+    page = (plan.folder / "study.html").read_text()
+    assert "<b>" not in page and "&lt;b&gt;x&lt;/b&gt;" in page
