@@ -7,6 +7,7 @@ reaches another, and none pays for the import.
 import contextlib
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import threading
@@ -24,6 +25,7 @@ LOG = "trial.log"
 RECORD = "trial.json"  # written last: a trial that has it is finished
 PROBED = 24  # steps of a probe
 _UNTIMED = 4  # of them at the start: caches, buffers and threads settle
+_GRACE = 5.0  # seconds that a process has to leave by itself
 BLAS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -151,6 +153,8 @@ def _alone(job: Callable[[], None], log: Path, connection: Connection) -> None:
         os.dup2(stream.fileno(), 2)
     sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a Ctrl-C the study tells
+    signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     code = 0
     try:
@@ -160,20 +164,21 @@ def _alone(job: Callable[[], None], log: Path, connection: Connection) -> None:
         job()
     except NeucoreError as error:
         code = _said(error)
-    except KeyboardInterrupt:
-        code = 130
     except (MemoryError, RuntimeError) as error:
         if (reason := explained(error)) is None:
             traceback.print_exc()
             code = 1
         else:
             code = _said(reason)
-    except BaseException:
+    except Exception:
         traceback.print_exc()
         code = 1
-    for target in (sys.stdout, sys.stderr):
-        target.flush()
-    os._exit(code)  # the thread above waits for ever
+    sys.exit(code)
+
+
+def _leave(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)  # not by the signal itself: locks and loaders' processes are cleared away
 
 
 def _said(error: NeucoreError) -> int:
@@ -184,4 +189,6 @@ def _said(error: NeucoreError) -> int:
 def _end_with(connection: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         connection.recv()
-    os._exit(130)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE)
+    os._exit(128 + signal.SIGTERM)
