@@ -145,6 +145,7 @@ def _alone(job: Callable[[], None], log: Path, connection: Connection) -> None:
 
     When the study has gone, however it ended, so does this process: its end of the connection closes.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a Ctrl-C the study tells
     with open(log, "a", encoding="utf-8", errors="backslashreplace") as stream:
         for target in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -153,7 +154,6 @@ def _alone(job: Callable[[], None], log: Path, connection: Connection) -> None:
         os.dup2(stream.fileno(), 2)
     sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a Ctrl-C the study tells
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     code = 0
