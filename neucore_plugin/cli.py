@@ -20,6 +20,7 @@ from neucore_plugin.commands import (
     convert,
     data,
     evaluate,
+    export,
     models,
     report,
     search,
@@ -33,7 +34,7 @@ from neucore_plugin.commands import (
 from neucore_plugin.common.errors import FileError, NeucoreError, explained
 
 COMMANDS = (train, evaluate, study, search, report, compare, configs, models, data, vocab)
-COMMANDS += (shards, submit, convert, setup_host)
+COMMANDS += (shards, submit, convert, export, setup_host)
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
 EXAMPLES = """\
 examples:
@@ -51,6 +52,7 @@ examples:
   neucore vocab cirr --root /data/cirr --out concepts.json
   neucore shards cirr --root /data/cirr --out /data/cirr-shards
   neucore submit cirr --cfg-path eval_cirr --checkpoint BEST.pth
+  neucore export BEST.pth --out my-model --onnx
 """
 
 

@@ -19,7 +19,7 @@ FLOORS = (
     ("config", "weights", "host"),
     ("concepts", "processors"),
     ("models", "datasets", "training", "retrieval", "report"),
-    ("evaluation", "released"),
+    ("evaluation", "export", "released"),
     ("__init__", "task"),
     ("launch",),
     ("study",),

@@ -1,9 +1,12 @@
 """Commands of `neucore`, one a module: HELP, add_arguments(parser), run(arguments). Light until they run."""
 
 import argparse
+import importlib
 import json
 import sys
 from typing import Any
+
+from neucore_plugin.common.errors import ConfigError
 
 
 def positive(text: str) -> int:
@@ -11,6 +14,19 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
+
+
+def import_own(module: str | None) -> None:
+    """Import what --module names, which registers backbones of its own with the host. Raises ConfigError."""
+    from neucore_plugin import register
+
+    if module is None:
+        return
+    register()
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"--module {module}: {error}; install it, or put it on PYTHONPATH") from error
 
 
 def print_json(value: Any) -> None:

@@ -1,7 +1,6 @@
 """neucore search: an index, or a folder of images, with a picture and a sentence."""
 
 import argparse
-import importlib
 import logging
 import sys
 import time
@@ -9,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.commands import positive, print_json
+from neucore_plugin.commands import import_own, positive, print_json
 from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.common.files import hub_name
 from neucore_plugin.common.names import name_of
 from neucore_plugin.common.text import visible
 
@@ -118,15 +118,10 @@ def _no_index(place: Path) -> None:
 
 
 def _model(arguments: argparse.Namespace, checkpoint: Path | None) -> Any:
-    from neucore_plugin import load_model, register
+    from neucore_plugin import load_model
     from neucore_plugin.common.distributed import pick_device
 
-    if arguments.module:
-        register()
-        try:
-            importlib.import_module(arguments.module)
-        except ImportError as error:
-            raise ConfigError(f"--module {arguments.module}: {error}; install it, or put it on PYTHONPATH") from error
+    import_own(arguments.module)
     model = load_model(checkpoint, arguments.model_type, pick_device(arguments.device))
     if arguments.max_pixels is not None:
         model.image_processor.max_pixels = arguments.max_pixels
@@ -144,7 +139,7 @@ def _opened(arguments: argparse.Namespace) -> Any:
         if noted is None:
             raise ConfigError(f"index {arguments.index} does not say which checkpoint built it; give --checkpoint")
         checkpoint = Path(noted)
-        if not checkpoint.is_file():
+        if not checkpoint.exists() and hub_name(noted) is None:
             raise ConfigError(
                 visible(f"the checkpoint that built index {arguments.index} is not at {noted}; give --checkpoint")
             )

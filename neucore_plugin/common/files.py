@@ -9,6 +9,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from neucore_plugin.common.errors import ConfigError, DataError, FileError
 from neucore_plugin.common.names import path_of
 
 log = logging.getLogger(__name__)
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 _DEEPEST = 64  # levels of a JSON file: ours and the published ones have five
 
 
@@ -142,6 +144,26 @@ def _own_descriptor(path: str | Path) -> int | None:
             return int(name)
         place = os.path.join(folder, os.readlink(place))
     return None
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, renamed to it on success, removed on failure: `path` is whole, or not there.
+
+    Raises ConfigError where something is there already, an empty folder aside; FileError for what the system refuses.
+    """
+    path = expanded(path).absolute()
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise ConfigError(f"{path} is there already; give a new folder, or move that one away")
+    with file_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -336,6 +358,18 @@ def expanded(path: str | Path) -> Path:
     except UnicodeEncodeError:  # a text of a config, in a locale that lacks its letters
         return path_of(os.fspath(found))
     return Path(found)
+
+
+def hub_name(source: str | Path) -> tuple[str, str | None] | None:
+    """(OWNER/NAME, revision or None) of a text OWNER/NAME or OWNER/NAME@REVISION; None for any other.
+
+    None also for what is there as a file or folder, and for what looks like the path of a file: its first part is a
+    folder here, or it ends as a file of weights does.
+    """
+    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", os.fspath(source))
+    if found is None or Path(found[1]).suffix in WEIGHT_FILES or expanded(source).exists():
+        return None
+    return None if Path(found[1]).parent.is_dir() else (found[1], found[2])
 
 
 def cache_dir(override: str | Path | None = None) -> Path:

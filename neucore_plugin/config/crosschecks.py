@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from neucore_plugin.common.errors import nearest
-from neucore_plugin.common.files import expanded
+from neucore_plugin.common.files import WEIGHT_FILES, expanded, hub_name
 from neucore_plugin.config.data import DATASET_SCHEMAS
 from neucore_plugin.config.encoders import BACKBONE_SCHEMAS, pixels_of
 from neucore_plugin.config.model import ZERO_SHOT
@@ -13,7 +13,6 @@ from neucore_plugin.config.run import RUNNERS, TASKS
 from neucore_plugin.config.sections import MODEL_SCHEMAS, Tables
 
 Conflicts = Iterator[tuple[str, str]]
-_WEIGHTS = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def cross_checks(content: Mapping[str, Any], tables: Tables) -> Conflicts:
@@ -21,7 +20,8 @@ def cross_checks(content: Mapping[str, Any], tables: Tables) -> Conflicts:
     model, run, datasets = content["model"], content["run"], content["datasets"]
     backbone, zero_shot = model.get("backbone") or {}, model.get("method") in ZERO_SHOT
     if model.get("arch") in MODEL_SCHEMAS:
-        yield from _missing("model.checkpoint", model["checkpoint"], "null, or the path of a checkpoint")
+        if model["checkpoint"] is None or hub_name(model["checkpoint"]) is None:
+            yield from _missing("model.checkpoint", model["checkpoint"], "null, or the path of a checkpoint")
         if zero_shot:
             yield from _missing("model.inversion.weights", model["inversion"]["weights"], "the path of phi's weights")
         for side, encoder in backbone.items():
@@ -62,7 +62,7 @@ def _encoder(path: str, encoder: Mapping[str, Any], started: bool, tables: Table
             yield from _missing(f"{path}.{key}", encoder.get(key), "null, or the path of a file")
         for key in ("pretrained", "vit_pretrained"):
             given = encoder.get(key)
-            if given and "://" not in given and given.endswith(_WEIGHTS):
+            if given and "://" not in given and given.endswith(WEIGHT_FILES):
                 yield from _missing(f"{path}.{key}", given, "the path of a file of weights, a URL, or none")
         if encoder["freeze"] and encoder.get("lora") is not None:
             yield f"{path}.lora", "is given, but freeze is true, so that nothing of it would be trained"

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from neucore_plugin.common.errors import ConfigError, FileError, nearest
 from neucore_plugin.config.compare import config_fingerprint, leaves
 from neucore_plugin.config.crosschecks import cross_checks
-from neucore_plugin.config.data import DATASET_SCHEMAS, DEFAULT_PROCESSORS, PreprocessSchema
+from neucore_plugin.config.data import DATASET_SCHEMAS, DEFAULT_PROCESSORS, PROCESSOR_SCHEMAS, PreprocessSchema
 from neucore_plugin.config.encoders import pixels_of, reads_raw
 from neucore_plugin.config.kinds import is_text, members, shortened
 from neucore_plugin.config.model import BackboneSchema, NeucoreSchema
@@ -331,6 +331,14 @@ def stored_section(section: Mapping[str, Any]) -> dict[str, Any]:
     model = _completed(problems, "model", merge({"backbone": _encoders()}, {"arch": "neucore", **section}), schema)
     problems.raise_all("the model section")
     return model
+
+
+def stored_pixels(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds of its image processor, completed and checked: its arguments. Raises ConfigError."""
+    problems = Problems(package_tables().processors)
+    found = _completed(problems, "image_processor", settings, PROCESSOR_SCHEMAS["cir_image"])
+    problems.raise_all("the image processor")
+    return {key: value for key, value in found.items() if key not in ("name", "augment")}
 
 
 def dataset_defaults(name: str, section: Mapping[str, Any] | None = None) -> dict[str, Any]:

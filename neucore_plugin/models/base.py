@@ -21,7 +21,7 @@ from neucore_plugin.common.errors import CheckpointError, ConfigError, first_few
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, ReleasedConceptExtractor
 from neucore_plugin.config.compare import reconciled
 from neucore_plugin.config.encoders import PIXELS
-from neucore_plugin.config.loading import model_defaults, stored_section
+from neucore_plugin.config.loading import model_defaults, stored_pixels, stored_section
 from neucore_plugin.models.backbones import SIDES, Backbone, build_backbone
 from neucore_plugin.models.backbones.resnet_gru import released_classes, word_list
 from neucore_plugin.models.backbones.tuning import rate_scales
@@ -417,7 +417,8 @@ class CirModel(BaseModel):
         load = {side: f"backbone.{side}" in stored["frozen"] for side in SIDES}
         backbone = build_backbone(config["backbone"], header.get("words"), load)
         model = cls.from_section(backbone, vocabulary, config)
-        model.image_processor = ImageProcessor(**header.get("image_processor", model.image_processor.settings))
+        if (pixels := header.get("image_processor")) is not None:
+            model.image_processor = ImageProcessor(**stored_pixels(pixels))
         checkpoint.restore_model(model, stored["model"], stored["frozen"], path)
         model.restored()
         model.trained = True

@@ -193,12 +193,12 @@ class Artemis(Matching):
 
     def score(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
         """Scores [Q,G], in matrix products; [Q,G,D] is never built."""
-        explicit, implicit = self._both(query)
+        explicit, implicit = self.halves(query)
         return super().score(explicit, gallery, chunk) + super().score(implicit, gallery, chunk)
 
     def score_terms(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Both terms by themselves, {"explicit", "implicit"}, [Q,G] each; see `Matching.score_terms`."""
-        explicit, implicit = (self._one_term(half, gallery) for half in self._both(query))
+        explicit, implicit = (self._one_term(half, gallery) for half in self.halves(query))
         return {"explicit": explicit, "implicit": implicit}
 
     def _one_term(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> Tensor:
@@ -216,7 +216,7 @@ class Artemis(Matching):
         return self.query_factors(gallery)
 
     @staticmethod
-    def _both(query: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    def halves(query: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """The query of each term, under the names of `Matching`, which takes its number of rows from `fused`."""
         return [
             {"fused": query[name], "text": query[name], "attention": query[weights]}

@@ -1,13 +1,21 @@
 """What a model is given of a batch or a query, once its backbone and its projections have read it.
 
-B batch, N image tokens, L words, D width.
+B batch, N image tokens, L words, K concepts of a query, D width, Dw width of a concept's embedding.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class EmbeddedConcepts(NamedTuple):
+    """Concepts of queries, padded, as the text encoder embeds them."""
+
+    embeddings: Tensor  # [B,K,Dw], 0 at padding
+    mask: Tensor  # [B,K]
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,7 @@ class Query:
 
     reference: Tensor | None  # tokens [B,N,D] or pooled [B,D], as the model reads it; None where it reads no image
     text: Mapping[str, Tensor]  # of words [B,L,D] with word_mask [B,L], and sentence [B,D], what the model reads
-    concept_words: Sequence[Sequence[str]]  # lemmas of each query
+    concept_words: Sequence[Sequence[str]] | EmbeddedConcepts  # lemmas of each query
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def with_stand_ins(
         first = torch.arange(words.shape[1], device=words.device) == 0  # [L]
         stand_in = torch.where(first[:, None], word, torch.zeros_like(word))  # [L,D]
         result["words"] = torch.where(absent[:, None, None], stand_in, words)
-        result["word_mask"] = torch.where(absent[:, None], first, mask)
+        result["word_mask"] = (absent[:, None] & first) | (~absent[:, None] & mask)  # onnxruntime lacks a bool `where`
     if "sentence" in text:
         result["sentence"] = torch.where(absent[:, None], sentence, text["sentence"])
     return result

@@ -22,7 +22,7 @@ from neucore_plugin.models.base import CirModel, by_side, shared_settings
 from neucore_plugin.models.concept_alignment import ConceptAlignment
 from neucore_plugin.models.concept_loss import ConceptLoss
 from neucore_plugin.models.concept_maps import concept_maps
-from neucore_plugin.models.inputs import Query
+from neucore_plugin.models.inputs import EmbeddedConcepts, Query
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.progressive_fusion import ProgressiveFusion
 
@@ -145,8 +145,12 @@ class NeucoreModel(CirModel):
             labels[row, found] = 1.0
         return labels
 
-    def query_concepts(self, words: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    def query_concepts(self, words: Sequence[Sequence[str]] | EmbeddedConcepts) -> tuple[Tensor, Tensor]:
         """Concept lemmas of each query -> projected embeddings [B,K,D], mask [B,K]; any word is allowed."""
+        embeddings, mask = words if isinstance(words, EmbeddedConcepts) else self._padded(words)
+        return self.alignment.classifier.project(embeddings) * mask[..., None], mask
+
+    def _padded(self, words: Sequence[Sequence[str]]) -> EmbeddedConcepts:
         length = max((len(concepts) for concepts in words), default=0)
         mask = torch.zeros(len(words), length, dtype=torch.bool, device=self.device)
         for row, concepts in enumerate(words):
@@ -154,7 +158,7 @@ class NeucoreModel(CirModel):
         embeddings = self._embed([word for concepts in words for word in concepts])
         padded = embeddings.new_zeros(len(words), length, embeddings.shape[-1])
         padded[mask] = embeddings
-        return self.alignment.classifier.project(padded) * mask[..., None], mask
+        return EmbeddedConcepts(padded, mask)
 
     def _embed(self, words: Sequence[str]) -> Tensor:
         """[n,Dw]; those of the vocabulary from its table, where the text encoder does not change."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from neucore_plugin.common.errors import CheckpointError, first_few
 from neucore_plugin.common.files import atomic_write, expanded
+from neucore_plugin.weights import folder
 from neucore_plugin.weights.files import misfits, read
 
 FORMAT = "neucore-checkpoint-1"
@@ -169,7 +170,7 @@ def restore_model(model: nn.Module, state: Mapping[str, Any], frozen: Mapping[st
     present = _group_fingerprints(absent)
     doubtful = {name for name in absent if present[_group(name)] != frozen.get(_group(name))}
     still_frozen = doubtful & _frozen_names(model)
-    problems = misfits(current, state, optional=set(absent) - (doubtful - still_frozen))
+    problems = misfits(current, state, optional=set(absent) - (doubtful - still_frozen), types=True)
     differing = sorted({_group(name) for name in still_frozen})
     differing += sorted(f"{name} (absent in the model)" for name in set(frozen) - set(present))
     if differing:
@@ -202,15 +203,20 @@ def save(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint that `save` wrote, on the CPU, without running any code in it.
+    """Read a checkpoint that `save` wrote, on the CPU, without running any code in it; or the folder form of one
+    (`folder.py`), from a folder or from a repository OWNER/NAME[@REVISION] of the hub.
 
-    Raises: CheckpointError for a file that is missing, a folder, damaged, refused (a pickle with code) or foreign.
+    Raises: CheckpointError for a file that is missing, damaged, refused (a pickle with code), foreign, or no file.
     """
+    if folder.is_here(path):
+        return {"format": FORMAT, **folder.load(path)}
     path = expanded(path)
     if path.is_dir():
         inside = path / "checkpoint_best.pth"
         hint = f"give the file, such as {inside}" if inside.is_file() else "it holds no checkpoint_best.pth either"
-        raise CheckpointError(f"{path} is a folder, not a checkpoint file; {hint}")
+        raise CheckpointError(
+            f"{path} is a folder, not a checkpoint file, and no exported model (it lacks {folder.CONFIG}); {hint}"
+        )
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file {path}; training writes checkpoint_best.pth into its run folder")
     return _checked(read(path), path)

@@ -90,11 +90,16 @@ def state_of(value: Any, path: str | Path) -> dict[str, Tensor]:
 
 
 def misfits(
-    expected: Mapping[str, Any], given: Mapping[str, Any], optional: Collection[str] = (), exact: bool = True
+    expected: Mapping[str, Any],
+    given: Mapping[str, Any],
+    optional: Collection[str] = (),
+    exact: bool = True,
+    types: bool = False,
 ) -> list[str]:
     """Why `given` cannot be loaded where `expected` is wanted, a line a kind of problem; empty where it fits.
 
-    optional: names that may be missing. exact: names that are not expected are a problem.
+    optional: names that may be missing. exact: names that are not expected are a problem. types: so is another type of
+    numbers, which loading would turn silently.
     """
     problems = {
         "missing in the file": [name for name in expected if name not in given and name not in optional],
@@ -103,6 +108,11 @@ def misfits(
             f"{name} {_shape(given[name])} in the file, {_shape(value)} in the model"
             for name, value in expected.items()
             if name in given and _shape(given[name]) != _shape(value)
+        ],
+        "other type": [
+            f"{name} {given[name].dtype} in the file, {value.dtype} in the model"
+            for name, value in (expected.items() if types else ())
+            if isinstance(given.get(name), Tensor) and isinstance(value, Tensor) and given[name].dtype != value.dtype
         ],
     }
     return [f"{title}: {first_few(names)}" for title, names in problems.items() if names]

@@ -22,7 +22,10 @@ def refuse_strangers(path: str | Path, section: Mapping[str, Any], own: Mapping[
 
     section: the one in the file. own: the user's; what it repeats is trusted. Raises CheckpointError.
     """
-    for side, encoder in (section.get("backbone") or {}).items():
+    backbone = section.get("backbone") or {}
+    if not isinstance(backbone, Mapping) or not all(isinstance(encoder, Mapping) for encoder in backbone.values()):
+        raise CheckpointError(f"{path}: its model.backbone is no mapping of encoders: damaged, or not written by us")
+    for side, encoder in backbone.items():
         named = ((own or {}).get("backbone") or {}).get(side) or {}
         module = encoder.get("module")
         if module is not None and module not in sys.modules and named.get("module") != module:
@@ -80,9 +83,9 @@ def section_of(path: str | Path, own: Mapping[str, Any]) -> dict[str, Any] | Non
     own: the user's section. None for a file that is not there, which the check of the config tells, or that is none of
     our models'. Raises `CheckpointError` for one that is damaged, hostile, or asks for what nobody named.
     """
-    from neucore_plugin.weights import checkpoint
+    from neucore_plugin.weights import checkpoint, folder
 
-    if not expanded(path).is_file():
+    if not expanded(path).is_file() and not folder.is_here(path):
         return None
     architecture = checkpoint.load(path).get("architecture") or {}
     if not isinstance(architecture.get("config"), Mapping):
