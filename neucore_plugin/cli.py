@@ -43,6 +43,7 @@ examples:
   neucore evaluate --cfg-path my.yaml --checkpoint output/emoji/RUN/checkpoint_best.pth
   neucore study --cfg-path study_emoji --quick
   neucore search --checkpoint BEST.pth --folder photos --image photos/cat.jpg --text "now asleep" --html found.html
+  neucore search my_index --image cat.jpg --text "now asleep" --then "on a sofa" --not "a dog" --explain
   neucore report output/emoji
   neucore compare output/emoji/RUN output/other/RUN --html compared.html
   neucore configs copy train_cirr

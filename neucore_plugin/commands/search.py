@@ -69,11 +69,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
     before_import()
     index = _encoded(arguments) if arguments.folder is not None else _opened(arguments)
+    read = concepts(index.model, query)  # not in the time: the first call of a model loads its tagger
     start = time.perf_counter()
     hits = index.search_many([query])[0]
     took = 1000 * (time.perf_counter() - start)
     print(f"searched {len(index):,} images in {took:.1f} ms", file=sys.stderr)
-    read = concepts(index.model, query) if arguments.explain else []
+    read = read if arguments.explain else []
     if not hits and query.where is None and not query.exclude:
         place = arguments.index or f"--folder {arguments.folder}"
         raise DataError(f"{place} holds no image but the reference; give one with others")

@@ -33,6 +33,8 @@ class RetrievalModel(Protocol):
 
     Where the model, and its image_processor, have a `fingerprint`, it guards an index against
     another model's encodings.
+    An explained search also wants `explain(query, gallery)`, {term: [Q,G]} whose sum is the score, and shows what
+    `concepts_read(texts)` gives, the words of each text that are taken as concepts.
     """
 
     device: torch.device
