@@ -76,7 +76,16 @@ def export_onnx(model: CirModel, folder: Path) -> str:
     pieces = word_pieces(model.backbone.text)
     pieces.save(str(folder / PIECES))
     shutil.copyfile(Path(__file__).with_name("search_script.py"), folder / SCRIPT)
-    check(model, query, folder, pieces)
+    try:
+        check(model, query, folder, pieces)
+    except ConfigError:
+        raise
+    except Exception as error:  # onnxruntime's own: an operation that it lacks, a size that was fixed in writing
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"--onnx: onnxruntime does not run what torch wrote of this model ({reason}); without --onnx the folder is "
+            "written"
+        ) from error
     return (
         f"`{IMAGE}` and `{QUERY}` give factors of the score; `{SCRIPT}` searches with them, by onnxruntime, numpy, "
         f'tokenizers and Pillow alone: `python {SCRIPT} PICTURES --image ONE.jpg --text "the same but red"`. '

@@ -145,9 +145,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, tokens: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
         """tokens [Q,N,D], words [Q,L,D], word_mask [Q,L] -> [Q,D]."""
-        first = self.first.expand(len(tokens), 1, -1)
+        first = self.first.expand(tokens.shape[0], 1, -1)
         x = torch.cat([first, tokens + self.segments[0], words + self.segments[1]], dim=1)  # [Q,1+N+L,D]
-        seen = word_mask.new_ones(len(tokens), 1 + tokens.shape[1])
+        seen = word_mask.new_ones(tokens.shape[0], 1 + tokens.shape[1])
         mask = torch.cat([seen, word_mask], dim=1)
         for block in self.blocks:
             x = block(x, mask)
