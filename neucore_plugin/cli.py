@@ -21,6 +21,7 @@ from neucore_plugin.commands import (
     data,
     evaluate,
     export,
+    index,
     models,
     report,
     search,
@@ -33,7 +34,7 @@ from neucore_plugin.commands import (
 )
 from neucore_plugin.common.errors import FileError, NeucoreError, explained
 
-COMMANDS = (train, evaluate, study, search, report, compare, configs, models, data, vocab)
+COMMANDS = (train, evaluate, study, index, search, report, compare, configs, models, data, vocab)
 COMMANDS += (shards, submit, convert, export, setup_host)
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
 EXAMPLES = """\
@@ -42,6 +43,7 @@ examples:
   neucore train --cfg-path my.yaml --options run.seed=1 run.output_dir=output/second
   neucore evaluate --cfg-path my.yaml --checkpoint output/emoji/RUN/checkpoint_best.pth
   neucore study --cfg-path study_emoji --quick
+  neucore index build photos --checkpoint BEST.pth --out photos.index
   neucore search --checkpoint BEST.pth --folder photos --image photos/cat.jpg --text "now asleep" --html found.html
   neucore search my_index --image cat.jpg --text "now asleep" --then "on a sofa" --not "a dog" --explain
   neucore report output/emoji

@@ -26,10 +26,10 @@ from neucore_plugin.retrieval.encoding import (
     tell,
 )
 from neucore_plugin.retrieval.rows import Row
-from neucore_plugin.retrieval.sources import Collected, Item, repeated
+from neucore_plugin.retrieval.sources import Collected, Item, in_shard, relative, repeated
 from neucore_plugin.retrieval.units import Facts, Manifest, Part
 
-_SAVED = 1 << 18  # images of a unit that `save` and compaction write
+SAVED = 1 << 17  # images of a unit that `save` and compaction write: 256 MB where each has 1,024 numbers
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,16 @@ def _unchanged(folder: Path, manifest: Manifest, names: list[str]) -> bool:
 # ---- building -------------------------------------------------------------------------------------------------------
 
 
-def plan(items: Sequence[Item], unit_size: int) -> dict[str, Sequence[Item]]:
-    """{unit: its pictures}. A name says number and content, so that the same source always makes the same units."""
-    found = {}
-    for number, start in enumerate(range(0, len(items), unit_size)):
-        some = items[start : start + unit_size]
-        told = "\0".join(f"{item.name}\0{item.file}\0{sorted(item.attributes.items())}" for item in some)
-        digest = sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
-        found[f"{number:08d}-{digest[:8]}"] = some
+def plan(collected: Collected, unit_size: int) -> dict[str, Sequence[Item] | Path]:
+    """{unit: its pictures, or the shard that they are in}. A name says number and content of the unit."""
+    items, found = collected.items, {}
+    runs: list[Sequence[Item] | Path] = [items[start : start + unit_size] for start in range(0, len(items), unit_size)]
+    for number, some in enumerate([*runs, *collected.shards]):
+        if isinstance(some, Path):
+            told = f"{relative(some, collected.root)}\0{some.stat().st_size}"
+        else:
+            told = "\0".join(f"{item.name}\0{sorted(item.attributes.items())}" for item in some)
+        found[units.planned_name(number, sha256(told.encode("utf-8", "surrogatepass")).hexdigest())] = some
     return found
 
 
@@ -127,25 +129,37 @@ def build(
     """
     if settings.unit_size < 1:
         raise DataError(f"unit_size={settings.unit_size}: must be at least 1")
-    planned = plan(collected.items, settings.unit_size)
+    with file_errors(folder):
+        planned = plan(collected, settings.unit_size)
     manifest = _begin(model, collected, folder, settings, checkpoint, planned)
     there = units.read_all(folder, manifest)
-    done = {*there, *(name for facts in there.values() for name in facts.replaces)}
+    done = units.planned_done(there)
     own = [name for number, name in enumerate(planned) if number % share[1] == share[0] and name not in done]
     failures, read_ = [], sum(facts.count for facts in there.values())
     root = path_of(manifest.root) if manifest.root else None
-    with bar(sum(len(planned[name]) for name in own), settings.progress) as shown:
-        for name in own:
-            made = encode(
-                model, planned[name], root, settings.batch_size, settings.dtype, settings.workers, shown, digests=True
-            )
-            facts = Facts(manifest.id, manifest.model, failures=_plain(made.failures))
+    known = sum(len(some) for some in map(planned.get, own) if not isinstance(some, Path))
+    with bar(known, settings.progress) as shown:
+        for number, name in enumerate(own):
+            some, bad = planned[name], []
+            if isinstance(some, Path):
+                some, bad = _unpacked(some, collected.root)
+                shown.total = shown.n + len(some) * (len(own) - number)  # the others are as large, as far as is known
+            made = encode(model, some, root, settings.batch_size, settings.dtype, settings.workers, shown, digests=True)
+            facts = Facts(manifest.id, manifest.model, failures=_plain([*bad, *made.failures]))
             with units.writing(folder):
                 if name not in units.listed(folder):  # else the same share was started twice
                     units.put(folder, name, facts, made.encodings, made.rows)
-            failures += made.failures
+            failures += [*bad, *made.failures]
             read_ += len(made.rows)
     tell(failures, read_)
+
+
+def _unpacked(shard: Path, root: Path | None) -> tuple[list[Item], list[Failure]]:
+    """The pictures of a shard; a bad one is a failure like a bad picture, and the others are built."""
+    try:
+        return in_shard(shard, root), []
+    except DataError as error:
+        return [], [Failure(relative(shard, root), shard, str(error))]
 
 
 def _begin(
@@ -276,7 +290,7 @@ def save(index: Held, folder: Path) -> None:
         old = _files_before(folder)
         written: list[str] = []
         try:
-            for arrays, rows in runs(index.parts, index.alive, _SAVED):
+            for arrays, rows in runs(index.parts, index.alive, SAVED):
                 failures = [] if written else _plain(index.failures)
                 written.append(units.next_name(folder))
                 units.put(folder, written[-1], Facts(manifest.id, manifest.model, failures=failures), arrays, rows)

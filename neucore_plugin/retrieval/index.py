@@ -15,7 +15,8 @@ from torch import Tensor
 from neucore_plugin.common.errors import DataError, first_few
 from neucore_plugin.common.images import Picture
 from neucore_plugin.common.names import path_of
-from neucore_plugin.retrieval import building, earlier, units
+from neucore_plugin.common.shard_image import ShardImage
+from neucore_plugin.retrieval import building, earlier, units, upkeep
 from neucore_plugin.retrieval.encoding import (
     Encoded,
     Failure,
@@ -32,6 +33,7 @@ from neucore_plugin.retrieval.queries import Found, Query, answer
 from neucore_plugin.retrieval.rows import Row, Rows
 from neucore_plugin.retrieval.sources import File, Source, collect, relative, repeated
 from neucore_plugin.retrieval.units import Part
+from neucore_plugin.retrieval.upkeep import Synced
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,9 @@ class GalleryIndex(Gallery):
             building.build(model, collected, Path(out), settings, checkpoint, share)
             index = cls.open(out, model)
         else:
-            with bar(len(collected.items), progress) as shown:
-                made = encode(model, collected.items, collected.root, batch_size, dtype, workers, shown)
+            items = collected.everything()
+            with bar(len(items), progress) as shown:
+                made = encode(model, items, collected.root, batch_size, dtype, workers, shown)
             tell(made.failures, len(made.rows))
             index = cls([], [], {}, model, collected.root)
             index.shapes = shapes_of(made.encodings)
@@ -198,13 +201,14 @@ class GalleryIndex(Gallery):
         model, dtype = self._require_model(), self.dtype
         check_settings(batch_size, workers, dtype)
         collected = collect(source, self.root)
-        if known := self.positions_of([item.name for item in collected.items]):
+        items = collected.everything()
+        if known := self.positions_of([item.name for item in items]):
             names = first_few(map(repr, known), 5)
             raise DataError(f"already in the index: {names}; remove them first to encode them anew")
         added, failures = [], []
-        with bar(len(collected.items), progress) as shown:
-            for start in range(0, len(collected.items), unit_size):
-                some, disk = collected.items[start : start + unit_size], self.folder is not None
+        with bar(len(items), progress) as shown:
+            for start in range(0, len(items), unit_size):
+                some, disk = items[start : start + unit_size], self.folder is not None
                 made = encode(model, some, self.root, batch_size, dtype, workers, shown, digests=disk)
                 failures += made.failures
                 if made.rows:
@@ -214,8 +218,13 @@ class GalleryIndex(Gallery):
         self.left_out += collected.left_out
         return added
 
+    def change(self, made: Encoded, gone: Sequence[int]) -> None:
+        """Put what was encoded at the end and take positions out, as one step: on disk where the index lies there."""
+        if made.rows or gone:
+            self._take(made, self._by_unit(gone) if self.folder is not None else None)
+            self._strike(gone)
+
     def _take(self, made: Encoded, removes: Mapping[str, list[int]] | None = None) -> None:
-        """Put what was encoded at the end: on disk where the index lies there."""
         if made.rows and shapes_of(made.encodings) != self.shapes:
             new = shapes_of(made.encodings)
             raise DataError(f"the model encodes as {new}, but the index holds {self.shapes}; build the index again")
@@ -234,9 +243,64 @@ class GalleryIndex(Gallery):
         gone = {self.position(name) for name in ([names] if isinstance(names, str) else names)}
         if len(gone) == len(self):
             raise DataError(f"this would remove all {len(self)} images; an index holds at least one")
-        if self.folder is not None and gone:
-            building.append(self, Encoded({}, [], []), self._by_unit(gone))
-        self._strike(gone)
+        self.change(Encoded({}, [], []), sorted(gone))
+
+    def sync(
+        self,
+        folder: str | Path | None = None,
+        batch_size: int = 32,
+        progress: bool = True,
+        workers: int = 2,
+        unit_size: int = 4096,
+    ) -> Synced:
+        """Bring the index up to a folder (its root, where none is given), and say what that took.
+
+        New pictures are added, those that are gone are taken out, and those whose content differs (sha256; not even
+        read where size and time are the same) are encoded anew. One that was moved or renamed keeps its encodings.
+        Images whose files lie elsewhere are left alone; where the root itself has moved, its new place is noted.
+        DataError: no pictures there, shards, or an index without a root.
+        """
+        self._require_model()
+        check_settings(batch_size, workers, self.dtype)
+        if folder is None and self.root is None:
+            raise DataError("the index has no root folder; say which folder to compare it with")
+        place = Path(folder if folder is not None else self.root).resolve()
+        if not place.is_dir():
+            raise DataError(f"{str(place)!r} is no folder; give the folder of the pictures")
+        if self.manifest is not None and upkeep.moved_root(self, place):
+            self._reopen(place)
+        collected = collect(place, self.root)
+        if not collected.items or isinstance(collected.items[0].file, ShardImage):
+            raise DataError(f"{str(place)!r} holds tar shards, which are not compared; add those that are new")
+        return upkeep.sync(self, collected, place, batch_size, workers, progress, unit_size)
+
+    def compact(self) -> tuple[int, int]:
+        """Merge the small units on disk and drop what was removed: (units before, units after). Positions change."""
+        before = upkeep.compact(self._on_disk())
+        self._reopen(self.root)
+        return before
+
+    def verify(self, model: RetrievalModel | None = None, progress: bool = False) -> dict[str, Any]:
+        """Read every byte: `info`, and "problems", a list of texts; empty where all is as it was written.
+
+        model: whether it is the one that built the index is checked as well.
+        """
+        self._on_disk()
+        return upkeep.verify(self, model, progress)
+
+    def info(self) -> dict[str, Any]:
+        """Counts, bytes, model, checkpoint, root, dtype and shapes; of a build also how many units it has and lacks."""
+        return upkeep.info(self)
+
+    def _on_disk(self) -> Path:
+        if self.folder is None:
+            raise DataError("the index is held in memory; save it first")
+        return self.folder
+
+    def _reopen(self, root: Path | None) -> None:
+        model, left_out = self.model, self.left_out
+        self.__dict__.update(type(self)._open(self.folder, None, root, verify=False).__dict__)
+        self.model, self.left_out = model, left_out
 
     # ---- searching --------------------------------------------------------------------------------------------------
 

@@ -80,6 +80,13 @@ class Rows:
             except (sqlite3.DatabaseError, OverflowError) as error:
                 raise DataError(f"{self._place} is damaged ({error}); build the index again") from None
 
+    def check(self) -> None:
+        """Look at every page. Raises DataError."""
+        if (found := self.select("PRAGMA quick_check(1)")) != [("ok",)]:
+            raise DataError(f"{self._place} is damaged ({found[0][0]}); build the index again")
+        if (count := self.select("SELECT count(*) FROM rows")[0][0]) != self.count:
+            raise DataError(f"{self._place} is damaged ({count} rows, not {self.count}); build the index again")
+
     def _check(self) -> None:
         self._connection.execute("PRAGMA trusted_schema = OFF")
         self._connection.execute("PRAGMA cell_size_check = ON")
@@ -110,7 +117,7 @@ class Rows:
     def spelt(self, name: str) -> list[tuple[int, str]]:
         """(row, name) of all that a given spelling may mean."""
         found = self.select("SELECT row, name FROM rows WHERE loose IN (?, ?)", map(_kept, asked_as(name)))
-        return [(row, _text(known)) for row, known in found]
+        return [(row, self._text(known)) for row, known in found]
 
     def known(self, names: Sequence[str]) -> dict[str, list[int]]:
         """{name: its rows} of those of the given names that are here, spelt the same."""
@@ -120,21 +127,27 @@ class Rows:
             given = [_kept(kept_as(name)) for name in names[start : start + _VALUES]]
             sql = f"SELECT row, name FROM rows WHERE loose IN ({', '.join('?' * len(given))})"
             for row, kept in self.select(sql, given):
-                if (name := _text(kept)) in wanted and row not in found.setdefault(name, []):
+                if (name := self._text(kept)) in wanted and row not in found.setdefault(name, []):
                     found[name].append(row)
         return {name: rows for name, rows in found.items() if rows}
 
     def of_file(self, file: str) -> list[tuple[int, str]]:
         """(row, path) of the pictures whose files have this name, whatever their folder."""
         found = self.select("SELECT row, path FROM rows WHERE file = ? AND place IS NULL", (_kept(file),))
-        return [(row, _text(path)) for row, path in found]
+        return [(row, self._text(path)) for row, path in found]
 
     def _row(self, values: tuple[Any, ...]) -> Row:
         name, path, place, size, mtime, digest, attributes = values
         whole = all(value is None or isinstance(value, int) for value in (place, size, mtime))
-        if not isinstance(name, str | bytes) or not isinstance(path, str | bytes) or not whole:
+        if not whole or not isinstance(digest, str | None):
             raise DataError(f"{self._place} is damaged (a row holds something else); build the index again")
-        return Row(_text(name), _text(path), place, size, mtime, digest, self._attributes(attributes))
+        return Row(self._text(name), self._text(path), place, size, mtime, digest, self._attributes(attributes))
+
+    def _text(self, kept: Any) -> str:
+        try:
+            return kept if isinstance(kept, str) else kept.decode("utf-8", "surrogatepass")
+        except (AttributeError, UnicodeDecodeError):
+            raise DataError(f"{self._place} is damaged (a row holds something else); build the index again") from None
 
     def _attributes(self, text: Any) -> dict[str, Any]:
         if text is None:
@@ -188,7 +201,3 @@ def _kept(text: str) -> str | bytes:
         return text
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogatepass")
-
-
-def _text(kept: Any) -> str:
-    return kept.decode("utf-8", "surrogatepass") if isinstance(kept, bytes) else kept

@@ -48,7 +48,7 @@ MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 REMEDY = "build the index again (`neucore index build`, or GalleryIndex.build)"
 
-_UNIT = re.compile(r"[0-9]{8}-[0-9a-f]{8}(-[0-9]{1,6})?")
+_UNIT = re.compile(r"[0-9]{8}-[ap][0-9a-f]{7}(-[0-9]{1,6})?")  # p: planned by a build, a: added later; its compactions
 _KEY = re.compile(r"[A-Za-z0-9_]{1,64}")
 _SUM = re.compile(r"[0-9a-f]{64}")
 _FAILURE = {"name", "path", "reason"}
@@ -129,7 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
     texts, keys, plan = ("model", "checkpoint", "root"), plain.get("keys"), plain.get("plan")
     sound = set(plain) == {"format", "id", "dtype", "keys", "plan", *texts}
     sound = sound and all(isinstance(plain[key], str | None) for key in texts)
-    sound = sound and isinstance(plain["id"], str) and re.fullmatch(r"[0-9a-f]{16}", plain["id"]) is not None
+    sound = sound and _is_id(plain["id"])
     sound = sound and plain["dtype"] in list(DTYPES) and isinstance(keys, dict) and len(keys) > 0
     sound = sound and all(_KEY.fullmatch(key) and _is_shape(shape) for key, shape in keys.items())
     if sound and plan is not None:
@@ -148,6 +148,10 @@ def _own(path: Path) -> None:
             raise DataError(f"{place} is a link: an index holds its files itself; {REMEDY}")
     if path.exists() and not path.is_file():
         raise DataError(f"{path} is no file; {REMEDY}")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16}", value) is not None
 
 
 def _is_count(value: Any) -> bool:
@@ -187,13 +191,15 @@ def read_facts(folder: Path, manifest: Manifest, name: str) -> Facts | None:
     path = folder / "units" / f"{name}.json"
     _own(path)
     plain = read_json(path, dict, REMEDY)
-    if isinstance(plain.get("index"), str) and plain["index"] != manifest.id:
+    if _is_id(plain.get("index")) and plain["index"] != manifest.id:
         return None
     fields = set(Facts.__dataclass_fields__)
     if set(plain) != fields:
         strange = sorted(set(plain) - fields) or sorted(fields - set(plain))
         raise DataError(f"{path}: has unknown keys or lacks some ({', '.join(strange)[:200]}); {REMEDY}")
     facts = Facts(**plain)
+    if facts.index != manifest.id:
+        raise DataError(f"{path}: does not say which index it belongs to; {REMEDY}")
     if facts.model != manifest.model:
         raise DataError(
             f"{path}: was encoded by model {facts.model!r:.200}, the index by {manifest.model!r:.200}: their encodings "
@@ -321,10 +327,27 @@ def writing(folder: Path) -> Iterator[bool]:
         yield held
 
 
-def next_name(folder: Path, ahead: int = 0) -> str:
+def next_name(folder: Path) -> str:
     """Of a unit at the end; call it while `writing`."""
     last = max((int(name[:8]) for name in listed(folder)), default=-1)
-    return f"{last + 1 + ahead:08d}-{secrets.token_hex(4)}"
+    return f"{last + 1:08d}-a{secrets.token_hex(4)[1:]}"
+
+
+def planned_name(number: int, digest: str) -> str:
+    """Of a unit of a build: the same source always makes the same."""
+    return f"{number:08d}-p{digest[:7]}"
+
+
+def compacted_name(first: str) -> str:
+    """Of the unit that takes the place of a run of units, `first` being the first: it stays in the run's place."""
+    number, token, *times = first.split("-")
+    return f"{number}-{token}-{int(times[0]) + 1 if times else 1}"
+
+
+def planned_done(found: Mapping[str, Facts]) -> set[str]:
+    """The units of the build that are there, or were until a compaction."""
+    names = {*found, *(name for facts in found.values() for name in facts.replaces)}
+    return {name for name in names if "-p" in name and name.count("-") == 1}
 
 
 def put(folder: Path, name: str, facts: Facts, arrays: Mapping[str, Tensor], rows: Iterable[Row]) -> Facts:

@@ -62,7 +62,7 @@ def test_saving_again_replaces_and_tidies(built, tmp_path):
     built.remove("red.png")
     # What a killed saver left goes too, what was never an index's stays.
     mine = {"fg-2.npy", "units/notes.json", "units/1/fg.npy"}
-    left = ("units/00000007-1a2b3c4d/fg.npy", "units/.00000007-1a2b3c4d.json.0a.tmp", ".manifest.json.0a.tmp")
+    left = ("units/00000007-a1a2b3c4/fg.npy", "units/.00000007-a1a2b3c4.json.0a.tmp", ".manifest.json.0a.tmp")
     for name in (*mine, *left):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
