@@ -220,9 +220,9 @@ class GalleryIndex(Gallery):
 
     def change(self, made: Encoded, gone: Sequence[int]) -> None:
         """Put what was encoded at the end and take positions out, as one step: on disk where the index lies there."""
-        if made.rows or gone:
+        if made.rows or (gone and self.folder is not None):
             self._take(made, self._by_unit(gone) if self.folder is not None else None)
-            self._strike(gone)
+        self._strike(gone)
 
     def _take(self, made: Encoded, removes: Mapping[str, list[int]] | None = None) -> None:
         if made.rows and shapes_of(made.encodings) != self.shapes:

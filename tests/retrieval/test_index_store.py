@@ -125,7 +125,7 @@ def test_savers_at_once_never_mix(tmp_path, monkeypatch, locks):
     """Names and vectors of each saver carry its number; a reader sees one saver's, and never none."""
     if not locks:
         monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
-    folder, rounds = tmp_path / "index", 8
+    folder, rounds = tmp_path / "index", 5
 
     def index(saver, count):
         names = [f"{saver}-{place}" for place in range(count)]
