@@ -138,7 +138,8 @@ def _build(arguments: argparse.Namespace) -> None:
     if arguments.device == "auto" and count > 1 and torch.cuda.is_available():
         arguments.device = f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % torch.cuda.device_count()}"
     model = load(arguments)
-    noted = str(arguments.checkpoint.resolve()) if arguments.checkpoint else arguments.model_type
+    given = arguments.checkpoint
+    noted = arguments.model_type if given is None else name_of(given.resolve() if given.exists() else given)
     index = _quietly(
         lambda: GalleryIndex.build(
             model,

@@ -1,12 +1,12 @@
 """The options by which a command is told its model, and the model that they mean."""
 
 import argparse
-import importlib
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.commands import positive
+from neucore_plugin.commands import import_own, positive
 from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.common.files import hub_name
 from neucore_plugin.common.text import visible
 
 
@@ -28,31 +28,27 @@ def load(arguments: argparse.Namespace, index: Any = None) -> Any:
 
     Raises ConfigError, CheckpointError.
     """
-    from neucore_plugin import load_model, register
+    from neucore_plugin import load_model
     from neucore_plugin.common.distributed import pick_device
+    from neucore_plugin.host.importing import before_import
 
+    before_import()
     checkpoint, model_type = arguments.checkpoint, arguments.model_type
     if model_type and not model_type.startswith("zeroshot_"):
         raise ConfigError(f"--model-type {model_type}: has nothing trained to search with; give --checkpoint")
     if checkpoint is None and model_type is None:
-        noted = index.manifest.checkpoint if index is not None and index.manifest is not None else None
-        if noted is not None and noted.startswith("zeroshot_"):
+        noted = index.manifest.checkpoint if index.manifest is not None else None
+        if noted is None:
+            raise ConfigError(f"index {arguments.index} does not say which checkpoint built it; give --checkpoint")
+        if noted.startswith("zeroshot_"):
             model_type = noted
-        elif noted is None:
-            raise ConfigError(
-                visible(f"index {index.folder} does not say which checkpoint built it; give --checkpoint")
-            )
-        elif not Path(noted).is_file():
-            place = f"the checkpoint that built index {index.folder} is not at {noted}; give --checkpoint"
-            raise ConfigError(visible(place))
-        else:
+        elif Path(noted).exists() or hub_name(noted) is not None:
             checkpoint = Path(noted)
-    if arguments.module:
-        register()
-        try:
-            importlib.import_module(arguments.module)
-        except ImportError as error:
-            raise ConfigError(f"--module {arguments.module}: {error}; install it, or put it on PYTHONPATH") from error
+        else:
+            raise ConfigError(
+                visible(f"the checkpoint that built index {arguments.index} is not at {noted}; give --checkpoint")
+            )
+    import_own(arguments.module)
     model = load_model(checkpoint, model_type, pick_device(arguments.device))
     if arguments.max_pixels is not None:
         model.image_processor.max_pixels = arguments.max_pixels

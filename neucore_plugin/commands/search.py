@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.commands import import_own, positive, print_json
+from neucore_plugin.commands import positive, print_json
+from neucore_plugin.commands.loading import add_model_arguments, load
 from neucore_plugin.common.errors import ConfigError, DataError
-from neucore_plugin.common.files import hub_name
 from neucore_plugin.common.names import name_of
 from neucore_plugin.common.text import visible
 
@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The index or the folder, the checkpoint, the query, and the form of the answer."""
     parser.add_argument("index", nargs="?", type=Path, metavar="INDEX", help="what `neucore index build` wrote")
     parser.add_argument("--folder", type=Path, help="in place of INDEX: images that are encoded for this one search")
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--checkpoint", type=Path, help="what training wrote (default: the one that INDEX notes)")
-    model.add_argument("--model-type", metavar="TYPE", help="one that needs no training, such as zeroshot_clip_vitb32")
+    add_model_arguments(parser, required=False)
     several = {"action": "append", "default": []}
     parser.add_argument(
         "--image", **several, help="reference: an image file, or the name of an image searched in; several are averaged"
@@ -41,13 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows the results")
     parser.add_argument(
-        "--max-pixels", type=positive, help="pictures of more pixels are left out (default: as in training)"
-    )
-    parser.add_argument(
         "--batch-size", type=positive, default=32, help="images of --folder encoded at a time (default 32)"
     )
-    parser.add_argument("--module", help="module of your own to import first: it registers the checkpoint's backbone")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -118,33 +111,12 @@ def _no_index(place: Path) -> None:
     )
 
 
-def _model(arguments: argparse.Namespace, checkpoint: Path | None) -> Any:
-    from neucore_plugin import load_model
-    from neucore_plugin.common.distributed import pick_device
-
-    import_own(arguments.module)
-    model = load_model(checkpoint, arguments.model_type, pick_device(arguments.device))
-    if arguments.max_pixels is not None:
-        model.image_processor.max_pixels = arguments.max_pixels
-    return model
-
-
 def _opened(arguments: argparse.Namespace) -> Any:
     """The index, with the model that it was built by."""
     from neucore_plugin.retrieval import GalleryIndex
 
     index = GalleryIndex.open(arguments.index)
-    checkpoint = arguments.checkpoint
-    if checkpoint is None and arguments.model_type is None:
-        noted = index.manifest.checkpoint if index.manifest is not None else None
-        if noted is None:
-            raise ConfigError(f"index {arguments.index} does not say which checkpoint built it; give --checkpoint")
-        checkpoint = Path(noted)
-        if not checkpoint.exists() and hub_name(noted) is None:
-            raise ConfigError(
-                visible(f"the checkpoint that built index {arguments.index} is not at {noted}; give --checkpoint")
-            )
-    index.attach(_model(arguments, checkpoint), where=f" in {arguments.index}")
+    index.attach(load(arguments, index), where=f" in {arguments.index}")
     return index
 
 
@@ -153,7 +125,7 @@ def _encoded(arguments: argparse.Namespace) -> Any:
     from neucore_plugin.common.images import told
     from neucore_plugin.retrieval import GalleryIndex
 
-    model = _model(arguments, arguments.checkpoint)
+    model = load(arguments)
     log = logging.getLogger("neucore_plugin.retrieval")
     level = log.level
     log.setLevel(logging.ERROR)  # what could not be read is printed below

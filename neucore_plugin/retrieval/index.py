@@ -283,10 +283,19 @@ class GalleryIndex(Gallery):
     def verify(self, model: RetrievalModel | None = None, progress: bool = False) -> dict[str, Any]:
         """Read every byte: `info`, and "problems", a list of texts; empty where all is as it was written.
 
-        model: whether it is the one that built the index is checked as well.
+        model: whether it is the one that built the index is checked as well, and where there is a first stage (Qdrant
+        Edge) for large galleries, "recall": the measured share of the true best images that it keeps.
         """
+        from neucore_plugin.retrieval import qdrant_edge, recall
+
         self._on_disk()
-        return upkeep.verify(self, model, progress)
+        facts = upkeep.verify(self, model, progress)
+        if wrong := qdrant_edge.check(self):
+            facts["problems"].append(wrong)
+        if model is not None and not facts["problems"]:
+            self.model = model
+            facts["recall"] = recall.recall(self)
+        return facts
 
     def info(self) -> dict[str, Any]:
         """Counts, bytes, model, checkpoint, root, dtype and shapes; of a build also how many units it has and lacks."""
