@@ -84,7 +84,7 @@ def requirements(*extras: str) -> list:
 
     scope = {}
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id in ("REQUIREMENTS", "PEFT", "EXTRAS"):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List | ast.Dict):
             exec(compile(ast.Module([node], []), "setup.py", "exec"), scope)
     return [
         Requirement(text) for text in scope["REQUIREMENTS"] + [t for extra in extras for t in scope["EXTRAS"][extra]]
