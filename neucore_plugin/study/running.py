@@ -20,6 +20,7 @@ from neucore_plugin.study.plan import CONFIG, Plan, Trial
 from neucore_plugin.study.worker import BLAS, LOG, RECORD, context, run_probe, run_trial
 
 TIMES = "timing.json"  # what the probes of this machine found, by pace
+_NUMBERS = ("step", "round", "validation", "setup")
 _SHOWN = 12  # last lines of a failed trial's log
 _PATIENCE = 10.0  # seconds between asking a process to end and ending it
 
@@ -44,9 +45,14 @@ def record_of(trial: Trial) -> dict[str, Any] | None:
 
 
 def stored_times(plan: Plan) -> dict[str, dict[str, Any]]:
-    """{pace: what its probe found}, of this study so far."""
-    path = plan.folder / TIMES
-    return read_json(path, dict, "delete it: it is measured anew") if path.exists() else {}
+    """{pace: what its probe found}, of this study so far. Raises DataError for a file that is none of ours."""
+    path, remedy = plan.folder / TIMES, "delete it: it is measured anew"
+    found = read_json(path, dict, remedy) if path.exists() else {}
+    for entry in found.values():
+        numbers = [entry.get(key) for key in _NUMBERS] if isinstance(entry, dict) else [None]
+        if not all(type(number) in (int, float) and number >= 0 for number in numbers) or not entry["round"]:
+            raise DataError(f"{path}: holds no times as a probe finds them; {remedy}")
+    return found
 
 
 def with_lengths(plan: Plan, times: dict[str, dict[str, Any]]) -> list[Trial]:

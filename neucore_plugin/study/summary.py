@@ -39,7 +39,10 @@ def write_summary(plan: Plan, trials: Sequence[Trial], times: Mapping[str, Any])
         if record is None:
             missing.append(trial.title)
         else:
-            found.setdefault(trial.row, {})[trial.seed] = read_run(trial.folder / record["run_folder"])
+            try:
+                found.setdefault(trial.row, {})[trial.seed] = read_run(trial.folder / record["run_folder"])
+            except DataError as error:
+                raise DataError(f"{error}; or delete {trial.folder}, and the trial is run again") from error
             records.setdefault(trial.row, []).append((trial, record))
     if not found:
         return None

@@ -14,7 +14,7 @@ import pytest
 import study_case as case
 
 from neucore_plugin import cli
-from neucore_plugin.common.errors import ConfigError, NeucoreError
+from neucore_plugin.common.errors import ConfigError, DataError, NeucoreError
 from neucore_plugin.study import display, running
 from neucore_plugin.study.plan import make_plan
 
@@ -133,6 +133,19 @@ def test_probes_are_kept_and_give_every_method_the_same_time(light, study, capfd
     counted = make_plan(study(minutes=1, options=by_step))
     times = running.measure(counted, counted.trials)
     assert {trial.checked["run"]["max_iters"] for trial in running.with_lengths(counted, times)} == {300, 600}
+
+
+DAMAGED = ["[]", "{", '{"a": 1}']
+DAMAGED += [f'{{"a": {{"step": {s}, "round": {r}, "validation": 1, "setup": 1}}}}' for s, r in (('"x"', 1), (1, 0))]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_times_are_told(study, text):
+    plan = make_plan(study())
+    plan.folder.mkdir()
+    (plan.folder / "timing.json").write_text(text)
+    with pytest.raises(DataError, match="timing.json.*delete it"):
+        running.stored_times(plan)
 
 
 def test_where_no_method_can_begin_the_reason_is_told_at_once(light, study, monkeypatch):

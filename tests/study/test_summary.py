@@ -119,6 +119,15 @@ def test_trials_that_were_asked_different_queries_are_not_compared(plan):
         write_summary(plan, plan.trials, {})
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "ranks.json"])
+def test_a_damaged_trial_is_named_with_its_remedy(plan, name):
+    plan = plan()
+    finish(plan)
+    (plan.trials[1].folder / "run" / name).write_text('{"results": {"val": 3}}')
+    with pytest.raises(DataError, match=f"(?s){name}.*or delete .*seed-1, and the trial is run again"):
+        write_summary(plan, plan.trials, {})
+
+
 def test_tables_of_awkward_names_and_empty_places():
     found = {"mean": 1.0, "spread": None, "values": [1.0]}
     row = {"kind": "method", "parameters": None, "step_ms": None, "results": {"val": {"R@5": found}}, "partial": {}}
