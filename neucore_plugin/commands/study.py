@@ -17,7 +17,13 @@ HELP = "run a study of many trainings (methods x seeds, ablations), and write it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The study file, and which part of it to run."""
-    train.add_arguments(parser, required=True)
+    parser.add_argument(
+        "--cfg-path",
+        required=True,
+        metavar="YAML",
+        help="study file, or the name of a shipped one, such as study_emoji",
+    )
+    train.add_options(parser)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="methods, ablations, curves to run now")
     parser.add_argument("--seeds", nargs="+", type=_seed, default=[], metavar="N", help="in place of the study's seeds")
     parser.add_argument("--quick", action="store_true", help="the study's smaller form, in the subfolder quick")

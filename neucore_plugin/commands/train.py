@@ -15,6 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
         metavar="YAML",
         help="config file with model, datasets and run, or the name of a shipped one (see `neucore configs`)",
     )
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--options."""
     parser.add_argument(
         "--options",
         nargs="+",
