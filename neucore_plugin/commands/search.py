@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The index or the folder, the checkpoint, the query, and the form of the answer."""
     parser.add_argument("index", nargs="?", type=Path, metavar="INDEX", help="what `neucore index build` wrote")
     parser.add_argument("--folder", type=Path, help="in place of INDEX: images that are encoded for this one search")
+    parser.add_argument(
+        "--qdrant",
+        metavar="URL",
+        help="in place of INDEX: a Qdrant server, see `neucore index push`; needs --collection",
+    )
+    parser.add_argument("--collection", metavar="NAME", help="what is searched in the Qdrant server")
     add_model_arguments(parser, required=False)
     several = {"action": "append", "default": []}
     parser.add_argument(
@@ -35,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--filter", metavar="CONDITION", help="on attributes: 'category == \"dress\" and price < 50'")
     parser.add_argument("--exclude", **several, metavar="NAME", help="an image that is no answer, by its name")
     parser.add_argument("-k", type=positive, default=10, help="number of results (default 10)")
+    parser.add_argument("--exact", action="store_true", help="score every image, also where there is a first stage")
     parser.add_argument("--explain", action="store_true", help="show the concepts read, and the terms of each score")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows the results")
@@ -59,9 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
         exclude=arguments.exclude,
         k=arguments.k,
         explain=arguments.explain,
+        exact=arguments.exact,
     )
     before_import()
-    index = _encoded(arguments) if arguments.folder is not None else _opened(arguments)
+    open_ = _encoded if arguments.folder is not None else _opened if arguments.index is not None else _collection
+    index = open_(arguments)
     read = concepts(index.model, query)  # not in the time: the first call of a model loads its tagger
     start = time.perf_counter()
     hits = index.search_many([query])[0]
@@ -69,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"searched {len(index):,} images in {took:.1f} ms", file=sys.stderr)
     read = read if arguments.explain else []
     if not hits and query.where is None and not query.exclude:
-        place = arguments.index or f"--folder {arguments.folder}"
+        place = arguments.index or arguments.collection or f"--folder {arguments.folder}"
         raise DataError(f"{place} holds no image but the reference; give one with others")
     _show(arguments, hits, read)
     if arguments.html:
@@ -81,15 +90,20 @@ def _check(arguments: argparse.Namespace) -> None:
     given = [*arguments.image, *(text for text in [arguments.text, *arguments.then] if (text or "").strip())]
     if not given:
         raise DataError("nothing to search with; give --image, --text, or both")
-    if (arguments.index is None) == (arguments.folder is None):
-        what = "give one of them" if arguments.folder else "give INDEX, which `neucore index build` writes, or --folder"
-        raise DataError(f"what is to be searched, INDEX or --folder? {what}")
+    if sum(place is not None for place in (arguments.index, arguments.folder, arguments.qdrant)) != 1:
+        some = arguments.folder or arguments.qdrant
+        what = "give one of them" if some else "give INDEX, which `neucore index build` writes, or --folder"
+        raise DataError(f"what is to be searched, INDEX, --folder or --qdrant? {what}")
+    if (arguments.qdrant is None) != (arguments.collection is None):
+        raise ConfigError("--qdrant and --collection go together: the server's address and the name of its collection")
+    if arguments.qdrant is not None and not (arguments.checkpoint or arguments.model_type):
+        raise ConfigError("a Qdrant collection does not hold its model; give --checkpoint, or --model-type")
     if arguments.folder is not None:
         if not arguments.folder.is_dir():
             raise DataError(f"--folder {arguments.folder} is no folder")
         if not (arguments.checkpoint or arguments.model_type):
             raise ConfigError("--folder is encoded by a model; give --checkpoint, or --model-type")
-    elif not (arguments.index / "manifest.json").is_file():
+    elif arguments.index is not None and not (arguments.index / "manifest.json").is_file():
         _no_index(arguments.index)
     if arguments.model_type and not arguments.model_type.startswith("zeroshot_"):
         raise ConfigError(f"--model-type {arguments.model_type}: has nothing trained to search with; give --checkpoint")
@@ -118,6 +132,15 @@ def _opened(arguments: argparse.Namespace) -> Any:
     index = GalleryIndex.open(arguments.index)
     index.attach(load(arguments, index), where=f" in {arguments.index}")
     return index
+
+
+def _collection(arguments: argparse.Namespace) -> Any:
+    """A gallery in a Qdrant server, which is searched like an index."""
+    from neucore_plugin.retrieval.qdrant_server import QdrantCollection, connect
+
+    client = connect(arguments.qdrant)  # what is wrong with the address is said before the model is loaded
+    model = load(arguments)
+    return QdrantCollection(client, arguments.collection, model, arguments.qdrant)
 
 
 def _encoded(arguments: argparse.Namespace) -> Any:

@@ -97,25 +97,25 @@ class QdrantCollection:
 
     # ---- as an index ------------------------------------------------------------------------------------------------
 
-    def search_many(self, asked: Sequence[queries.Query], exact: bool | None = None) -> list[list[Hit]]:
+    def search_many(self, asked: Sequence[queries.Query]) -> list[list[Hit]]:
         """What `GalleryIndex.search_many` gives, for queries of `queries.Query`; positions are None.
 
-        exact: see `nearest`. DataError for an explained search: the terms are not told apart in the server.
+        DataError for an explained search: the terms are not told apart in the server.
         """
         if any(query.explain for query in asked):
             raise DataError("a search in a Qdrant server cannot be explained; search the index itself")
         with torch.inference_mode(), evaluating(self.model):
             encoded = queries.encode(self.model, asked, self.reference)
-            return [self._hits(query, one, exact) for query, one in zip(asked, encoded, strict=True)]
+            return [self._hits(query, one) for query, one in zip(asked, encoded, strict=True)]
 
-    def _hits(self, query: queries.Query, encoded: queries.Encoded, exact: bool | None) -> list[Hit]:
+    def _hits(self, query: queries.Query, encoded: queries.Encoded) -> list[Hit]:
         models = _models()
         must = [condition(filters.parse(query.where))] if query.where and query.where.strip() else []
         unwanted = [point_id(name) for name in (*encoded.left_out, *map(self._known, query.exclude))]
         must_not = [models.HasIdCondition(has_id=unwanted)] if unwanted else []
         keep = models.Filter(must=must, must_not=must_not) if must or must_not else None
         parts = [(weight, self.model.query_factors(part)) for weight, part in encoded.parts]
-        found = self.nearest(parts, query.k, keep, exact)
+        found = self.nearest(parts, query.k, keep, query.exact or None)
         return [
             Hit(rank, _heard(payload["name"]), score, self._file(payload), None, payload["attributes"])
             for rank, (score, payload) in enumerate(found, start=1)
