@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from neucore_plugin.commands import positive, print_json
+from neucore_plugin.commands import index_accelerate, index_push, positive, print_json
 from neucore_plugin.commands.loading import add_model_arguments, load
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.common.names import name_of
@@ -75,7 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify = command("verify", _verify, "read every byte and compare the sums; exit code 1 where something is wrong")
     _index(verify)
     add_model_arguments(verify, required=False)
+    verify.add_argument(
+        "--queries", type=Path, metavar="FILE",
+        help='JSON list of {"image": ..., "text": ...}: the recall of the first stage is measured on them as well',
+    )  # fmt: skip
     verify.add_argument("--json", action="store_true", help="print as JSON")
+
+    for module in (index_accelerate, index_push):
+        module.add_arguments(command(module.__name__.rpartition("_")[2], module.run, module.HELP))
 
 
 def _index(parser: argparse.ArgumentParser) -> None:
@@ -286,7 +293,14 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     index = _stored(GalleryIndex.open(arguments.index), arguments.index)
     model = load(arguments, index) if arguments.checkpoint or arguments.model_type else None
+    asked = _asked(arguments.queries) if arguments.queries else []
     facts = index.verify(model, progress=not arguments.json)
+    if model is not None and not facts["problems"]:
+        from neucore_plugin.retrieval.recall import recall
+
+        index.attach(model)
+        found = recall(index, asked) or {}
+        facts |= {f"recall_{name}": round(value, 4) for name, value in found.items()}
     if arguments.json:
         print_json(facts)
     else:
@@ -296,3 +310,16 @@ def _verify(arguments: argparse.Namespace) -> int:
         if not facts["problems"]:
             print("all as it was written")
     return 1 if facts["problems"] else 0
+
+
+def _asked(path: Path) -> list[Any]:
+    """The queries of a file. Raises DataError."""
+    from neucore_plugin.common.files import read_json
+    from neucore_plugin.retrieval.queries import Query
+
+    rows = read_json(path, list, "write it anew")
+    for number, row in enumerate(rows):
+        known = isinstance(row, dict) and set(row) <= {"image", "text"}
+        if not known or not all(isinstance(value, str | None) for value in row.values()):
+            raise DataError(f'{path}: entry {number} is no query such as {{"image": "cat.jpg", "text": "now asleep"}}')
+    return [Query(row.get("image"), row.get("text")) for row in rows]

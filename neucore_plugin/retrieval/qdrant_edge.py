@@ -200,12 +200,12 @@ def _forget(index: Any) -> None:
 
 
 def check(index: Any) -> str | None:
-    """What is wrong with the cache of an index, its files' sums included; None: nothing, or there is none."""
+    """What is damaged in the cache of an index, its files' sums compared; None: nothing, or there is none."""
     folder = _folder(index)
     if folder is None or not (folder / "manifest.json").is_file():
         return None
     try:
-        manifest = _read(index)
+        manifest = _read(index, fitting=False)
         for name, noted in manifest["files"].items():
             if sha256_file(folder / name) != noted["sha256"]:
                 return f"{folder / name} is not the file that was written; {_REMEDY}"
@@ -301,8 +301,8 @@ def _shard(edge: Any, folder: Path, width: int, fresh: bool) -> Any:
     return edge.EdgeShard.create(os.fspath(folder), edge.EdgeConfig(vectors={_NAME: vector}, wal_enabled=False))
 
 
-def _read(index: Any) -> dict[str, Any]:
-    """The manifest; DataError where it, the files that it names, or the units of the index differ from it."""
+def _read(index: Any, fitting: bool = True) -> dict[str, Any]:
+    """The manifest; DataError where it or its files are damaged or, if `fitting`, the index has other units."""
     folder = _folder(index)
     path = folder / "manifest.json"
     manifest = read_json(path, dict, _REMEDY)
@@ -328,7 +328,8 @@ def _read(index: Any) -> dict[str, Any]:
         raise DataError(f"{folder / which} is not the file that was written (damaged or cut); {_REMEDY}")
     present = {part.unit: part.count for part in index.parts}
     told = {name: (_sum(index, name), count) for name, count in present.items() if name in units}
-    if gone := [name for name in units if told.get(name) != units[name]]:
+    gone = [name for name in units if told.get(name) != units[name]]
+    if fitting and gone:
         raise DataError(f"{folder} was made of other units than the index has now (of {gone[0]!r}); {_REMEDY}")
     return manifest
 

@@ -120,6 +120,7 @@ def test_the_cache_is_made_once_extended_and_made_anew(index, caplog):
     (index.folder / "nearest").rename(another.folder / "nearest")  # of other units
     through, said = used(another, caplog)
     assert not through and "was made of other units" in said
+    assert qdrant_edge.check(another) is None  # no damage
     assert EdgeCache.build(another, progress=False) == 300
     assert used(another, caplog) == (True, "")
     assert [path for path in (another.folder / "nearest").glob("shard-*") if path in shards] == []
