@@ -292,19 +292,16 @@ def _verify(arguments: argparse.Namespace) -> int:
     from neucore_plugin.retrieval import GalleryIndex
 
     index = _stored(GalleryIndex.open(arguments.index), arguments.index)
-    model = load(arguments, index) if arguments.checkpoint or arguments.model_type else None
     asked = _asked(arguments.queries) if arguments.queries else []
-    facts = index.verify(model, progress=not arguments.json)
-    if model is not None and not facts["problems"]:
-        from neucore_plugin.retrieval.recall import recall
-
-        index.attach(model)
-        found = recall(index, asked) or {}
-        facts |= {f"recall_{name}": round(value, 4) for name, value in found.items()}
+    model = load(arguments, index) if asked or arguments.checkpoint or arguments.model_type else None
+    facts = index.verify(model, not arguments.json, asked)
     if arguments.json:
         print_json(facts)
     else:
+        measured = facts.pop("recall", None) or {}
         _print_facts(facts)
+        for kind, value in measured.items():
+            print(f"recall of the first stage, of the 50 best images: {100 * value:.1f} % ({kind} queries)")
         for problem in facts["problems"]:
             print(visible(f"wrong: {problem}"))
         if not facts["problems"]:

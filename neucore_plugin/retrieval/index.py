@@ -280,11 +280,14 @@ class GalleryIndex(Gallery):
         self._reopen(self.root)
         return before
 
-    def verify(self, model: RetrievalModel | None = None, progress: bool = False) -> dict[str, Any]:
+    def verify(
+        self, model: RetrievalModel | None = None, progress: bool = False, asked: Sequence[Query] = ()
+    ) -> dict[str, Any]:
         """Read every byte: `info`, and "problems", a list of texts; empty where all is as it was written.
 
         model: whether it is the one that built the index is checked as well, and where there is a first stage (Qdrant
-        Edge) for large galleries, "recall": the measured share of the true best images that it keeps.
+        Edge) for large galleries, "recall": the measured share of the true best images that it keeps, "made" on
+        made-up queries and "asked" on given ones.
         """
         from neucore_plugin.retrieval import qdrant_edge, recall
 
@@ -294,7 +297,7 @@ class GalleryIndex(Gallery):
             facts["problems"].append(wrong)
         if model is not None and not facts["problems"]:
             self.model = model
-            facts["recall"] = recall.recall(self)
+            facts["recall"] = recall.recall(self, asked)
         return facts
 
     def info(self) -> dict[str, Any]:

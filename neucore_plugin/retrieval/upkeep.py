@@ -13,7 +13,7 @@ from tqdm import tqdm
 from neucore_plugin.common.errors import DataError, first_few
 from neucore_plugin.common.files import file_errors, sha256_file
 from neucore_plugin.common.names import name_of, path_of
-from neucore_plugin.retrieval import qdrant_edge, units
+from neucore_plugin.retrieval import units
 from neucore_plugin.retrieval.building import SAVED, check_model, read
 from neucore_plugin.retrieval.encoding import Encoded, bar, encode, row_of
 from neucore_plugin.retrieval.rows import Row
@@ -247,8 +247,6 @@ def verify(index: Any, model: Any = None, progress: bool = True) -> dict[str, An
     for part in index.parts:
         if part.unit not in bad:
             problems += _problem(lambda part=part: names.extend(_names(index, part)))
-    if (damage := qdrant_edge.check(index)) is not None:
-        problems.append(damage)
     if again := repeated(names):
         problems.append(f"names stand twice: {first_few(map(repr, again), 5)}; remove them, and add or sync them again")
     return {**info(index), "problems": problems}

@@ -42,10 +42,11 @@ def test_an_index_is_accelerated_verified_and_searched(index, neucore, tmp_path,
     (tmp_path / "asked.json").write_text(json.dumps([{"text": "red"}, {"image": None, "text": "blue"}]))
     code, out, _ = neucore("index", "verify", index, "--queries", tmp_path / "asked.json", "--json")
     facts = json.loads(out)
-    assert code == 0 and (facts["recall_made"], facts["recall_asked"]) == (1.0, 1.0)
+    assert code == 0 and facts["recall"] == {"made": 1.0, "asked": 1.0}
+    assert "100.0 % (made queries)" in neucore("index", "verify", index)[1]
     monkeypatch.setattr(recall, "CANDIDATES", 5)
     code, out, _ = neucore("index", "verify", index, "--json")
-    assert json.loads(out)["recall_made"] <= 0.1
+    assert json.loads(out)["recall"]["made"] <= 0.1
     for constant, value in (("WORTH_FROM", 0), ("EXACT_ROWS", 20), ("CANDIDATES", 60)):
         monkeypatch.setattr(qdrant_edge, constant, value)
     nearest, asked = qdrant_edge.EdgeCache.nearest, []
