@@ -93,7 +93,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if sum(place is not None for place in (arguments.index, arguments.folder, arguments.qdrant)) != 1:
         some = arguments.folder or arguments.qdrant
         what = "give one of them" if some else "give INDEX, which `neucore index build` writes, or --folder"
-        raise DataError(f"what is to be searched, INDEX, --folder or --qdrant? {what}")
+        raise DataError(f"what is to be searched, --qdrant, INDEX or --folder? {what}")
     if (arguments.qdrant is None) != (arguments.collection is None):
         raise ConfigError("--qdrant and --collection go together: the server's address and the name of its collection")
     if arguments.qdrant is not None and not (arguments.checkpoint or arguments.model_type):

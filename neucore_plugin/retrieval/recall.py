@@ -49,7 +49,7 @@ def _recall(index: Any, cache: EdgeCache, group: list[Parts], top: int) -> float
         best, order = torch.cat([best, found], dim=1).topk(top, dim=1)
         where = torch.cat([where, places], dim=1).gather(1, order)
     kept = [torch.isin(true, cache.nearest(parts, CANDIDATES)) for true, parts in zip(where, group, strict=True)]
-    return torch.stack(kept).float().mean().item()
+    return torch.stack(kept).double().mean().item()
 
 
 def scores(parts: Sequence[Parts], gallery: Factors) -> Tensor:

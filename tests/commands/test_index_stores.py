@@ -100,7 +100,7 @@ def test_an_index_is_pushed_and_searched_in_the_server(index, neucore):
     [
         (["--qdrant", URL], "--qdrant and --collection go together"),
         (["--collection", "x", "--folder", "."], "--qdrant and --collection go together"),
-        (["--qdrant", URL, "--collection", "x", "--folder", "."], "INDEX, --folder or --qdrant? give one of them"),
+        (["--qdrant", URL, "--collection", "x", "--folder", "."], "--qdrant, INDEX or --folder? give one of them"),
     ],
 )
 def test_what_is_searched_must_be_said_once(neucore, arguments, said):
