@@ -1,6 +1,7 @@
 #!/bin/sh
 # Everything in one command. It makes the environment where needed, then:
 #   sh run.sh emoji [--options KEY=VALUE ...]   trains and evaluates the embedded default
+#   sh run.sh demo [--port N ...]               searches the drawings in the browser; trains first where needed
 #   sh run.sh test [PYTEST ARGUMENTS]           style checks and tests
 #   sh run.sh docs                              the documentation site, into site/
 #   sh run.sh setup                             the environment alone
@@ -158,6 +159,12 @@ emoji)
     export PYTHONWARNINGS
     exec "$VENV/bin/python" -m lavis.train --cfg-path projects/neucore/train_emoji.yaml "$@"
     ;;
+demo)
+    setup demo
+    PYTHONWARNINGS="${PYTHONWARNINGS:+$PYTHONWARNINGS,}ignore::FutureWarning,ignore::DeprecationWarning"
+    export PYTHONWARNINGS
+    exec "$VENV/bin/python" -m neucore_plugin demo "$@"
+    ;;
 test)
     setup test
     status=0
@@ -178,7 +185,7 @@ docs)
     say "ready: site/index.html"
     ;;
 *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
-    [ "$command" = help ] || fail "unknown command '$command'; allowed: emoji, test, docs, setup, python"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    [ "$command" = help ] || fail "unknown command '$command'; allowed: emoji, demo, test, docs, setup, python"
     ;;
 esac

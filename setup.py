@@ -135,7 +135,7 @@ setup(
     python_requires=">=3.10,<3.15",
     # Never packages named `projects` or `tests`: the host's wheel installs folders of these names.
     packages=find_packages(include=["neucore_plugin", "neucore_plugin.*"]),
-    package_data={"neucore_plugin": ["configs/**/*.yaml", "report/*.j2"]},
+    package_data={"neucore_plugin": ["configs/**/*.yaml", "report/*.j2", "serve/page/*"]},
     cmdclass={"build_py": BuildWithProjects},
     # `python -m lavis.train`: the host's wheel lacks it. lavis/ here has no __init__.py, so these two files land inside
     # the installed host, and an uninstall takes them away again.

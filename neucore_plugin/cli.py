@@ -19,12 +19,14 @@ from neucore_plugin.commands import (
     configs,
     convert,
     data,
+    demo,
     evaluate,
     export,
     index,
     models,
     report,
     search,
+    serve,
     setup_host,
     shards,
     study,
@@ -34,7 +36,7 @@ from neucore_plugin.commands import (
 )
 from neucore_plugin.common.errors import FileError, NeucoreError, explained
 
-COMMANDS = (train, evaluate, study, index, search, report, compare, configs, models, data, vocab)
+COMMANDS = (train, evaluate, study, index, search, serve, demo, report, compare, configs, models, data, vocab)
 COMMANDS += (shards, submit, convert, export, setup_host)
 DESCRIPTION = "NEUCORE: find images by a picture and a sentence that says what should be different."
 EXAMPLES = """\
@@ -46,6 +48,8 @@ examples:
   neucore index build photos --checkpoint BEST.pth --out photos.index
   neucore search --checkpoint BEST.pth --folder photos --image photos/cat.jpg --text "now asleep" --html found.html
   neucore search my_index --image cat.jpg --text "now asleep" --then "on a sofa" --not "a dog" --explain
+  neucore serve my_index --feedback my_votes
+  neucore demo
   neucore report output/emoji
   neucore compare output/emoji/RUN output/other/RUN --html compared.html
   neucore configs copy train_cirr

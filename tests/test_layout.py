@@ -19,7 +19,7 @@ FLOORS = (
     ("config", "weights", "host"),
     ("concepts", "processors"),
     ("models", "datasets", "training", "retrieval", "report"),
-    ("evaluation", "export", "released"),
+    ("evaluation", "export", "released", "serve"),
     ("__init__", "task"),
     ("launch",),
     ("study",),
@@ -37,6 +37,7 @@ NEVER = {  # neighbours on one floor, or further, that must not know each other
     "datasets": ("models", "training", "evaluation", "retrieval", "report"),
     "retrieval": ("models", "datasets", "evaluation", "config", "report"),
     "report": ("models", "datasets", "evaluation", "config", "retrieval"),
+    "serve": ("models", "datasets", "training", "evaluation", "released", "config", "weights", "host"),
     "evaluation": ("models", "training", "task", "released"),
     "study": ("models", "datasets", "retrieval", "host", "weights", "task", "concepts", "processors"),
 }
@@ -185,6 +186,10 @@ PLANTED = [
     ("study.plan", "from neucore_plugin.models import base", "study never imports models"),
     ("study.worker", "def f():\n    from neucore_plugin.datasets import triplets", "study never imports datasets"),
     ("launch", "def f():\n    from neucore_plugin.study import plan", "runs up"),
+    *(
+        ("serve.app", f"def f():\n    from neucore_plugin.{other} import x", f"serve never imports {other}")
+        for other in ("models", "datasets", "evaluation", "config", "weights")
+    ),
     ("task", "def f():\n    from neucore_plugin.released import convert", "only commands imports released"),
     ("concepts", "def f():\n    from lavis.common.registry import registry", "concepts imports lavis"),
     ("evaluation.evaluator", "import lavis", "evaluation.evaluator imports lavis"),

@@ -36,6 +36,17 @@ Encoding = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Ready:
+    """A picture that was decoded already: what the model's processor gave, [3,H,W], and its gallery position, if any.
+
+    A `Query` takes it for a reference or a negative: a service decodes in other threads than the model's.
+    """
+
+    pixels: Tensor
+    position: int | None = None
+
+
+@dataclass(frozen=True)
 class Query:
     """What is asked: the arguments of `GalleryIndex.search`, where each is described.
 
@@ -46,11 +57,11 @@ class Query:
     text: str | None = None
     k: int | None = 10
     exclude_reference: bool = True
-    images: Sequence[Picture] = ()
+    images: Sequence[Picture | Ready] = ()
     then: Sequence[str] = ()
     exclude: Sequence[str] = ()
     without_texts: Sequence[str] = ()
-    without_images: Sequence[Picture] = ()
+    without_images: Sequence[Picture | Ready] = ()
     where: str | None = None
     explain: bool = False
     exact: bool = False
@@ -135,6 +146,8 @@ def encode(model: Any, queries: Sequence[Query], find: Find) -> list[Encoded]:
 
 
 def _reference(model: Any, image: Any, find: Find) -> tuple[Tensor, int | None]:
+    if isinstance(image, Ready):
+        return image.pixels, image.position
     picture, place = find(image)
     return model.image_processor(picture), place
 
