@@ -144,7 +144,7 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(place, capsys):
 
 
 def test_what_is_no_index_is_told(capsys, tmp_path):
-    assert "does not exist; make one with" in said(capsys, "serve", str(tmp_path / "nothing"))
+    assert "does not exist; build the index again" in said(capsys, "serve", str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "x", "²"])
