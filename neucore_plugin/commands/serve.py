@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin import __version__
-from neucore_plugin.commands import positive
+from neucore_plugin.commands.loading import add_model_arguments, load
 
 HELP = "search an index in the browser, or over HTTP"
 
@@ -15,14 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The index, its model, and who may reach it."""
     parser.epilog = "example: neucore serve my_index --feedback my_votes"
     parser.add_argument("index", type=Path, metavar="INDEX", help="what `neucore index build` wrote")
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--checkpoint", type=Path, help="what training wrote (default: the one that INDEX notes)")
-    model.add_argument("--model-type", metavar="TYPE", help="one that needs no training, such as zeroshot_clip_vitb32")
+    add_model_arguments(parser, required=False)
     parser.add_argument("--root", type=Path, help="where the pictures lie now, if they were moved")
     add_service_arguments(parser)
-    parser.add_argument("--max-pixels", type=positive, help="larger uploads are refused (default 64 million pixels)")
-    parser.add_argument("--module", help="module of your own to import first: it registers the checkpoint's backbone")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
 
 
 def add_service_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,11 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Serve until Ctrl-C. Raises NeucoreError."""
 
     def opened() -> Any:
-        from neucore_plugin.commands import search
+        from neucore_plugin.retrieval import GalleryIndex
 
-        index = search._opened(arguments)
-        if arguments.root:
-            index.root = arguments.root.resolve()
+        index = GalleryIndex.open(arguments.index, root=arguments.root)
+        index.attach(load(arguments, index), where=f" in {arguments.index}")
         index.search(text="a picture", k=1)  # what is loaded by the first query is there when the first user asks
         return index
 

@@ -290,7 +290,7 @@ def test_the_token_is_asked_for_and_lets_the_page_in(browser, tmp_path):
         page.fill("#token", token)
         page.press("#token", "Enter")
         page.wait_for_selector("#grid .hit img")
-        page.wait_for_function("[...document.images].some((one) => one.naturalWidth > 0)")
+        page.wait_for_function("() => [...document.images].some((one) => one.naturalWidth > 0)")
         page.fill("#text", "blue")
         page.click("#go")
         assert results(page, "blue")[0] == "blue.png"
