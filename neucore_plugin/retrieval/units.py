@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -143,8 +144,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _own(path: Path) -> None:
     """An index from elsewhere must not lead to other files: DataError for links, and what is no file is not opened."""
-    for place in (path, path.parent, path.parent.parent):
-        if (place.name == "units" or place is path or _UNIT.fullmatch(place.name)) and place.is_symlink():
+    for place in (path, path.parent):
+        if (place is path or place.name == "units") and place.is_symlink():
             raise DataError(f"{place} is a link: an index holds its files itself; {REMEDY}")
     if path.exists() and not path.is_file():
         raise DataError(f"{path} is no file; {REMEDY}")
@@ -243,12 +244,16 @@ def open_parts(folder: Path, manifest: Manifest, units: Mapping[str, Facts]) -> 
 def open_part(folder: Path, manifest: Manifest, name: str, facts: Facts, start: int) -> Part:
     """One unit, mapped; its first picture has the gallery position `start`."""
     place = folder / "units" / name
+    if place.is_symlink():
+        raise DataError(f"{place} is a link: an index holds its files itself; {REMEDY}")
     for file, noted in facts.files.items():
-        path = place / file
-        _own(path)
-        if not path.is_file():
-            raise DataError(f"index {str(folder)!r}: {name}/{file} is missing; {REMEDY}")
-        if path.stat().st_size != noted["bytes"]:
+        try:
+            status = os.lstat(place / file)
+        except FileNotFoundError:
+            raise DataError(f"index {str(folder)!r}: {name}/{file} is missing; {REMEDY}") from None
+        if stat.S_ISLNK(status.st_mode):
+            raise DataError(f"{place / file} is a link: an index holds its files itself; {REMEDY}")
+        if not stat.S_ISREG(status.st_mode) or status.st_size != noted["bytes"]:
             raise DataError(f"index {str(folder)!r}: {_not_saved(name, file)}")
     dtype = DTYPES[manifest.dtype]
     arrays = {key: _mapped(place / f"{key}.npy", facts.count, shape, dtype) for key, shape in manifest.shapes.items()}
