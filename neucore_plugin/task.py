@@ -18,6 +18,7 @@ from neucore_plugin.config.crosschecks import unknown_splits
 from neucore_plugin.config.encoders import reads_raw
 from neucore_plugin.config.model import ZERO_SHOT
 from neucore_plugin.datasets.encode_ahead import encode_ahead
+from neucore_plugin.datasets.training_gallery import TrainingGallery
 from neucore_plugin.datasets.triplets import TripletDataset
 from neucore_plugin.evaluation.evaluator import Evaluator
 from neucore_plugin.evaluation.ranking import Evaluated
@@ -51,6 +52,11 @@ class ComposedImageRetrievalTask(BaseTask):
         named = {key: list(getattr(self.run, key)) for key in keys}
         wanted = [split for splits in named.values() for split in splits]
         datasets = {name: _builder(cfg, name, wanted).build_datasets() for name in cfg.datasets_cfg}
+        first = 0
+        for splits in datasets.values():  # two images of one training never have one number
+            for dataset in splits.values():
+                dataset.first_key = first
+            first += max(len(dataset.images.paths) for dataset in splits.values()) if splits else 0
         known = list(dict.fromkeys(split for splits in datasets.values() for split in splits))
         problems = [": ".join(found) for found in unknown_splits(self.run, datasets, known)]
         if problems:
@@ -89,10 +95,18 @@ class ComposedImageRetrievalTask(BaseTask):
 
         A method that trains nothing needs neither.
         """
+        train = [dataset for dataset in _all(datasets or {}) if dataset.split in self.run.train_splits]
+        beyond = (cfg.model_cfg.get("matching") or {}).get("negatives", "batch") != "batch"
+        gallery = TrainingGallery(train) if beyond and train and not self.run.evaluate else None
+        model = self._new_model(cfg, train)
+        if gallery is not None:
+            model.use_gallery(gallery, int(self.run.seed))
+        return model
+
+    def _new_model(self, cfg: Any, train: Sequence[TripletDataset]) -> Any:
         model_class = registry.get_model_class(cfg.model_cfg.arch)
         if cfg.model_cfg.get("checkpoint") or cfg.model_cfg.get("method") in ZERO_SHOT:
             return model_class.from_config(cfg.model_cfg)
-        train = [dataset for dataset in _all(datasets or {}) if dataset.split in self.run.train_splits]
         least = cfg.model_cfg.concepts.min_count
         vocabulary = ConceptVocabulary.from_captions([found for part in train for found in part.concepts], least)
         if not len(vocabulary):

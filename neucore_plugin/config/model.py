@@ -80,6 +80,11 @@ class ContrastiveMatchingSchema(Section):
     reference_negatives: bool = Field(
         True, description="the batch's reference images are negatives, beside its targets"
     )
+    negatives: Literal["batch", "gallery"] | Annotated[int, Field(ge=1)] = Field(
+        "batch",
+        description="further negatives of every query: none, all images of the training splits, or so many of them, "
+        "drawn anew each step, or each epoch where their encodings are kept",
+    )
 
 
 class MatchingSchema(ContrastiveMatchingSchema):
@@ -97,6 +102,11 @@ class LossSchema(Section):
 class QueryDropoutSchema(Section):
     image: Probability = Field(0.05, description="share of training queries that lose their reference image")
     text: Probability = Field(0.05, description="share of training queries that lose their relative caption")
+    mode: Literal["replace", "extra"] = Field(
+        "replace",
+        description="these queries themselves, or (extra) a second copy of them with a loss of its own, `loss_partial`",
+    )
+    weight: Real = Field(0.1, ge=0, description="of extra: weight of such a copy beside a whole query")
 
 
 class ConceptsSchema(Section):
@@ -138,6 +148,9 @@ class ModelSchema(Section):
     )
     query_dropout: QueryDropoutSchema = Field(
         default_factory=QueryDropoutSchema, description="learned stand-ins in place of a part of the query, in training"
+    )
+    feature_dropout: Real = Field(
+        0.0, ge=0, lt=1, description="dropout on the image encoder's features, cached or not, in training"
     )
     concepts: ConceptsSchema = Field(
         default_factory=ConceptsSchema, description="the concept vocabulary of the training captions"

@@ -74,6 +74,20 @@ class FeatureCache:
         """Pooled vector [P], float32."""
         return torch.from_numpy(self._map("pooled.f16", self.pooled_width)[self._row[name]].astype(np.float32))
 
+    def place(self, name: str) -> int:
+        """Where an item stands, for `rows`."""
+        return self._row[name]
+
+    def rows(self, kind: str, places: np.ndarray) -> np.ndarray:
+        """Of many items at once, float32: "pooled" [n,P], or "tokens" [n,N,D] of items that have equally many."""
+        if kind == "pooled":
+            return self._map("pooled.f16", self.pooled_width)[places].astype(np.float32)
+        counts = self._offsets[places + 1] - self._offsets[places]
+        if len(lengths := set(counts.tolist())) > 1:
+            raise DataError(f"{self.folder}: items differ in the number of their tokens: {sorted(lengths)}")
+        index = self._offsets[places][:, None] + np.arange(max(lengths, default=0))
+        return self._map("tokens.f16", self.width)[index].astype(np.float32)
+
 
 def content_fingerprints(paths: Sequence[Path]) -> list[str]:
     """sha256 of every file's bytes (or of those of an image in a shard): what makes a changed image visible."""

@@ -153,8 +153,9 @@ class TripletDataset(Dataset):
     A sample: query_id, reference_id, target_id, text_input, concept_words (tuple), change, index, reference_key and
     target_key (a number an image), right_keys (those of all right answers) and the images: reference_image /
     target_image [3,H,W], or with a feature cache reference_tokens / target_tokens [N,Di] and reference_pooled /
-    target_pooled [Di]; with cached texts also words [L,Dt] and sentence [Dt]. The target image is loaded for training
-    only.
+    target_pooled [Di]; with cached texts also words [L,Dt] and sentence [Dt]. In training alone: the target image;
+    reference_keys and text_keys, what answers the reference without a text and the text without a reference (the right
+    answers of all triplets that have it); noise, a number from which what is random of the sample follows.
 
     A triplet whose reference is the target teaches nothing: training leaves it out. Where the protocol removes the
     reference from the ranking, evaluation counts it as a miss. `notices` tells how many there are.
@@ -200,7 +201,9 @@ class TripletDataset(Dataset):
         self.text_cache: FeatureCache | None = None
         self.credit: str | None = None  # whom a page that shows these images has to name
         self.names: Callable[[Iterable[str]], dict[str, str]] = no_names  # what a page calls images, by id
+        self.first_key = 0  # several data sets of one training number their images one behind the other
         self._key = {image: index for index, image in enumerate(images.paths)}
+        self._answers: tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]] | None = None
         self._position = {image: index for index, image in enumerate(gallery.ids)}
         self._check()
 
@@ -283,22 +286,46 @@ class TripletDataset(Dataset):
             "query_id": triplet.query_id,
             "reference_id": triplet.reference,
             "target_id": triplet.targets[0] if triplet.targets else None,
-            "reference_key": self._key[triplet.reference],
-            "target_key": self._key.get(triplet.targets[0], -1) if triplet.targets else -1,
-            "right_keys": tuple(self._key[x] for x in triplet.targets if x in self._key),
+            "reference_key": self.key(triplet.reference),
+            "target_key": -1,
+            "right_keys": self._keys(triplet.targets),
             "text_input": self.texts[index],
             "concept_words": self.concepts[index],
             "change": triplet.change,
         }
+        if triplet.targets and (key := self.key(triplet.targets[0])) is not None:
+            sample["target_key"] = key
         roles = {"reference": triplet.reference}
         if self.train:
             roles["target"] = triplet.targets[0]
+            by_reference, by_text = self._all_answers()
+            sample["reference_keys"], sample["text_keys"] = by_reference[triplet.reference], by_text[self.texts[index]]
         for role, name in roles.items():
             sample.update({f"{role}_{key}": value for key, value in load(role, name).items()})
         if self.text_cache is not None:
             text = self.texts[index]
             sample["words"], sample["sentence"] = self.text_cache.tokens(text), self.text_cache.pooled(text)
+        if self.train:
+            sample["noise"] = torch.randint(2**62, ())  # last: what the pictures draw is as without it
         return sample
+
+    def key(self, image: str) -> int | None:
+        """The number of an image in samples; None where it has no file."""
+        place = self._key.get(image)
+        return None if place is None else self.first_key + place
+
+    def _keys(self, images: Iterable[str]) -> tuple[int, ...]:
+        return tuple(key for image in images if (key := self.key(image)) is not None)
+
+    def _all_answers(self) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        """Keys of the right answers of all triplets of a reference, and of a text."""
+        if self._answers is None:
+            found: tuple[dict[str, dict], dict[str, dict]] = ({}, {})
+            for triplet, text in zip(self.triplets, self.texts, strict=True):
+                for answers, asked in zip(found, (triplet.reference, text), strict=True):
+                    answers.setdefault(asked, {}).update(dict.fromkeys(self._keys(triplet.targets)))
+            self._answers = tuple({asked: tuple(keys) for asked, keys in answers.items()} for answers in found)
+        return self._answers
 
     collater = staticmethod(collate)
 

@@ -25,9 +25,11 @@ from neucore_plugin.config.loading import model_defaults, stored_pixels, stored_
 from neucore_plugin.models.backbones import SIDES, Backbone, build_backbone
 from neucore_plugin.models.backbones.resnet_gru import released_classes, word_list
 from neucore_plugin.models.backbones.tuning import rate_scales
-from neucore_plugin.models.inputs import Pairs, Query, drawn, projection, with_stand_ins
+from neucore_plugin.models.batch_loss import BatchLoss
+from neucore_plugin.models.inputs import Pairs, Query, drawn, dropped, partial_rows, projection, with_stand_ins, without
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.matching_loss import MatchingLoss
+from neucore_plugin.models.negatives import Negatives, TrainingImages
 from neucore_plugin.processors import CaptionProcessor, ImageProcessor
 from neucore_plugin.weights import checkpoint
 from neucore_plugin.weights.trust import refuse_strangers
@@ -46,7 +48,10 @@ class CirModel(BaseModel):
         backbone: see `neucore_plugin.models.backbones`.
         vocabulary: the concepts of the training captions; empty means that nothing can be trained.
         embed_dim: D.
-        query_dropout: {"image": p, "text": p}, which part of the training queries loses its image, or its text.
+        query_dropout: {"image": p, "text": p, "mode": "replace" or "extra", "weight": of extra}: which part of the
+            training queries loses its image, or its text; of extra a second copy of it does.
+        feature_dropout: share of the image encoder's features that training leaves out.
+        negatives: beyond the batch, "batch" (none), "gallery" or a number of images; see `use_gallery`.
         concept_pos: parts of speech that count as concepts.
         matching_loss: keyword arguments of MatchingLoss.
         config: the model section this was built from; kept in checkpoints.
@@ -70,7 +75,9 @@ class CirModel(BaseModel):
         backbone: Backbone,
         vocabulary: ConceptVocabulary,
         embed_dim: int,
-        query_dropout: Mapping[str, float],
+        query_dropout: Mapping[str, Any],
+        feature_dropout: float,
+        negatives: str | int,
         concept_pos: Sequence[str],
         matching_loss: Mapping[str, bool],
         config: Mapping[str, Any],
@@ -80,7 +87,8 @@ class CirModel(BaseModel):
     ) -> None:
         super().__init__()
         self.backbone, self.vocabulary = backbone, vocabulary
-        self.query_dropout, self.concept_pos = dict(query_dropout), tuple(concept_pos)
+        self.query_dropout = {name: query_dropout[name] for name in ("image", "text")}
+        self.feature_dropout, self.concept_pos = feature_dropout, tuple(concept_pos)
         self.query_reads, self.gallery_reads = tuple(query_reads), gallery_reads
         self.reference_reads = next((name for name in ("tokens", "pooled") if name in query_reads), None)
         image, text, read = backbone.image, backbone.text, {*query_reads, gallery_reads}
@@ -100,6 +108,7 @@ class CirModel(BaseModel):
         for name, reads in stand_ins.items():
             setattr(self, name, nn.Parameter(torch.randn(embed_dim) * 0.02) if reads in query_reads else None)
         self.matching_loss = MatchingLoss(**matching_loss)
+        self.batch_loss = BatchLoss(self.matching_loss, query_dropout, negatives, with_others)
         own = {key: value for key in PIXELS if (value := getattr(image, key, None)) is not None}
         self.image_processor = ImageProcessor(**own)
         self.raw_captions = getattr(text, "captions", "default") == "released"
@@ -114,6 +123,11 @@ class CirModel(BaseModel):
     def title(self) -> str:
         """What result tables call the model."""
         return self.arch
+
+    @property
+    def cheap_gallery(self) -> bool:
+        """Whether all images of a training can be encoded in each step, from cached features; see `negatives.py`."""
+        return self.gallery_reads == "pooled"
 
     @property
     def device(self) -> torch.device:
@@ -223,16 +237,30 @@ class CirModel(BaseModel):
     # ---- what is read of the backbone -----------------------------------------------------------------------------
 
     def image_features(
-        self, names: Iterable[str], pixels: Tensor | None, tokens: Tensor | None = None, pooled: Tensor | None = None
+        self,
+        names: Iterable[str],
+        pixels: Tensor | None,
+        tokens: Tensor | None = None,
+        pooled: Tensor | None = None,
+        noise: Tensor | None = None,
+        side: int = 0,
     ) -> dict[str, Tensor]:
-        """pixels [B,3,H,W], or cached backbone outputs -> those of `names`, projected: tokens [B,N,D], pooled [B,D]."""
+        """pixels [B,3,H,W], or cached backbone outputs -> those of `names`, projected: tokens [B,N,D], pooled [B,D].
+
+        noise [B], or [1] for all rows together: what dropout in training follows from; None: there is none. side: a
+        sample's images, 0, 1, ..., lose different features.
+        """
         names, found = sorted(names), {"tokens": tokens, "pooled": pooled}
         if any(found[name] is None for name in names):
             if pixels is None:
                 raise ValueError(f"give an image as pixels, or its cached {' and '.join(names)}")
             found = self.backbone.image(pixels.to(self.device))
         layers = {"tokens": self.image_projection, "pooled": self.pooled_projection}
-        return {name: layers[name](found[name].to(self.device)) for name in names}
+        read = {name: found[name].to(self.device) for name in names}
+        if self.training and self.feature_dropout and noise is not None:
+            slots = {"tokens": 2 * side, "pooled": 2 * side + 1}
+            read = {name: dropped(value, self.feature_dropout, noise, slots[name]) for name, value in read.items()}
+        return {name: layers[name](value) for name, value in read.items()}
 
     def text_features(self, texts: Sequence[str], features: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """texts, or cached backbone features -> words [B,L,D], word_mask [B,L], sentence [B,D]: what queries read."""
@@ -275,7 +303,7 @@ class CirModel(BaseModel):
         return self._extractor([self.caption_processor(text) for text in texts])
 
     def read_pairs(self, samples: Mapping[str, Any], negatives: bool = False) -> Pairs:
-        """A batch of samples, in training with stand-ins for what `query_dropout` takes away.
+        """A batch of samples, in training with dropout of features, and stand-ins for what `query_dropout` takes away.
 
         negatives: whether the references are also read as gallery images are.
         """
@@ -284,20 +312,37 @@ class CirModel(BaseModel):
             for side in ("reference", "target")
         }
         names = {self.reference_reads, self.gallery_reads if negatives else None} - {None}
-        seen = self.image_features(names, *images["reference"])
+        noise = samples["noise"] if self.training and self.feature_dropout else None
+        seen = self.image_features(names, *images["reference"], noise=noise)
         reference = seen.get(self.reference_reads)
-        target = self.image_features([self.gallery_reads], *images["target"])[self.gallery_reads]
+        target = self.image_features([self.gallery_reads], *images["target"], noise=noise, side=1)[self.gallery_reads]
         cached = {key: samples[key] for key in ("words", "word_mask", "sentence")} if "words" in samples else None
         text = self.text_features(samples["text_input"], cached)
         concept_words = list(samples["concept_words"])
-        if self.training:
-            no_image, no_text = drawn(self.query_dropout, len(target), self.device)
-            if reference is not None:
-                rows = no_image.view(-1, *[1] * (reference.ndim - 1))
-                reference = torch.where(rows, self.absent_image, reference)
-            text = with_stand_ins(text, no_text, self.absent_word, self.absent_sentence)
-            concept_words = [() if gone else words for words, gone in zip(concept_words, no_text.tolist(), strict=True)]
-        return Pairs(reference, text, concept_words, target, seen[self.gallery_reads] if negatives else None)
+        query = Query(reference, text, concept_words)
+        if self.training and self.batch_loss.partial_weight is None:
+            lost = drawn(self.query_dropout, torch.rand(len(target), device=self.device))
+            query = without(query, *lost, *self._stand_ins())
+        return Pairs(
+            query.reference, query.text, query.concept_words, target, seen[self.gallery_reads] if negatives else None
+        )
+
+    def partial(self, given: Query, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """For `losses`: some queries of a batch once more, without image or text, composed: {"partial.*": [E,D]}.
+
+        None but in training with `query_dropout.mode: extra`. Which, follows from each sample's noise.
+        """
+        if not self.training or self.batch_loss.partial_weight is None:
+            return {}
+        rows, no_image = (part.to(self.device) for part in partial_rows(self.query_dropout, samples["noise"]))
+        count = len(rows)
+        if not count:  # no rows cannot be composed
+            rows, no_image = rows.new_zeros(1), no_image.new_ones(1)
+        composed = self.compose(without(given.of(rows), no_image, ~no_image, *self._stand_ins()))
+        return by_side(partial={name: value[:count] for name, value in composed.items()})
+
+    def _stand_ins(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.absent_image, self.absent_word, self.absent_sentence
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -309,31 +354,28 @@ class CirModel(BaseModel):
         return self.forward(samples, by_pair=True)
 
     def losses(self, encoded: Mapping[str, Tensor], samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The losses of a batch from what `encode_pairs` gave: each query against the targets of all processes.
+        """The losses of a batch from what `encode_pairs` gave; see `BatchLoss`."""
+        return self.batch_loss(encoded, samples, self.matching, self.training)
 
-        Rows of "loss_*" are averaged. `loss` is the sum of all. With several processes the gallery of the loss is that
-        of the whole global batch, gathered with its gradient, so that N processes of B pairs equal one of N x B.
-        """
-        sides = ["target", "reference"] if self.matching_loss.reference_negatives else ["target"]
-        query, gallery = ({}, {})
-        for name, value in encoded.items():
-            side, _, entry = name.partition(".")
-            if side == "query":
-                query[entry] = value
-            elif side == "target":
-                gallery[entry] = torch.stack([encoded[f"{side}.{entry}"] for side in sides], dim=1)  # [B,sides,D]
-        keys = torch.stack([samples[f"{side}_key"].to(self.device) for side in sides], dim=1)  # [B,sides]
-        gallery, keys = columns(with_others(gallery)), columns(with_others({"key": keys}))["key"]  # [G,D], [G]
-        if len(keys) < 2:
-            raise ConfigError(
-                "a batch of one pair has no negatives: its matching loss is always 0. Set run.batch_size_train to 2 or "
-                "more, or model.matching.reference_negatives: true, or start several processes"
-            )
-        scores = self.matching.score(query, gallery)  # [B,G]
-        matching = self.matching_loss(scores, self.matching.factor(), keys, samples.get("right_keys"))
-        found = {"loss_matching": matching}
-        found |= {name: rows.mean() for name, rows in encoded.items() if name.startswith("loss_")}
-        return {"loss": sum(found.values()), **found}
+    def use_gallery(self, images: TrainingImages, seed: int) -> None:
+        """Take the negatives beyond the batch from these training images, as `matching.negatives` asks for them."""
+
+        def encode(rows: Tensor, noise: Tensor) -> dict[str, Tensor]:
+            read = {self.gallery_reads: images.features(rows, self.gallery_reads)}
+            return self.represent(self.image_features([*read], None, **read, noise=noise)[self.gallery_reads])
+
+        wanted = self.batch_loss.wanted if isinstance(self.batch_loss.wanted, int) else None
+        self.batch_loss.negatives = Negatives(images, wanted, seed, encode, cheap=self.cheap_gallery)
+
+    def training_state(self) -> dict[str, Any] | None:
+        """What continuing a training needs beside the weights."""
+        negatives = self.batch_loss.negatives
+        return None if negatives is None else negatives.state_dict()
+
+    def restore_training_state(self, state: Mapping[str, Any] | None) -> None:
+        """As `training_state` gave it."""
+        if self.batch_loss.negatives is not None:
+            self.batch_loss.negatives.load_state_dict(state, self.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Named groups for `run.lr_scales`: backbone_image, backbone_text, head; only what is trained.
@@ -461,6 +503,8 @@ def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "embed_dim": config["embed_dim"],
         "query_dropout": config["query_dropout"],
+        "feature_dropout": config["feature_dropout"],
+        "negatives": matching.pop("negatives"),
         "concept_pos": config["concepts"]["pos"],
         "matching_loss": {name: matching.pop(name) for name in ("mask_duplicates", "reference_negatives")},
         "matching": matching,
@@ -477,11 +521,6 @@ def registered_models() -> dict[str, type[CirModel]]:
 def by_side(**sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `CirModel.losses` takes: the entries of each side as "side.name"."""
     return {f"{side}.{name}": value for side, entries in sides.items() for name, value in entries.items()}
-
-
-def columns(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """[B,sides,...] -> [sides B,...], one side after the other: the columns of a batch's scores."""
-    return {name: value.transpose(0, 1).flatten(0, 1) for name, value in rows.items()}
 
 
 def with_others(rows: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -78,6 +78,7 @@ class CirBaseline(CirModel):
         encoded = by_side(query=self.compose(given), target=self.represent(given.target))  # [B,D] each
         if negatives:
             encoded |= by_side(reference=self.represent(given.negative))
+        encoded |= self.partial(given, samples)
         return encoded if by_pair else self.losses(encoded, samples)  # of scores [B,G]
 
     def compose(self, query: Query) -> dict[str, Tensor]:

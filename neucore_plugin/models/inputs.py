@@ -26,6 +26,14 @@ class Query:
     text: Mapping[str, Tensor]  # of words [B,L,D] with word_mask [B,L], and sentence [B,D], what the model reads
     concept_words: Sequence[Sequence[str]] | EmbeddedConcepts  # lemmas of each query
 
+    def of(self, rows: Tensor) -> "Query":
+        """Those of some rows [n]."""
+        return Query(
+            None if self.reference is None else self.reference[rows],
+            {name: value[rows] for name, value in self.text.items()},
+            [self.concept_words[row] for row in rows.tolist()],
+        )
+
 
 @dataclass(frozen=True)
 class Pairs(Query):
@@ -42,10 +50,38 @@ def projection(width: int, dim: int, normalised: bool | None) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim)) if normalised else nn.Linear(width, dim)
 
 
-def drawn(query_dropout: Mapping[str, float], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which queries of a training batch lose their image, and which their text, each [B]; never both."""
-    draw, image = torch.rand(size, device=device), query_dropout["image"]
+def drawn(query_dropout: Mapping[str, float], draw: Tensor) -> tuple[Tensor, Tensor]:
+    """Which queries of a training batch lose their image, and which their text, each [B]; never both.
+
+    draw [B], uniform in [0, 1).
+    """
+    image = query_dropout["image"]
     return draw < image, (draw >= image) & (draw < image + query_dropout["text"])
+
+
+def uniform(noise: Tensor) -> Tensor:
+    """The samples' noise [B] -> a draw from [0, 1) that follows from it; from other bits than `dropped` takes."""
+    return (noise >> 38).remainder(2**23).float() / 2**23
+
+
+def partial_rows(query_dropout: Mapping[str, float], noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Which queries of a batch come once more without a part: rows [E], ascending, and which lack their image [E]."""
+    no_image, no_text = drawn(query_dropout, uniform(noise))
+    rows = (no_image | no_text).nonzero().flatten()
+    return rows, no_image[rows]
+
+
+def dropped(features: Tensor, share: float, noise: Tensor, slot: int) -> Tensor:
+    """Dropout of an encoder's features [B,...]: row i's follows from noise[i] [B] and `slot` alone.
+
+    noise may be [1], for all rows together. slot: below 8; features of one sample that are to lose different entries
+    have different ones.
+    """
+    kept = torch.empty(len(noise), features.numel() // max(1, len(noise)), dtype=torch.bool)
+    generator = torch.Generator()
+    for row, seed in zip(kept, noise.tolist(), strict=True):
+        row.bernoulli_(1 - share, generator=generator.manual_seed(seed % 2**60 * 8 + slot))
+    return features * kept.view(features.shape).to(features.device, features.dtype).div_(1 - share)
 
 
 def with_stand_ins(
@@ -64,3 +100,19 @@ def with_stand_ins(
     if "sentence" in text:
         result["sentence"] = torch.where(absent[:, None], sentence, text["sentence"])
     return result
+
+
+def without(
+    query: Query,
+    no_image: Tensor,
+    no_text: Tensor,
+    image: Tensor | None,
+    word: Tensor | None,
+    sentence: Tensor | None,
+) -> Query:
+    """Queries of which some, `no_image` and `no_text` [B], have the stand-ins [D] in place of image or text."""
+    reference = query.reference
+    if reference is not None:
+        reference = torch.where(no_image.view(-1, *[1] * (reference.ndim - 1)), image, reference)
+    words = [() if gone else words for words, gone in zip(query.concept_words, no_text.tolist(), strict=True)]
+    return Query(reference, with_stand_ins(query.text, no_text, word, sentence), words)

@@ -97,6 +97,7 @@ class NeucoreModel(CirModel):
         query = self.matching.query(fused, given.text["sentence"], r["bg"])  # [B,D] each
         target, reference = (self.matching.gallery(side["fg"], side["bg"]) for side in (t, r))  # [B,D] each
         encoded = by_side(query=query, target=target, reference=reference)
+        encoded |= self.partial(given, samples)
         encoded["loss_concept"] = self.concept_loss(logits, self.concept_labels(samples["concept_words"]))  # [B]
         return encoded if by_pair else self.losses(encoded, samples)  # of scores [B,G]
 

@@ -67,6 +67,7 @@ class Checkpointer:
             "progress": {**asdict(progress), "meters": distributed.gather(sums) if sums else []},
             "rng": distributed.gather(random_state()),
             "same": self.conditions,
+            "training": self.model.training_state() if hasattr(self.model, "training_state") else None,
             **self.optimisation.state_dict(progress.step),
         }
         # Proving that nothing frozen has changed costs a look at all frozen weights: not at every small checkpoint.
@@ -123,6 +124,8 @@ class Checkpointer:
         checkpoint.restore_model(self.model, stored["model"], stored["frozen"], path)
         self._frozen = stored["frozen"]
         self.optimisation.load_state_dict(stored)
+        if hasattr(self.model, "restore_training_state"):
+            self.model.restore_training_state(stored.get("training"))
         progress = Progress(**stored["progress"])
         # checkpoint_best.pth itself says which metric it has: it may be newer than checkpoint_last.pth.
         best_path = path.with_name(BEST)

@@ -92,7 +92,45 @@ def neucore_pairs(count: int, dtype: torch.dtype = torch.float64) -> dict:
     }
 
 
-MODELS = {"toy": (Toy, toy_pairs), "neucore": (neucore, neucore_pairs)}
+class Images:
+    """A cached training gallery: the images of the pairs, and more."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(6)
+        self.keys, self.cached = torch.arange(14), True
+        self._tokens = torch.randn(14, 4, 1280, generator=generator, dtype=torch.float64)
+
+    def features(self, rows: torch.Tensor, name: str) -> torch.Tensor:
+        return self._tokens[rows] if name == "tokens" else self._tokens[rows].mean(1)
+
+
+@lru_cache
+def _beyond(kind: str, negatives: str | int) -> torch.nn.Module:
+    lost = {"image": 0.3, "text": 0.3, "mode": "extra", "weight": 0.2}
+    model = tiny.build(kind, matching={"negatives": negatives}, query_dropout=lost, feature_dropout=0.2)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.double()
+
+
+def beyond(kind: str, negatives: str | int = "gallery") -> torch.nn.Module:
+    """A model with negatives beyond the batch, queries without a part and dropout of features."""
+    model = copy.deepcopy(_beyond(kind, negatives))
+    model.use_gallery(Images(), 4)
+    return model
+
+
+def beyond_pairs(count: int, dtype: torch.dtype = torch.float64) -> dict:
+    found = neucore_pairs(count, dtype)
+    pooled = {f"{side}_pooled": found[f"{side}_tokens"].mean(1) for side in ("reference", "target")}
+    answers = [(*right, 12) for right in found["right_keys"]]
+    noise = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(8))
+    place = {"epoch": 1, "num_iters_per_epoch": 9, "iters": 4}
+    return {**found, **pooled, **place, "noise": noise, "text_keys": answers, "reference_keys": answers}
+
+
+MODELS = {"toy": (Toy, toy_pairs), "neucore": (neucore, neucore_pairs), "beyond": (beyond, beyond_pairs)}
 
 
 def part_of(samples: dict, rank: int, world: int) -> dict:

@@ -36,3 +36,19 @@ def test_one_pair_alone_is_refused_unless_references_are_negatives():
     with pytest.raises(ConfigError, match="a batch of one pair has no negatives.*run.batch_size_train to 2"):
         case.step("neucore", {"reference_negatives": False}, 1)
     assert case.step("neucore", {**PAIR, "reference_negatives": True}, 1)["losses"]["loss_matching"] > 0
+
+
+def test_negatives_beyond_the_batch_and_queries_without_a_part(tmp_path):
+    """Encodings made anew (ARTEMIS) or kept from the batch before (NEUCORE), of all images and of some; in chunks."""
+    settings = [
+        {"kind": "artemis"},
+        {"kind": "artemis", "negatives": 5},
+        {"kind": "neucore", "negatives": 9},
+    ]
+    calls = [("beyond", given, 8, chunk, 2) for given, chunk in zip(settings, (3, None, 3), strict=True)]
+    groups = list(zip(*in_group(tmp_path, case.steps, calls), strict=True))
+    ones = [case.step("beyond", given, 8, None, 2) for given in settings]
+    for parts, one in zip(groups, ones, strict=True):
+        case.assert_group_equals_one(list(parts), one)
+        assert one["losses"]["loss_partial"] > 0
+    assert len({round(one["losses"]["loss_matching"], 6) for one in ones}) == 3  # each acts
