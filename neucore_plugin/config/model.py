@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from neucore_plugin.config.encoders import EfficientNetLite0Schema, ImageEncoder, MiniLMSchema, TextEncoder
-from neucore_plugin.config.kinds import NoneTwice, Probability, Real, Text
+from neucore_plugin.config.kinds import Allowed, NoneTwice, Probability, Real, Text
 from neucore_plugin.config.section import Section
 
 # Universal tags, as spaCy gives them, but for those that never hold a word: PUNCT, SYM, X, SPACE.
@@ -80,7 +80,10 @@ class ContrastiveMatchingSchema(Section):
     reference_negatives: bool = Field(
         True, description="the batch's reference images are negatives, beside its targets"
     )
-    negatives: Literal["batch", "gallery"] | Annotated[int, Field(ge=1)] = Field(
+    negatives: Annotated[
+        Literal["batch", "gallery"] | Annotated[int, Field(ge=1)],
+        Allowed("batch, gallery, or a whole number of at least 1"),
+    ] = Field(
         "batch",
         description="further negatives of every query: none, all images of the training splits, or so many of them, "
         "drawn anew each step, or each epoch where their encodings are kept",

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic.fields import FieldInfo
 
 from neucore_plugin.common.errors import ConfigError, nearest
-from neucore_plugin.config.kinds import allowed, bare, choices_of, shortened
+from neucore_plugin.config.kinds import Allowed, allowed, bare, choices_of, shortened
 
 # Keys of the host that are called otherwise here, or that people take from elsewhere.
 KNOWN_BY_OTHER_NAMES = {
@@ -165,8 +165,9 @@ def _explained(given: Any, field: FieldInfo, errors: list[Any]) -> tuple[tuple[s
     text = f"got {shortened(given)}; allowed: {allowed(field)}"
     if isinstance(given, str) and re.search("[\0\ud800-\udfff]", given):
         text = f"got {given[:80]!a}; a null byte and bytes that are no UTF-8 are not allowed"
-    if error["type"] == "literal_error" and isinstance(error["input"], str):
-        kind = bare(field.annotation)[0]
+    kind, notes = bare(field.annotation, field.metadata)
+    own_words = any(isinstance(note, Allowed) for note in notes)
+    if error["type"] == "literal_error" and isinstance(error["input"], str) and not own_words:
         choices = choices_of(get_args(kind)[0] if get_origin(kind) is list else kind)
         hint, _, known = nearest(error["input"], choices).rpartition(" Allowed: ")
         text = f"got {shortened(given)}; allowed: one of {known.rstrip('.')}{'.' if hint else ''}{hint}"

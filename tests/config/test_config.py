@@ -127,6 +127,8 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
         ("model.embed_dim", "64", 'model.embed_dim: got "64"; allowed: a whole number of at least 1'),
         ("model.embed_dim", True, "model.embed_dim: got true; allowed: a whole number of at least 1"),
         ("model.embed_dim", 6, "model.concept_alignment.heads: got 4; allowed: a divisor of model.embed_dim (6)"),
+        ("model.matching.negatives", "all", 'negatives: got "all"; allowed: batch, gallery, or a whole number of at'),
+        ("model.matching.negatives", 0, "negatives: got 0; allowed: batch, gallery, or a whole number of at least 1"),
         ("model.fusion", 3, "model.fusion: got 3; allowed: a mapping with the keys mode, gumbel, steps,"),
         ("model.fusion.mode", "mixed", 'model.fusion.mode: got "mixed"; allowed: one of mixture, progressive. Did you'),
         ("model.fusion.dropout", 1.0, "model.fusion.dropout: got 1.0; allowed: a number of at least 0 and less than 1"),
