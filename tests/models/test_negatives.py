@@ -135,6 +135,15 @@ def test_the_whole_queries_do_not_feel_the_others():
     assert torch.equal(found["extra"][1], found["replace"][1])
 
 
+@pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind not in ("neucore", "artemis")])
+def test_every_method_takes_part(kind):
+    """Those that read one half of a query as well, for which one of the further queries is a whole one."""
+    images = Images()
+    found = build(kind, images=images)(pairs(images))
+    assert found["loss"].item() == pytest.approx(found["loss_matching"].item() + found["loss_partial"].item())
+    assert found["loss_partial"].item() > 0
+
+
 def test_stand_ins_learn_from_the_partial_queries_alone():
     images = Images()
     for mode, learns in (("extra", True), ("replace", False)):
