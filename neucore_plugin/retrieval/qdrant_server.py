@@ -167,7 +167,10 @@ class QdrantCollection:
         """
         models = _models()
         nearest = self.order.query(parts).tolist()
-        count = len(self)
+        with answering(self.where):  # an estimate: to count very many points takes long
+            count = self.client.count(self.name, exact=False).count
+        if exact or k is None or count <= 2 * EXACT_UP_TO:
+            count = len(self)
         k = count if k is None else k
         exact = count <= EXACT_UP_TO if exact is None else exact
         wanted = count if exact else min(count, max(CANDIDATES, 4 * k))
