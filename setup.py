@@ -83,8 +83,8 @@ PEFT = ['peft>=0.7,<0.14; python_version < "3.12"', 'peft>=0.18; python_version 
 # `neucore serve`. Forms in FastAPI need python-multipart; Prometheus' own client writes /metrics.
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20"]
 # Approximate first stage in the process (0.9 was tried; young, hence the upper bound); the client of a server, whose
-# formula queries are new in 1.14.
-QDRANT = ["qdrant-edge-py>=0.9,<0.10", "qdrant-client>=1.14,<2"]
+# MatchSubstring is new in 1.20.
+QDRANT = ["qdrant-edge-py>=0.9,<0.10", "qdrant-client>=1.20,<2"]
 # torch's exporter asks for onnxscript.
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 EXTRAS = {

@@ -153,7 +153,7 @@ class ModelSchema(Section):
         default_factory=QueryDropoutSchema, description="learned stand-ins in place of a part of the query, in training"
     )
     feature_dropout: Real = Field(
-        0.0, ge=0, lt=1, description="dropout on the image encoder's features, cached or not, in training"
+        0.0, ge=0, lt=1, description="share of the image encoder's channels that an image loses in training"
     )
     concepts: ConceptsSchema = Field(
         default_factory=ConceptsSchema, description="the concept vocabulary of the training captions"

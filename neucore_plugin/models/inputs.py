@@ -72,16 +72,18 @@ def partial_rows(query_dropout: Mapping[str, float], noise: Tensor) -> tuple[Ten
 
 
 def dropped(features: Tensor, share: float, noise: Tensor, slot: int) -> Tensor:
-    """Dropout of an encoder's features [B,...]: row i's follows from noise[i] [B] and `slot` alone.
+    """Dropout of an encoder's features [B,...,C]: image i's follows from noise[i] [B] and `slot` alone.
 
-    noise may be [1], for all rows together. slot: below 8; features of one sample that are to lose different entries
-    have different ones.
+    A channel is lost in all tokens of an image: an entry of one alone is still told by its neighbours, and the draws
+    would cost more than the layers. noise may be [1]: all images lose the same. slot: below 8; features of one sample
+    that are to lose different channels have different ones.
     """
-    kept = torch.empty(len(noise), features.numel() // max(1, len(noise)), dtype=torch.bool)
+    kept = torch.empty(len(noise), features.shape[-1], dtype=torch.bool)  # [B or 1, C]
     generator = torch.Generator()
     for row, seed in zip(kept, noise.tolist(), strict=True):
         row.bernoulli_(1 - share, generator=generator.manual_seed(seed % 2**60 * 8 + slot))
-    return features * kept.view(features.shape).to(features.device, features.dtype).div_(1 - share)
+    kept = kept.view(len(noise), *[1] * (features.ndim - 2), features.shape[-1])
+    return features * kept.to(features.device, features.dtype).div_(1 - share)
 
 
 def with_stand_ins(
