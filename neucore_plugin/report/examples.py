@@ -13,7 +13,7 @@ PICKS = ("sample", "best", "worst")
 _BRIEF = 5  # retrieved pictures kept of a best or worst query
 _FORMAT = "neucore-examples-1"
 _PICTURE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*")
-_TILE = {"rank": int, "id": str, "name": str, "picture": _PICTURE, "score": str, "correct": bool}
+_TILE = {"rank": int, "id": str, "name": str, "picture": _PICTURE, "score": str, "terms": [[str]], "correct": bool}
 _CARD = {
     "split": str,
     "pick": str,
