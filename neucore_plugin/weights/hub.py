@@ -32,7 +32,7 @@ def hub_file(repo: str, name: str, setting: str, revision: str | None = None, op
         raise CheckpointError(f"{setting}: the folder {expanded(repo)} lacks {name}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
         raise ConfigError(f"{setting}: {repo!r} is no folder here, and no repository OWNER/NAME of the hub")
-    hub = _hub(setting)
+    hub = _hub(setting, repo)
     found = hub.try_to_load_from_cache(repo, name, revision=revision)
     if isinstance(found, str):
         return Path(found)
@@ -84,13 +84,20 @@ def _whole(hub: ModuleType, repo: str, revision: str | None) -> bool:
     return isinstance(hub.try_to_load_from_cache(repo, ".gitattributes", revision=revision), str)
 
 
-def _hub(setting: str) -> ModuleType:
+def _hub(setting: str, repo: str) -> ModuleType:
     try:
         import huggingface_hub
         import huggingface_hub.errors
     except ImportError as error:
-        raise ConfigError(f"{setting} needs huggingface_hub ({error}); run: pip install huggingface_hub") from error
+        raise ConfigError(
+            f"{setting}: {_not_here(repo)}, which needs huggingface_hub ({error}); correct the path, or run: pip "
+            "install huggingface_hub"
+        ) from error
     return huggingface_hub
+
+
+def _not_here(repo: str) -> str:
+    return f"there is no {repo} in {Path.cwd()}, so it was taken for a repository of the hub"
 
 
 def _unfetched(hub: ModuleType, repo: str, name: str, setting: str, error: Exception) -> CheckpointError:
@@ -100,6 +107,7 @@ def _unfetched(hub: ModuleType, repo: str, name: str, setting: str, error: Excep
     reason = " ".join(str(root).split())[:160] or type(root).__name__
     cache = Path(hub.constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
     return CheckpointError(
-        f"{setting}: cannot fetch {name} of the repository {repo} ({reason}). It is looked for in {cache}: fill it on "
-        f"another machine with `hf download {repo}` and copy it there, or give a path of this machine instead"
+        f"{setting}: cannot fetch {name} of the repository {repo} ({reason}). If a path was meant: {_not_here(repo)}; "
+        f"correct it. If the repository: it is looked for in {cache}; fill that on another machine with `hf download "
+        f"{repo}` and copy it here"
     )

@@ -1,6 +1,9 @@
 """Files of the hub: from a folder or its cache, fetched once, of one commit; what a checkpoint may not have fetched."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -75,6 +78,31 @@ def test_what_cannot_be_fetched_names_everything(server):
     server.held = {"config.json": "{}"}
     with pytest.raises(CheckpointError, match=r"holds no weights; wanted: one of model.safetensors"):
         hub_folder("other/model", "model.repo", weights=True)
+
+
+def test_a_path_that_is_not_here_is_told_as_both_and_offline_nothing_is_asked(tmp_path):
+    """`a/b` may be a mistyped path or a repository; a process of its own, as the client reads the variable once."""
+    code = (
+        "import socket\n"
+        "def refuse(*_, **__): print('ASKED')\n"
+        "socket.getaddrinfo = socket.socket.connect = refuse\n"
+        "from neucore_plugin.weights.hub import hub_file\n"
+        "try: hub_file('outptu/run', 'config.json', 'checkpoint')\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "ASKED" not in done.stdout and done.stdout.startswith("CheckpointError checkpoint: cannot fetch"), done
+    assert f"there is no outptu/run in {tmp_path}, so it was taken for a repository of the hub" in done.stdout
+    assert "hf download outptu/run" in done.stdout
+
+
+def test_without_the_hubs_client_a_mistyped_path_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match=r"there is no outptu/run in .*correct the path, or run: pip install hugg"):
+        hub_file("outptu/run", "config.json", "checkpoint")
 
 
 def test_of_a_whole_copied_repository_nothing_further_is_wanted(server):
