@@ -64,6 +64,7 @@ class CirModel(BaseModel):
 
     arch: ClassVar[str]
     head_parts: ClassVar[str | None]  # what has random weights before the training, for a warning
+    scores_half = True  # `score` reads a gallery in half precision as it is stored, and computes in float32
     reads_pairs = False  # whether picture and text of a query are read together, so that neither can be read ahead
     DEFAULT_TYPE = "embedded"
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {}

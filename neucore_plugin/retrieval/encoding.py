@@ -32,7 +32,8 @@ class RetrievalModel(Protocol):
     """What the index asks of a model.
 
     Where the model, and its image_processor, have a `fingerprint`, it guards an index against
-    another model's encodings.
+    another model's encodings. Where the model has `scores_half` and it is true, `score` is given a gallery in half
+    precision as it is stored; otherwise a copy in float32.
     An explained search also wants `explain(query, gallery)`, {term: [Q,G]} whose sum is the score, and shows what
     `concepts_read(texts)` gives, the words of each text that are taken as concepts.
     """

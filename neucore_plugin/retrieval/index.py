@@ -381,13 +381,14 @@ class GalleryIndex(Gallery):
         model = self._require_model()
         if not len(self):
             raise DataError("the index holds no images yet; finish its build, or add some")
-        parts = []
+        dtype = None if getattr(model, "scores_half", False) else torch.float32  # None: as it is stored
+        found = torch.empty(len(next(iter(query.values()))), self.stored)
         with torch.inference_mode():
-            for _, block in self.blocks():
-                part = {key: value.to(model.device, torch.float32) for key, value in block.items()}
-                parts.append(model.score(query, part).float().cpu())
-            found = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-            return found if self._alive is None else found.masked_fill(~self._alive, -torch.inf)
+            for start, block in self.blocks():
+                part = {key: value.to(model.device, dtype) for key, value in block.items()}
+                scores = model.score(query, part)
+                found[:, start : start + scores.shape[1]] = scores
+            return found if self._alive is None else found.masked_fill_(~self._alive, -torch.inf)
 
     def _require_model(self) -> RetrievalModel:
         if self.model is None:

@@ -85,7 +85,8 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, chunk: int, queri
     matching, (query, gallery) = build(), encodings(queries)
     whole = matching.score(query, gallery)
     monkeypatch.setattr(module, "GALLERY_BLOCK", 3)
-    monkeypatch.setattr(module, "VECTOR_BLOCK", 2)
+    monkeypatch.setattr(module, "VECTOR_BLOCK", 1)
+    monkeypatch.setattr(module, "VECTOR_SPAN", 5)
     torch.testing.assert_close(matching.score(query, gallery, chunk=chunk), whole)
 
 
@@ -170,12 +171,30 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
             torch.testing.assert_close(scores.double(), exact[: len(scores)], atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("terms", SUBSETS, ids="+".join)
+def test_one_query_equals_many_whatever_is_stored(monkeypatch: pytest.MonkeyPatch, terms: list[str]) -> None:
+    monkeypatch.setattr(module, "VECTOR_SPAN", 16)
+    matching = Matching(dim=D, **{**tiny.MATCHING, "terms": terms})
+    query, gallery = ({k: v.float() for k, v in side.items()} for side in encodings(3, 50))
+    gallery["fg"][4] = gallery["bg"][5] = query["text"][1] = 0.0
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        stored = {key: value.to(dtype) for key, value in gallery.items()}
+        kept = {key: value.clone() for key, value in stored.items()}
+        with torch.inference_mode():
+            many = matching.score(query, stored)
+            for row in range(3):
+                one = matching.score({key: value[row : row + 1] for key, value in query.items()}, stored)
+                torch.testing.assert_close(one[0], many[row], atol=1e-6, rtol=0)
+        assert all(torch.equal(stored[key], kept[key]) for key in kept), "scoring changed the gallery"
+
+
 def test_empty_sides() -> None:
     matching = build()
     query, gallery = encodings(0, G)
     assert matching.score(query, gallery).shape == (0, G)
-    query, gallery = encodings(Q, 0)
-    assert matching.score(query, gallery).shape == (Q, 0)
+    for queries in (1, Q):
+        query, gallery = encodings(queries, 0)
+        assert matching.score(query, gallery).shape == (queries, 0)
 
 
 def test_the_factor_is_learned_and_bounded() -> None:

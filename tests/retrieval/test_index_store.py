@@ -11,6 +11,7 @@ import pytest
 import torch
 from colour_model import NAMES, ColourModel, draw, names
 from earlier_index import save_earlier
+from factor_model import FactorModel, random_index
 
 from neucore_plugin.common.errors import DataError, ImageError
 from neucore_plugin.common.files import sha256_file
@@ -295,3 +296,25 @@ def test_foreign_folders_are_not_written_to(built, tmp_path):
         built.save(tmp_path / "file")
     with pytest.raises(DataError, match="file' is a file; build the index again"):
         GalleryIndex.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_scores_of_half_precision_are_those_of_float32(tmp_path, reads):
+    model = FactorModel()
+    saved = random_index(tmp_path / "index", model)
+    gallery = {key: value.half() for key, value in saved.encodings.items()}
+    index = GalleryIndex(saved.names, saved.names, gallery, model)
+    index.remove("0007.jpg")
+    query, given = model.encode_query(None, ["wider, and blue"]), set()
+
+    def score(query, gallery):
+        given.update(value.dtype for value in gallery.values())
+        return model.matching.score(query, gallery)
+
+    model.score, model.scores_half = score, reads
+    found = index.scores(query)
+    assert given == {torch.float16 if reads else torch.float32}
+    expected = model.matching.score(query, {key: value.float() for key, value in gallery.items()})
+    expected[:, 7] = -torch.inf
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
