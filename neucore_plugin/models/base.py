@@ -13,26 +13,22 @@ from typing import Any, ClassVar
 import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel, all_gather_with_grad
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from neucore_plugin.common import distributed
-from neucore_plugin.common.errors import CheckpointError, ConfigError, first_few, nearest
+from neucore_plugin.common.errors import ConfigError, first_few, nearest
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, ReleasedConceptExtractor
-from neucore_plugin.config.compare import reconciled
 from neucore_plugin.config.encoders import PIXELS
-from neucore_plugin.config.loading import model_defaults, stored_pixels, stored_section
-from neucore_plugin.models.backbones import SIDES, Backbone, build_backbone
-from neucore_plugin.models.backbones.resnet_gru import released_classes, word_list
-from neucore_plugin.models.backbones.tuning import rate_scales
-from neucore_plugin.models.batch_loss import BatchLoss
+from neucore_plugin.models import building
+from neucore_plugin.models.backbones import Backbone
+from neucore_plugin.models.backbones.tuning import named_groups
+from neucore_plugin.models.batch_loss import BatchLoss, by_side
 from neucore_plugin.models.inputs import Pairs, Query, drawn, dropped, partial_rows, projection, with_stand_ins, without
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.matching_loss import MatchingLoss
 from neucore_plugin.models.negatives import Negatives, TrainingImages
 from neucore_plugin.processors import CaptionProcessor, ImageProcessor
 from neucore_plugin.weights import checkpoint
-from neucore_plugin.weights.trust import refuse_strangers
 
 log = logging.getLogger(__name__)
 
@@ -383,16 +379,7 @@ class CirModel(BaseModel):
 
         An encoder with layer_decay has a group a block, all of one name, each with its own `lr_scale`.
         """
-        groups: dict[tuple[str, float], list] = {}
-        taken: set[int] = set()
-        for side, tuning in self.backbone.tuning.items():
-            for parameter, scale in rate_scales(getattr(self.backbone, side), tuning.layer_decay):
-                if id(parameter) not in taken:  # both sides may be one model
-                    groups.setdefault((f"backbone_{side}", scale), []).append(parameter)
-                    taken.add(id(parameter))
-        head = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
-        groups[("head", 1.0)] = head
-        return [{"name": name, "lr_scale": scale, "params": part} for (name, scale), part in groups.items() if part]
+        return named_groups(self.backbone, self.parameters())
 
     # ---- building and checkpoints ---------------------------------------------------------------------------------
 
@@ -420,21 +407,7 @@ class CirModel(BaseModel):
 
         captions: those of the training; a text encoder with a word vocabulary of its own builds it from them.
         """
-        given = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else copy.deepcopy(dict(cfg))
-        config = model_defaults({"arch": cls.arch, **given})
-        source = config.get("checkpoint")
-        if source:
-            return cls.from_checkpoint(source, wanted=config)
-        vocabulary = vocabulary or ConceptVocabulary(())
-        words, text = None, config["backbone"]["text"]
-        if text["name"] == "glove_bigru" and text["captions"] == "released":
-            words = word_list(captions, rule="released")
-            vocabulary = ConceptVocabulary(released_classes(words, vocabulary.words))
-        elif text["name"] == "glove_bigru":
-            words = word_list(map(CaptionProcessor(), captions), vocabulary.words)
-        model = cls.from_section(build_backbone(config["backbone"], words), vocabulary, config)
-        model.trained = bool(len(vocabulary))  # with a vocabulary it is about to be
-        return model
+        return building.from_config(cls, cfg, vocabulary, captions)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, wanted: Mapping[str, Any] | None = None) -> "CirModel":
@@ -444,28 +417,7 @@ class CirModel(BaseModel):
         `wanted`: a model section. What it says of the training (loss, query_dropout, which negatives) is followed; what
         decides the architecture or the concepts must be the checkpoint's, a clear error otherwise.
         """
-        stored = checkpoint.load(path)
-        header = stored.get("architecture") or {}
-        known = {cls.arch: cls} if cls is not CirModel else registered_models()
-        cls = known.get(header.get("arch"))
-        if cls is None or not {"config", "concepts"} <= set(header):
-            names = " or ".join(map(repr, known))
-            raise CheckpointError(f"{path}: holds a model of architecture {header.get('arch')!r}, not {names}")
-        config = stored_section(header["config"])
-        refuse_strangers(path, config, wanted)
-        if wanted is not None:
-            config = reconciled(path, config, wanted)
-        vocabulary = ConceptVocabulary.from_plain(header["concepts"], f"{path}: its concept vocabulary")
-        # What the file holds itself need not be read from elsewhere first.
-        load = {side: f"backbone.{side}" in stored["frozen"] for side in SIDES}
-        backbone = build_backbone(config["backbone"], header.get("words"), load)
-        model = cls.from_section(backbone, vocabulary, config)
-        if (pixels := header.get("image_processor")) is not None:
-            model.image_processor = ImageProcessor(**stored_pixels(pixels))
-        checkpoint.restore_model(model, stored["model"], stored["frozen"], path)
-        model.restored()
-        model.trained = True
-        return model
+        return building.from_checkpoint({cls.arch: cls} if cls is not CirModel else registered_models(), path, wanted)
 
     def load_checkpoint(self, url_or_filename: str | Path) -> None:
         """Become the model of a checkpoint: its architecture, weights and vocabulary (the host calls this)."""
@@ -498,30 +450,10 @@ class CirModel(BaseModel):
         return checkpoint.fingerprint(*checkpoint.model_state(self))
 
 
-def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments that every model takes, `matching` and `matching_loss` among them, from a complete section."""
-    matching = dict(config["matching"])
-    return {
-        "embed_dim": config["embed_dim"],
-        "query_dropout": config["query_dropout"],
-        "feature_dropout": config["feature_dropout"],
-        "negatives": matching.pop("negatives"),
-        "concept_pos": config["concepts"]["pos"],
-        "matching_loss": {name: matching.pop(name) for name in ("mask_duplicates", "reference_negatives")},
-        "matching": matching,
-        "config": {**config, "checkpoint": None},
-    }
-
-
 def registered_models() -> dict[str, type[CirModel]]:
     """{arch: class} of the models of this kind in the host's registry."""
     known = registry.mapping["model_name_mapping"].items()
     return {arch: model for arch, model in known if issubclass(model, CirModel)}
-
-
-def by_side(**sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `CirModel.losses` takes: the entries of each side as "side.name"."""
-    return {f"{side}.{name}": value for side, entries in sides.items() for name, value in entries.items()}
 
 
 def with_others(rows: dict[str, Tensor]) -> dict[str, Tensor]:

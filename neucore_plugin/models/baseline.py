@@ -17,7 +17,9 @@ from neucore_plugin.config.model import WITH_DROPOUT, ZERO_SHOT
 from neucore_plugin.config.sections import model_types
 from neucore_plugin.host.registration import register_model
 from neucore_plugin.models.backbones import Backbone
-from neucore_plugin.models.base import CirModel, by_side, shared_settings
+from neucore_plugin.models.base import CirModel
+from neucore_plugin.models.batch_loss import by_side
+from neucore_plugin.models.building import shared_settings
 from neucore_plugin.models.composers import COMPOSERS, Artemis
 from neucore_plugin.models.inputs import Query
 from neucore_plugin.models.matching import Matching

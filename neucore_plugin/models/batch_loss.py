@@ -106,3 +106,8 @@ class BatchLoss:
 def columns(rows: Mapping[str, Tensor]) -> Rows:
     """[B,sides,...] -> [sides B,...], one side after the other: the columns of a batch's scores."""
     return {name: value.transpose(0, 1).flatten(0, 1) for name, value in rows.items()}
+
+
+def by_side(**sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `BatchLoss` takes: the entries of each side as "side.name"."""
+    return {f"{side}.{name}": value for side, entries in sides.items() for name, value in entries.items()}

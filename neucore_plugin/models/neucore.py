@@ -18,7 +18,9 @@ from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config.sections import model_types
 from neucore_plugin.host.registration import register_model
 from neucore_plugin.models.backbones import Backbone
-from neucore_plugin.models.base import CirModel, by_side, shared_settings
+from neucore_plugin.models.base import CirModel
+from neucore_plugin.models.batch_loss import by_side
+from neucore_plugin.models.building import shared_settings
 from neucore_plugin.models.concept_alignment import ConceptAlignment
 from neucore_plugin.models.concept_loss import ConceptLoss
 from neucore_plugin.models.concept_maps import concept_maps

@@ -139,3 +139,17 @@ def rate_scales(encoder: nn.Module, decay: float) -> Iterator[tuple[nn.Parameter
     for parameter in encoder.parameters():
         if parameter.requires_grad:
             yield parameter, scale_of.get(id(parameter), before)
+
+
+def named_groups(backbone: Any, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """See `CirModel.parameter_groups`; parameters: all of the model's."""
+    groups: dict[tuple[str, float], list] = {}
+    taken: set[int] = set()
+    for side, tuning in backbone.tuning.items():
+        for parameter, scale in rate_scales(getattr(backbone, side), tuning.layer_decay):
+            if id(parameter) not in taken:  # both sides may be one model
+                groups.setdefault((f"backbone_{side}", scale), []).append(parameter)
+                taken.add(id(parameter))
+    head = [p for p in parameters if p.requires_grad and id(p) not in taken]
+    groups[("head", 1.0)] = head
+    return [{"name": name, "lr_scale": scale, "params": part} for (name, scale), part in groups.items() if part]
