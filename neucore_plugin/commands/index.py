@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,8 +121,8 @@ def share(environment: "os._Environ[str] | dict[str, str]") -> tuple[int, int]:
         number, count = numbers("RANK", "WORLD_SIZE")
     if "SLURM_ARRAY_TASK_ID" in environment:
         task, tasks, first = numbers("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
-        step = int(environment.get("SLURM_ARRAY_TASK_STEP") or 1)
-        if (task - first) % step or not 0 <= (task - first) // step < tasks:
+        step = numbers("SLURM_ARRAY_TASK_STEP")[0] if environment.get("SLURM_ARRAY_TASK_STEP") else 1
+        if step == 0 or (task - first) % step or not 0 <= (task - first) // step < tasks:
             raise ConfigError(
                 f"SLURM_ARRAY_TASK_ID={task} is none of {tasks} numbers from {first} in steps of {step}; give the "
                 "array as a whole range, such as --array=0-7"
@@ -169,7 +170,7 @@ def _build(arguments: argparse.Namespace) -> None:
     if lacking > 0:
         print(f"{lacking} of {facts['planned_units']} units are still to come from the other processes")
     elif number == 0:
-        print(visible(f"search it: neucore search {arguments.out} --image PICTURE --text 'what should be different'"))
+        print(visible(f"search it: neucore search {shlex.quote(str(arguments.out))} --image PICTURE --text 'what should be different'"))
 
 
 def _quietly(make: Callable[[], Any]) -> Any:
@@ -187,7 +188,7 @@ def _tell_failures(failures: Sequence[Any], index: Path) -> None:
     for failure in failures[:_SHOWN]:
         print(visible(f"left out {failure.name}: {failure.reason}"), file=sys.stderr)
     if len(failures) > _SHOWN:
-        rest = f"and {len(failures) - _SHOWN:,} more: neucore index info {index} --failures"
+        rest = f"and {len(failures) - _SHOWN:,} more: neucore index info {shlex.quote(str(index))} --failures"
         print(visible(rest), file=sys.stderr)
 
 

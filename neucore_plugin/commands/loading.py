@@ -42,7 +42,11 @@ def load(arguments: argparse.Namespace, index: Any = None) -> Any:
             raise ConfigError(f"index {arguments.index} does not say which checkpoint built it; give --checkpoint")
         if noted.startswith("zeroshot_"):
             model_type = noted
-        elif Path(noted).exists() or hub_name(noted) is not None:
+        elif hub_name(noted) is not None:  # an index may come from elsewhere: it makes nobody fetch what it names
+            raise ConfigError(
+                visible(f"index {arguments.index} was built by {noted} of the hub; to use it give --checkpoint {noted}")
+            )
+        elif Path(noted).exists():
             checkpoint = Path(noted)
         else:
             raise ConfigError(

@@ -115,8 +115,13 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:
-    """A sentence tail such as ` Did you mean 'val'?`; empty where no known name is near, or too many to look at."""
-    match = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5) if len(known) <= 20_000 else []
+    """A sentence tail such as ` Did you mean 'val'?`; empty where no known name is near, or too many to look at.
+
+    Known names may come from a file: what is too long to be printed is not compared either.
+    """
+    if len(known) > 20_000 or len(str(given)) > 300:
+        return ""
+    match = difflib.get_close_matches(str(given), [name for name in known if len(name) <= 300], n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
 
 

@@ -1,7 +1,9 @@
 """A picture inside a tar shard, read by place: it is taken wherever a path is."""
 
 import contextlib
+import errno
 import os
+import stat
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,12 +23,13 @@ class ShardImage:
         """The bytes of the image file. Raises DataError where the shard ends before them."""
         try:
             opened = _opened(self.shard)  # held while reading: two threads may open one shard, and the cache keeps one
-            data = os.pread(opened.number, self.size, self.offset)
+            whole = 0 <= self.offset <= self.offset + self.size <= os.fstat(opened.number).st_size
+            data = os.pread(opened.number, self.size, self.offset) if whole and self.size >= 0 else None
         except OSError as error:
             raise DataError(
                 f"{self.shard} cannot be read ({error.strerror}); is the folder of shards complete?"
             ) from None
-        if len(data) != self.size:
+        if data is None or len(data) != self.size:
             raise DataError(f"{self.shard} is truncated: it ends before image {self.name!r}; copy the shard again")
         return data
 
@@ -38,7 +41,9 @@ class _Opened:
     """A descriptor that is closed when its last user lets go of it: not before a thread has read to the end."""
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its writer
+        if not stat.S_ISREG(os.fstat(self.number).st_mode):
+            raise OSError(errno.EINVAL, "is no file", path)
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from neucore_plugin.common.errors import DataError, first_few
 from neucore_plugin.common.files import file_errors
+from neucore_plugin.common.images import LOOKED_FOR
 from neucore_plugin.common.names import name_of, path_of
 from neucore_plugin.retrieval import earlier, units
 from neucore_plugin.retrieval.encoding import (
@@ -133,7 +134,9 @@ def build(
         planned = plan(collected, settings.unit_size)
     manifest = _begin(model, collected, folder, settings, checkpoint, planned)
     there = units.read_all(folder, manifest)
-    done = units.planned_done(there)
+    # where nothing could be read at all, a drive was away: these are tried again
+    again = {name for name, facts in there.items() if facts.failures and not facts.count and not facts.replaces}
+    done = units.planned_done(there) - again
     own = [name for number, name in enumerate(planned) if number % share[1] == share[0] and name not in done]
     failures, read_ = [], sum(facts.count for facts in there.values())
     root = path_of(manifest.root) if manifest.root else None
@@ -147,11 +150,13 @@ def build(
             made = encode(model, some, root, settings.batch_size, settings.dtype, settings.workers, shown, digests=True)
             facts = Facts(manifest.id, manifest.model, failures=_plain([*bad, *made.failures]))
             with units.writing(folder):
-                if name not in units.listed(folder):  # else the same share was started twice
+                if name in again or name not in units.listed(folder):  # else the same share was started twice
                     units.put(folder, name, facts, made.encodings, made.rows)
             failures += [*bad, *made.failures]
             read_ += len(made.rows)
     tell(failures, read_)
+    if not read_ and not failures and set(planned) <= {*done, *own}:
+        raise DataError(f"no images in {first_few(map(str, collected.shards))}; looked for {LOOKED_FOR}")
 
 
 def _unpacked(shard: Path, root: Path | None) -> tuple[list[Item], list[Failure]]:

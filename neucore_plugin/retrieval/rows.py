@@ -77,7 +77,7 @@ class Rows:
                 if not self._sound:
                     self._check()
                 return self._connection.execute(sql, tuple(values)).fetchall()
-            except (sqlite3.DatabaseError, OverflowError) as error:
+            except (sqlite3.DatabaseError, OverflowError, UnicodeDecodeError) as error:
                 raise DataError(f"{self._place} is damaged ({error}); build the index again") from None
 
     def check(self) -> None:
@@ -90,7 +90,7 @@ class Rows:
     def _check(self) -> None:
         self._connection.execute("PRAGMA trusted_schema = OFF")
         self._connection.execute("PRAGMA cell_size_check = ON")
-        if dict(self._connection.execute("SELECT name, sql FROM sqlite_master")) != _SCHEMA:
+        if sorted(self._connection.execute("SELECT name, sql FROM sqlite_master")) != sorted(_SCHEMA.items()):
             raise sqlite3.DatabaseError("its tables are not those of an index")
         first, last = self._connection.execute(
             "SELECT (SELECT min(row) FROM rows), (SELECT max(row) FROM rows)"

@@ -147,7 +147,8 @@ def listed(path: Path, root: Path) -> list[Item]:
             raise DataError(f"{where}: is {type(row).__name__}; give a path, or an object with a path and attributes")
         key = next((key for key in _PATHS if key in row), None)
         if key is None or not isinstance(row[key], str) or not row[key] or "\0" in row[key]:
-            raise DataError(f"{where}: names no file; one of its keys must be {', '.join(_PATHS)}, and hold a text")
+            there = f"it has {first_few(map('{!r:.40}'.format, row))}" if key is None else f"its {key!r} is none"
+            raise DataError(f"{where}: names no file; {there}. Name the file, a text, by one of {', '.join(_PATHS)}")
         file, name = canonical(path.parent / path_of(row[key])), row.get("name")
         if name is not None and (not isinstance(name, str) or not name):
             raise DataError(f"{where}: its name is {name!r:.80}; give a text, or leave it out")
@@ -160,7 +161,9 @@ def listed(path: Path, root: Path) -> list[Item]:
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True, skipinitialspace=True)
+        if again := repeated(reader.fieldnames or ()):
+            raise DataError(f"{path}: the header names {first_few(map(repr, again))} twice; give each column its own name")
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(f"{path}, line {reader.line_num}: has not as many cells as the header; mend it")
@@ -217,6 +220,8 @@ def in_shard(path: Path, root: Path | None) -> list[Item]:
         end = os.path.getsize(path)
         with tarfile.open(path, "r:", errors="surrogateescape", encoding="utf-8") as tar:
             for member in tar:
+                if member.size < 0:  # Python would read the same header for ever
+                    raise tarfile.ReadError("a member has a negative size")
                 folder, _, name = member.name.rpartition("/")
                 if not member.isreg() or member.issparse() or is_hidden(name):
                     continue
@@ -229,8 +234,8 @@ def in_shard(path: Path, root: Path | None) -> list[Item]:
                     pictures[name] = key, ShardImage(str(path), member.offset_data, member.size, name)
                 elif suffix in (".json", ".txt") and member.size <= _NOTE and "." not in stem:
                     notes.setdefault(key, {}).update(_note(suffix, tar.extractfile(member).read(), path, member.name))
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is no whole tar file ({error}); a compressed one must be unpacked first") from None
+    except (tarfile.TarError, OSError, ValueError, EOFError, MemoryError, OverflowError, RecursionError) as error:
+        raise DataError(f"{path} is no whole tar file ({error or type(error).__name__}); a compressed one must be unpacked first") from None
     return [Item(name, image, notes.get(key, {})) for name, (key, image) in pictures.items()]
 
 

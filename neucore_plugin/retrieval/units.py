@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.common.errors import DataError, first_few
 from neucore_plugin.common.files import (
     atomic_write,
     file_errors,
@@ -182,9 +182,13 @@ def read_all(folder: Path, manifest: Manifest) -> dict[str, Facts]:
 
 
 def in_force(found: Mapping[str, Facts]) -> dict[str, Facts]:
-    """Those that no other replaces."""
+    """Those that no other replaces. DataError where units replace each other: pictures would vanish."""
     replaced = {name for facts in found.values() for name in facts.replaces}
-    return {name: facts for name, facts in found.items() if name not in replaced}
+    left = {name: facts for name, facts in found.items() if name not in replaced}
+    # a compaction names all that the units it replaces have replaced
+    if lost := (replaced & set(found)) - {name for facts in left.values() for name in facts.replaces}:
+        raise DataError(f"units {first_few(sorted(lost))} replace each other (damaged or altered); {REMEDY}")
+    return left
 
 
 def read_facts(folder: Path, manifest: Manifest, name: str) -> Facts | None:
@@ -361,6 +365,7 @@ def put(folder: Path, name: str, facts: Facts, arrays: Mapping[str, Tensor], row
     What an earlier try has left of it is overwritten. On an error nothing of it stays. Raises FileError.
     """
     place = folder / "units" / name
+    _own(folder / "units" / f"{name}.json")
     facts.count = len(next(iter(arrays.values()))) if arrays else 0
     with file_errors(place):
         (folder / "units").mkdir(parents=True, exist_ok=True)

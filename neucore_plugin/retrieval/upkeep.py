@@ -40,7 +40,7 @@ class Synced:
 
 @dataclass(frozen=True)
 class _Work:
-    """A picture that the index lacks as it is. old: position of what has its name; same: of what has its content."""
+    """A picture that the index lacks as it is. old: position of what lies in its place; same: of what has its content."""
 
     item: Item
     old: int | None
@@ -54,28 +54,34 @@ class _Work:
 def sync(
     index: Any, collected: Collected, folder: Path, batch_size: int, workers: int, progress: bool, unit_size: int
 ) -> Synced:
-    """Bring a `GalleryIndex` up to what was collected in a folder; what lies elsewhere is left alone."""
+    """Bring a `GalleryIndex` up to what was collected in a folder; what lies elsewhere is left alone.
+
+    A picture is known by its place, and by its content where that is new. One that a list has named keeps that name.
+    """
     done, there = Synced(), dict(_below(index, folder))
-    names = {row.name: position for position, row in there.items()}
+    paths = {row.path: position for position, row in there.items()}
     by_digest = {row.digest: position for position, row in there.items() if row.digest is not None}
     sizes = {row.bytes for row in there.values()}
     work = []
+    wanted: set[str] = set()
     for item in tqdm(collected.items, "comparing", unit="image", disable=not progress):
-        found = _compared(item, names.get(item.name), there, by_digest, sizes)
+        wanted.add(path := relative(item.file, index.root))
+        found = _compared(item, paths.get(path), there, by_digest, sizes)
         if found is None:
             done.unchanged += 1
         else:
             work.append(found)
-    wanted = {item.name for item in collected.items}
-    gone = [position for name, position in names.items() if name not in wanted]
+    gone = [position for position, row in there.items() if row.path not in wanted]
+    work = _named(work, there, set(gone))
     with bar(sum(some.same is None for some in work), progress) as shown:
         for start in range(0, len(work), unit_size):
             some = work[start : start + unit_size]
             made = _made(index, some, there, batch_size, workers, shown)
-            index.change(made, [one.old for one in some if one.old is not None])
+            kept = [one.same for one in some if one.same is not None and there[one.same].name == one.item.name]
+            index.change(made, sorted({*kept, *(one.old for one in some if one.old is not None)}))
             _note(done, some, made)
     index.change(Encoded({}, [], []), gone)  # last: a picture that moved is never at neither place
-    done.removed = [there[position].name for position in gone]
+    done.removed = [name for position in gone if (name := there[position].name) not in done.moved]
     return done
 
 
@@ -86,6 +92,18 @@ def _below(index: Any, folder: Path) -> Iterable[tuple[int, Row]]:
     for position, row in index.rows():
         if row.place is None and row.path.startswith(absolute if row.path.startswith("/") else inside):
             yield position, row
+
+
+def _named(work: Iterable[_Work], there: Mapping[int, Row], gone: set[int]) -> list[_Work]:
+    """With the names that a list gave: of a picture that stays, and of one that moved; a copy of it has its path."""
+    found = []
+    for some in work:
+        known = some.old if some.old is not None else some.same if some.same in gone else None
+        if known is not None and there[known].name != there[known].path:
+            some = replace(some, item=replace(some.item, name=there[known].name))
+            gone = gone - {known}
+        found.append(some)
+    return found
 
 
 def _compared(
