@@ -35,6 +35,7 @@ from neucore_plugin.commands import (
     vocab,
 )
 from neucore_plugin.common.errors import FileError, NeucoreError, explained
+from neucore_plugin.common.text import visible
 
 COMMANDS = (train, evaluate, study, index, search, serve, demo, report, compare, configs, models, data, vocab)
 COMMANDS += (shards, submit, convert, export, setup_host)
@@ -138,7 +139,7 @@ def guarded(command: Callable[[], Any]) -> int:
 
 def _refused(error: NeucoreError) -> int:
     if os.environ.get("RANK", "0") == "0" or not error.shared:
-        _say(f"error: {error}")
+        _say("\n".join(visible(line) for line in f"error: {error}".split("\n")))  # it may hold names of files
     else:
         time.sleep(3)  # torchrun ends all processes when one has ended: the first must get to print
     return 2

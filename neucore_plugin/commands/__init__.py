@@ -30,10 +30,11 @@ def import_own(module: str | None) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON: in ASCII alone where stdout's encoding lacks a letter, since JSON has its own escapes."""
+    """Print a value as JSON: in ASCII alone where stdout's encoding lacks a letter, or a terminal may obey one."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        plain = text.replace("\n", "").isprintable()
     except UnicodeEncodeError:
-        text = json.dumps(value, indent=2)
-    print(text)
+        plain = False
+    print(text if plain else json.dumps(value, indent=2))

@@ -170,7 +170,8 @@ def _build(arguments: argparse.Namespace) -> None:
     if lacking > 0:
         print(f"{lacking} of {facts['planned_units']} units are still to come from the other processes")
     elif number == 0:
-        print(visible(f"search it: neucore search {shlex.quote(str(arguments.out))} --image PICTURE --text 'what should be different'"))
+        place = shlex.quote(str(arguments.out))
+        print(visible(f"search it: neucore search {place} --image PICTURE --text 'what should be different'"))
 
 
 def _quietly(make: Callable[[], Any]) -> Any:

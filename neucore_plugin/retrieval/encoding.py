@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from neucore_plugin.common.errors import DataError, first_few
+from neucore_plugin.common.errors import DataError, NeucoreError, first_few
 from neucore_plugin.common.files import sha256_file
 from neucore_plugin.common.images import load_for
 from neucore_plugin.common.shard_image import ShardImage
@@ -98,6 +98,27 @@ def probe(model: RetrievalModel) -> dict[str, tuple[int, ...]]:
     pixels = model.image_processor(Image.new("RGB", (64, 64), "white"))
     with torch.inference_mode(), evaluating(model):
         return shapes_of(model.encode_image(pixels[None].to(model.device)))
+
+
+@contextmanager
+def fitting(index: Any) -> Iterator[None]:
+    """For whatever scores an index by its model: encodings that are not of the model's shapes become a DataError."""
+    try:
+        yield
+    except NeucoreError:
+        raise
+    except Exception:
+        check_shapes(index.shapes, index.model)
+        raise
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], model: RetrievalModel) -> None:
+    """DataError where an index says that a model built it, but holds what that model never makes."""
+    if (made := probe(model)) != shapes:
+        raise DataError(
+            f"the index holds encodings {shapes}, but its model makes {made}: the index was altered, or another model "
+            "built it; build it again"
+        )
 
 
 def check_settings(batch_size: int, workers: int, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.images import Picture
 from neucore_plugin.retrieval import filters
-from neucore_plugin.retrieval.encoding import evaluating
+from neucore_plugin.retrieval.encoding import evaluating, fitting
 from neucore_plugin.retrieval.qdrant_edge import worth_scoring
 from neucore_plugin.retrieval.ranks import topk
 
@@ -185,7 +185,7 @@ def answer(index: Any, queries: Sequence[Query]) -> list[list[Found]]:
     for number, query in enumerate(queries):
         filtered.setdefault((query.where or "").strip() or None, []).append(number)
     step = max(1, min(_BATCH, _CELLS // max(1, index.stored)))
-    with torch.inference_mode(), evaluating(model):
+    with torch.inference_mode(), evaluating(model), fitting(index):
         for where, numbers in filtered.items():
             places = passing(index, where)
             for start in range(0, len(numbers), step):

@@ -163,7 +163,9 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
     try:
         reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True, skipinitialspace=True)
         if again := repeated(reader.fieldnames or ()):
-            raise DataError(f"{path}: the header names {first_few(map(repr, again))} twice; give each column its own name")
+            raise DataError(
+                f"{path}: the header names {first_few(map(repr, again))} twice; give each column its own name"
+            )
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(f"{path}, line {reader.line_num}: has not as many cells as the header; mend it")
@@ -235,7 +237,8 @@ def in_shard(path: Path, root: Path | None) -> list[Item]:
                 elif suffix in (".json", ".txt") and member.size <= _NOTE and "." not in stem:
                     notes.setdefault(key, {}).update(_note(suffix, tar.extractfile(member).read(), path, member.name))
     except (tarfile.TarError, OSError, ValueError, EOFError, MemoryError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path} is no whole tar file ({error or type(error).__name__}); a compressed one must be unpacked first") from None
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path} is no whole tar file ({reason}); a compressed one must be unpacked first") from None
     return [Item(name, image, notes.get(key, {})) for name, (key, image) in pictures.items()]
 
 

@@ -15,7 +15,7 @@ from neucore_plugin.common.files import file_errors, sha256_file
 from neucore_plugin.common.names import name_of, path_of
 from neucore_plugin.retrieval import units
 from neucore_plugin.retrieval.building import SAVED, check_model, read
-from neucore_plugin.retrieval.encoding import Encoded, bar, encode, row_of
+from neucore_plugin.retrieval.encoding import Encoded, bar, check_shapes, encode, row_of
 from neucore_plugin.retrieval.rows import Row
 from neucore_plugin.retrieval.sources import Collected, Item, relative, repeated
 from neucore_plugin.retrieval.units import Facts, Manifest, Part
@@ -40,7 +40,7 @@ class Synced:
 
 @dataclass(frozen=True)
 class _Work:
-    """A picture that the index lacks as it is. old: position of what lies in its place; same: of what has its content."""
+    """A picture that the index lacks as it is. old: position of what lies in its place; same: of its content."""
 
     item: Item
     old: int | None
@@ -255,6 +255,7 @@ def verify(index: Any, model: Any = None, progress: bool = True) -> dict[str, An
     problems = []
     if model is not None:
         problems += _problem(lambda: check_model(index.model_fingerprint, model, f" in {index.folder}"))
+        problems += [] if problems else _problem(lambda: check_shapes(index.shapes, model))
     bad = set()
     checked = units.check_sums(index.folder, index.units)
     for name, wrong in tqdm(checked, "checking", len(index.units), unit="unit", disable=not progress):

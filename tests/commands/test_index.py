@@ -96,6 +96,8 @@ def test_a_process_knows_its_share(environment, expected):
     "environment",
     [
         {"RANK": "1"},
+        array(0, 4, 0, SLURM_ARRAY_TASK_STEP="0"),
+        array(0, 4, 0, SLURM_ARRAY_TASK_STEP="two"),
         {"RANK": "x", "WORLD_SIZE": "2"},
         {"RANK": "2", "WORLD_SIZE": "2"},
         {"SLURM_ARRAY_TASK_ID": "1"},
@@ -126,3 +128,20 @@ def test_bad_arguments_are_one_error_each(neucore, folder, tmp_path):
     assert "would remove all" in refused("remove", tmp_path / "index", *NAMES)
     assert "is not at" in refused("sync", tmp_path / "index")  # best.pth is no file
     assert "no folder" in refused("sync", tmp_path / "index", tmp_path / "none", *best)
+
+
+def test_what_a_terminal_would_obey_is_printed_as_its_escape(neucore, tmp_path):
+    evil = "a\x1b[31m\x9b2J\u202e.png"
+    draw(tmp_path / "pictures" / evil, "red")
+    draw(tmp_path / "pictures" / "other one.png", "red")
+    index = tmp_path / "my index"
+    code, out, err = neucore("build", tmp_path / "pictures", "--checkpoint", "best.pth", "--out", index)
+    assert code == 0 and f"neucore search '{index}' --image" in out
+    (tmp_path / "pictures" / evil).write_text("broken now")
+    texts = [out, err, *neucore("sync", index, "--checkpoint", "best.pth")[1:], neucore("info", index, "--failures")[1]]
+    texts += neucore("add", index, tmp_path / "pictures" / evil, "--checkpoint", "best.pth")[1:]
+    texts += neucore("remove", index, evil + "x")[1:]
+    code, out, _ = neucore("info", index, "--failures", "--json")
+    assert json.loads(out)["unreadable"][0]["name"] == evil
+    assert not [text for text in [*texts, out] if any(sign in text for sign in "\x1b\x9b\u202e")]
+    assert sum("\\x1b[31m\\x9b2J\\u202e.png" in text for text in texts) >= 4

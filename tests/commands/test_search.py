@@ -148,5 +148,9 @@ def test_a_checkpoint_that_moved_and_another_model(saved, tmp_path, capsys):
     other = tiny.save(tiny.build("sum"), tmp_path / "other.pth")
     code, _, err = search(capsys, tmp_path / "moved", "--checkpoint", other, "--text", "red")
     assert code == 2 and "their encodings cannot be compared" in err
+    manifest = tmp_path / "moved" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("/nowhere/best.pth", "someone/model"))
+    code, _, err = search(capsys, tmp_path / "moved", "--text", "red")  # an index makes nobody fetch what it names
+    assert code == 2 and "was built by someone/model of the hub; to use it give --checkpoint someone/model" in err
     code, out, _ = search(capsys, tmp_path / "moved", "--checkpoint", saved / "best.pth", "--text", "red")
     assert code == 0 and len(out.splitlines()) == 6

@@ -203,7 +203,10 @@ def test_a_list_of_paths(folder, tmp_path):
 
 BAD_LISTS = [
     ("a.csv", "", "lists no images"),
-    ("a.csv", "price\n3\n", "entry 1: names no file; one of its keys must be path, file"),
+    ("a.csv", "price\n3\n", "entry 1: names no file; it has 'price'. Name the file, a text, by one of path, file"),
+    ("a.csv", "path;price\nred.png;3\n", "entry 1: names no file; it has 'path;price'"),
+    ("a.csv", "path,price,price\nred.png,3,4\n", "the header names 'price' twice"),
+    ("a.csv", f"path,text\nred.png,{'x' * 10**6}\n", "no valid CSV .*field larger"),
     ("a.csv", "path,price\nred.png\n", "line 2: has not as many cells"),
     ("a.csv", "path,price\nred.png,1,2\n", "line 2: has not as many cells"),
     ("a.csv", 'path\n"red.png\n', "no valid CSV"),
@@ -218,6 +221,11 @@ BAD_LISTS = [
     ("a.txt", "red.png", "is a file; give a list of files"),
     ("a.tar", "red.png", "none of the 1 images could be read.*is no whole tar file"),
 ]
+
+
+def test_blanks_after_commas_are_no_part_of_a_csv(folder, tmp_path):
+    (folder / "a.csv").write_text('\ufeffpath, price, shop\r\nred.png, 3, "a, b"\r\n', encoding="utf-8")
+    assert build(folder / "a.csv", tmp_path / "index").attributes(0) == {"price": 3, "shop": "a, b"}
 
 
 @pytest.mark.parametrize(("name", "text", "message"), BAD_LISTS)
@@ -315,3 +323,49 @@ def test_our_own_shards_keep_their_names(folder, tmp_path):
         index.write_text(json.dumps(plain))
         with pytest.raises(DataError, match=message):
             build(tmp_path / "shards", tmp_path / "other")
+
+
+def header(kind=b"0", size=-512):
+    """Of a tar member; the size is of GNU's binary sort."""
+    member = bytearray(tarfile.TarInfo("x.png").tobuf())
+    member[156:157], member[124:136] = kind, b"\xff" * 4 + size.to_bytes(8, "big", signed=True)
+    if size > 0:
+        member[124:128] = b"\x80" + bytes(3)
+    member[148:156] = b" " * 8
+    member[148:156] = b"%06o\0 " % sum(member)
+    return bytes(member)
+
+
+LYING_TARS = {
+    "round for ever": (True, header()),
+    "back to the first": (False, header(size=-1024)),
+    "negative pax": (False, header(b"x")),
+    "negative name": (False, header(b"L")),
+    "huge pax": (False, header(b"x", 1 << 50)),
+    "huge name": (False, header(b"L", 1 << 50)),
+    "huge picture": (True, header(size=1 << 50)),
+}
+
+
+@pytest.mark.parametrize("name", LYING_TARS)
+def test_a_tar_that_lies_is_one_failure(tmp_path, name):
+    behind, lie = LYING_TARS[name]
+    good = pack(tmp_path / "shards" / "a.tar", {"1.png": png("red")}).read_bytes()
+    (tmp_path / "shards" / "b.tar").write_bytes(good[:1024] * behind + lie + good)
+    found = build(tmp_path / "shards", tmp_path / "index")
+    assert found.names == ["a/1.png"]
+    assert [failure.name for failure in found.failures] == ["b.tar"]
+    assert "is no whole tar file (" in found.failures[0].reason and "()" not in found.failures[0].reason
+
+
+def test_a_build_of_no_pictures_at_all_is_an_error_each_time(folder, tmp_path):
+    (folder / "a.json").write_text('["one.png", "two.png"]')
+    for _ in range(2):
+        with pytest.raises(DataError, match="none of the 2 images could be read: one.png"):
+            build(folder / "a.json", tmp_path / "index")
+    draw(folder / "two.png", "pink")  # such as a drive that is back
+    assert build(folder / "a.json", tmp_path / "index").names == ["two.png"]
+    pack(tmp_path / "shards" / "a.tar", {"a.txt": b"no picture"})
+    for _ in range(2):
+        with pytest.raises(DataError, match="no images in .*a.tar"):
+            build(tmp_path / "shards" / "a.tar", tmp_path / "other")

@@ -85,6 +85,24 @@ def test_sync_keeps_attributes_and_leaves_other_folders_alone(folder, tmp_path):
     assert not sub.removed and sub.unchanged == 3  # what lies beside the folder is not asked for
 
 
+def test_sync_keeps_the_names_of_a_list(folder, tmp_path):
+    (folder / "a.csv").write_text("path,name,price\nred.png,Red one,3\ngreen.png,Green one,4\nblue.png,,5\n")
+    index = GalleryIndex.build(ColourModel(), folder / "a.csv", out=tmp_path / "index", progress=False)
+    (folder / "a.csv").unlink()
+    done = index.sync(progress=False)
+    assert (done.added, done.unchanged) == (["more/Grey.JPG", "more/deep/pink.webp"], 3)
+    assert not done.moved and not done.removed
+    (folder / "green.png").rename(folder / "moved.png")
+    shutil.copy(folder / "moved.png", folder / "z-copy.png")
+    draw(folder / "red.png", (200, 1, 1), size=(9, 9))
+    done = index.sync(progress=False)
+    assert (done.changed, done.moved, done.removed) == (["Red one"], ["Green one", "z-copy.png"], [])
+    found = GalleryIndex.open(tmp_path / "index", index.model)
+    known = {row.name: (row.path, row.attributes.get("price")) for _, row in found.rows()}
+    assert known["Red one"] == ("red.png", 3) and known["Green one"] == ("moved.png", 4)
+    assert len(known) == len(found) == 6 and found.verify()["problems"] == []
+
+
 def test_a_gallery_that_moved_as_a_whole_is_found_again(stored, folder, tmp_path):
     folder.rename(tmp_path / "moved")
     stored.model.encoded.clear()
@@ -246,6 +264,12 @@ def link_unit(folder):
     place.symlink_to(folder.parent / "secret")
 
 
+def replace_each_other(folder, count):
+    paths = sorted((folder / "units").glob("*.json"))[:count]
+    for path, other in zip(paths, [*paths[1:], paths[0]], strict=True):
+        edited(path, replaces=[other.stem])
+
+
 HUGE = 10**18
 LIES = [
     (lambda f: (f / "manifest.json").write_text("{"), "no valid JSON"),
@@ -283,6 +307,8 @@ LIES = [
     (lambda f: linked(f, "fg.npy"), "is a link"),
     (lambda f: linked(f, "rows.sqlite"), "is a link"),
     (link_unit, "is a link"),
+    (lambda f: replace_each_other(f, 2), "replace each other"),
+    (lambda f: replace_each_other(f, 3), "replace each other"),
 ]
 
 
@@ -308,6 +334,10 @@ BAD_ROWS = [
     (["UPDATE rows SET path = NULL"], "a row holds something else"),
     (["UPDATE rows SET name = CAST(x'ff' AS BLOB)"], "a row holds something else"),
     (["UPDATE rows SET name = CAST(x'ff' AS TEXT)"], "damaged"),
+    (
+        ["PRAGMA writable_schema = ON", "UPDATE sqlite_master SET sql = CAST(x'ff' AS TEXT) WHERE name = 'by_file'"],
+        "damaged",
+    ),
 ]
 
 
@@ -318,6 +348,53 @@ def test_rows_that_lie_are_one_error(stored, statements, message):
     with pytest.raises(DataError, match=message):
         _ = index.names
     assert any(message.partition("|")[0][:8] in text or "damaged" in text for text in index.verify()["problems"])
+
+
+def other_encodings(folder, shape, key="fg"):
+    """Whole and in agreement with its sums, but not what the model makes."""
+    keys = json.loads((folder / "manifest.json").read_text())["keys"]
+    edited(folder / "manifest.json", keys={key: shape} | {name: keys[name] for name in keys if name != "fg"})
+    for path in sorted((folder / "units").glob("*.json")):
+        noted = json.loads(path.read_text())
+        (path.with_suffix("") / "fg.npy").unlink()
+        array = path.with_suffix("") / f"{key}.npy"
+        np.save(array, np.ones((noted["count"], *shape), np.float16))
+        del noted["files"]["fg.npy"]
+        noted["files"][array.name] = {"bytes": array.stat().st_size, "sha256": sha256_file(array)}
+        path.write_text(json.dumps(noted))
+
+
+@pytest.mark.parametrize(("shape", "key"), [([4], "fg"), ([1], "fg"), ([], "fg"), ([2, 2], "fg"), ([3], "other")])
+def test_encodings_that_the_model_never_makes(stored, shape, key):
+    other_encodings(stored.folder, shape, key)
+    index = GalleryIndex.open(stored.folder, ColourModel())
+    with pytest.raises(DataError, match="the index holds encodings .* but its model makes .*'fg': "):
+        index.search(text="red")
+    assert ["the index holds encodings" in text for text in index.verify(ColourModel())["problems"]] == [True]
+
+
+@pytest.mark.parametrize("place", [-5, 0, 2**62])
+def test_pictures_in_what_is_no_shard_are_refused(stored, tmp_path, place):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", stored.root / "blue.png"):
+        rows(stored.folder, f"UPDATE rows SET path = '{path}', place = {place}, bytes = {1 << 40}")
+        with pytest.raises(DataError, match="is no file|is truncated"):
+            GalleryIndex.open(stored.folder, ColourModel()).search(image="blue.png")
+
+
+def test_nothing_is_written_through_a_link(stored, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.rmtree(stored.folder / "units")
+    (stored.folder / "units").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="is a link"):
+        GalleryIndex.open(stored.folder, ColourModel()).add(stored.root, progress=False)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_name_without_end_hinders_nothing(stored):
+    rows(stored.folder, "UPDATE rows SET name = zeroblob(3000000) WHERE row = 0")
+    with pytest.raises(DataError, match="no image 'rd.png' in the index .5 images..$|Did you mean 'red.png'"):
+        GalleryIndex.open(stored.folder, ColourModel()).search(image=None, text="red", exclude=["rd.png"])
 
 
 def test_verify_tells_every_kind_of_damage(stored, folder):
