@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from machine import Row, peak
 
 import neucore_plugin
 
@@ -41,7 +42,8 @@ def fastest(parts: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 
 @torch.inference_mode()
-def measure(model_type: str, batch: int, rounds: int) -> None:
+def measure(model_type: str, batch: int, rounds: int) -> dict[str, float]:
+    """Prints and gives processor milliseconds a picture of each part."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = NeucoreModel.from_config(
@@ -70,6 +72,17 @@ def measure(model_type: str, batch: int, rounds: int) -> None:
         f"query {found['head, query'] / encoders:.1%}",
         flush=True,
     )
+    return found
+
+
+def rows(quick: bool) -> list[Row]:
+    """Of the table of all benchmarks."""
+    made = []
+    for model_type in ("embedded",) if quick else TYPES:
+        found = {name: value / 1000 for name, value in measure(model_type, 8, 3 if quick else 5).items()}
+        encoders = found["image encoder"] + found["text encoder"]
+        made.append(Row(f"head for a query, {model_type}", found["head, query"], "its encoders", encoders, peak()))
+    return made
 
 
 def main() -> None:

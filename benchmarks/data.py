@@ -19,15 +19,16 @@ import json
 import multiprocessing
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from machine import Row, own_process
 from PIL import Image
 
 from neucore_plugin.common.images import load_image
@@ -105,6 +106,48 @@ def open_form(form: str, root: Path, workers: int = 0) -> BatchLoader | StreamLo
     return BatchLoader(dataset, BATCH, shuffle=True, **options)
 
 
+class Plain(torch.utils.data.Dataset):
+    """What one would write without this package: both pictures of a pair opened by Pillow, 224 x 224, normalised."""
+
+    def __init__(self, root: Path) -> None:
+        self.paths = sorted((root / "images").iterdir())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        places = (self.paths[number], self.paths[(number + 1) % len(self.paths)])
+        pictures = [Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for path in places]
+        arrays = [torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 for picture in pictures]
+        reference, target = ((array - 0.45) / 0.22 for array in arrays)
+        return {"index": number, "reference_image": reference, "target_image": target, "text_input": "x"}
+
+
+def rows(quick: bool) -> list[Row]:
+    """Of the table of all benchmarks: an epoch without workers."""
+    made = []
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name).resolve()
+        paths = generate(root / "images", 300 if quick else 2000)
+        write_forms(root, paths, 32 << 20)
+        loaders = {form: open_form(form, root) for form in FORMS}
+        plain = torch.utils.data.DataLoader(Plain(root), BATCH, shuffle=True)
+        spent = dict.fromkeys((*FORMS, "plain"), float("inf"))
+        for turn in range(3):
+            for form, loader in loaders.items():
+                spent[form] = min(spent[form], seconds(loader, turn)[1])
+            begun = _processor()
+            for _ in plain:
+                pass
+            spent["plain"] = min(spent["plain"], _processor() - begun)
+        memory = {form: cost_in_its_own_process(form, root) for form in FORMS}
+        for form in FORMS:
+            grown = 0 if memory[form] is None else int(memory[form]["memory"])
+            what = f"an epoch of {len(paths)} pairs, {form} (memory beyond start)"
+            made.append(Row(what, spent[form], "plain PIL data set", spent["plain"], grown))
+    return made
+
+
 def seconds(loader: BatchLoader | StreamLoader, epoch: int) -> tuple[float, float, int]:
     """Wall time and processor time, workers included, of an epoch; its pairs."""
     wall, cpu = time.perf_counter(), _processor()
@@ -154,8 +197,7 @@ def cost(form: str, root: Path) -> dict[str, float]:
 def cost_in_its_own_process(form: str, root: Path) -> dict[str, float] | None:
     if not Path("/proc/self/status").exists():
         return None
-    command = [sys.executable, __file__, "--cost", form, str(root)]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout)
+    return json.loads(own_process(__file__, "--cost", form, str(root)))
 
 
 def report(root: Path, rounds: int) -> None:

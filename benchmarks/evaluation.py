@@ -14,11 +14,11 @@ matrix product of 2048 x 2048 x 2048 reaches on this machine in the same run.
 """
 
 import argparse
-import resource
 import time
 
 import torch
 import torch.nn.functional as F
+from machine import Row, peak, product_rate
 
 from neucore_plugin.models.concept_alignment import ConceptAlignment
 from neucore_plugin.models.matching import TERMS, Matching
@@ -46,6 +46,7 @@ class Released(torch.nn.Module):
             gumbel=False,
             generator_linears=2,
             instruction_linears=2,
+            attend_padding=False,
         )
         self.matching = Matching(dim=WIDTH, terms=TERMS, temperature=0.0, learn_temperature=False, released=True)
         self.embeddings = torch.nn.Embedding(vocabulary, WORD_WIDTH)
@@ -127,17 +128,6 @@ def in_batches(model: Released, features: torch.Tensor, asked: list[Item]) -> to
     return scores
 
 
-def product_rate() -> float:
-    """Operations a second of a large matrix product."""
-    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    times = []
-    for _ in range(6):
-        begun = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - begun)
-    return 2 * 2048**3 / min(times)
-
-
 def arithmetic(asked: list[Item], images: int) -> float:
     """Operations of the batched form's large matrix products: linear layers and attention of encoder and executors."""
 
@@ -152,6 +142,24 @@ def arithmetic(asked: list[Item], images: int) -> float:
     return encoder + executors + 2.0 * len(asked) * images * 4 * WIDTH
 
 
+def rows(quick: bool) -> list[Row]:
+    """Of the table of all benchmarks."""
+    queries, images, vocabulary = (200, 110, 4000) if quick else (4181, 2297, 4000)
+    torch.manual_seed(0)
+    model = Released(vocabulary).eval()
+    features, asked = data(queries, images, vocabulary)
+    spent, memory = [], 0
+    for form in (in_batches, one_at_a_time):
+        used = time.process_time()
+        with torch.inference_mode():
+            form(model, features, asked)
+        spent.append(time.process_time() - used)
+        memory = memory or peak()
+    share = arithmetic(asked, images) / spent[0] / product_rate()[1]
+    what = f"encode and rank {queries:,} x {images:,}, released form"
+    return [Row(what, spent[0], "one query at a time", spent[1], memory, share, "products")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, default=4181)
@@ -161,16 +169,16 @@ def main() -> None:
     torch.manual_seed(0)
     model = Released(arguments.vocabulary).eval()
     features, asked = data(arguments.queries, arguments.images, arguments.vocabulary)
-    rate = product_rate()
+    rate, _ = product_rate()
     results = {}
     for name, form in (("in batches", in_batches), ("one at a time", one_at_a_time)):
         begun, used = time.perf_counter(), time.process_time()
         with torch.inference_mode():
             results[name] = form(model, features, asked)
         seconds, cpu = time.perf_counter() - begun, time.process_time() - used
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        held = peak() / 1e6
         results[name, "seconds"], results[name, "cpu"] = seconds, cpu
-        print(f"{name:<14} {seconds:8.1f} s  {cpu:8.1f} s of processor time, peak so far {peak:,.0f} MB", flush=True)
+        print(f"{name:<14} {seconds:8.1f} s  {cpu:8.1f} s of processor time, peak so far {held:,.0f} MB", flush=True)
     fast, slow = results["in batches"], results["one at a time"]
     print(f"ratio {results['one at a time', 'seconds'] / results['in batches', 'seconds']:.2f} by time, ", end="")
     print(f"{results['one at a time', 'cpu'] / results['in batches', 'cpu']:.2f} by processor time")

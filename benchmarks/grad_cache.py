@@ -16,14 +16,12 @@ The gradients' difference is given against their largest entry, and as a norm ov
 import argparse
 import json
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 
 import torch
+from machine import Row, own_process, peak
 from torch import Tensor, nn
 
 import neucore_plugin
@@ -110,11 +108,6 @@ def pairs(count: int) -> dict:
     }
 
 
-def peak() -> int:
-    """Bytes that this process held at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure(batch: int, chunk: int | None, depth: int, path: str, steps: int) -> dict[str, float]:
     """Seconds of the fastest step and bytes beyond what was there before; the gradients go to `path`."""
     bare, samples = model(depth), pairs(batch)
@@ -134,12 +127,20 @@ def measure(batch: int, chunk: int | None, depth: int, path: str, steps: int) ->
 def in_its_own_process(batch: int, chunk: int | None, depth: int, path: str, threads: int) -> dict[str, float]:
     def run(steps: int, **settings: str) -> dict[str, float]:
         how = json.dumps([batch, chunk, depth, path, steps])
-        command = [sys.executable, "-W", "ignore", __file__, "--measure", how]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **settings}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True)
-        return json.loads(done.stdout)
+        return json.loads(own_process(__file__, "--measure", how, threads=threads, **settings))
 
     return {**run(STEPS), "bytes": run(1, MALLOC_MMAP_THRESHOLD_="65536")["bytes"]}
+
+
+def rows(quick: bool) -> list[Row]:
+    """Of the table of all benchmarks."""
+    batch, chunk, depth = (32, 8, 2) if quick else (64, 8, 6)
+    with tempfile.TemporaryDirectory() as folder:
+        path, threads = os.path.join(folder, "gradients"), torch.get_num_threads()
+        cached, plain = (in_its_own_process(batch, size, depth, path, threads) for size in (chunk, None))
+    what = f"step of {batch} pairs in chunks of {chunk} (memory beyond two pairs)"
+    other = f"whole batch, {plain['bytes'] / 1e6:,.0f} MB"
+    return [Row(what, cached["cpu"], other, plain["cpu"], int(cached["bytes"]))]
 
 
 def main() -> None:

@@ -6,9 +6,37 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of `python -m benchmarks`.
+
+    ours, theirs: processor seconds, of ours and of the form `other` for the same work. memory: peak of the process in
+    bytes. share: what ours reaches of the machine's rate `of` ("products" or "memory"), None where neither bounds it.
+    """
+
+    what: str
+    ours: float
+    other: str
+    theirs: float
+    memory: int
+    share: float | None = None
+    of: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """How many times dearer the other form is."""
+        return self.theirs / self.ours
+
+    @property
+    def name(self) -> str:
+        """What tells it from other rows."""
+        return f"{self.what} against {self.other}"
 
 
 def fastest(run: Callable[[], Any], runs: int = 5) -> tuple[float, float]:
@@ -40,10 +68,10 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def own_process(script: str, *arguments: str, **environment: str) -> str:
-    """What a script prints, run alone; torch has as many threads there as here."""
+def own_process(script: str, *arguments: str, threads: int | None = None, **environment: str) -> str:
+    """What a script prints, run alone; torch has as many threads there as here, unless `threads` says otherwise."""
     command = [sys.executable, "-W", "ignore", script, *arguments]
-    settings = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+    settings = {**os.environ, "OMP_NUM_THREADS": str(threads or torch.get_num_threads()), **environment}
     return subprocess.run(command, env=settings, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
 
 

@@ -22,11 +22,11 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from machine import Row, bandwidth, fastest, peak, product_rate
 
 from neucore_plugin.models.matching import TERMS, Matching
 
@@ -127,12 +127,26 @@ def memory_in_its_own_process(form: str, queries: int, images: int) -> int | Non
 
 def seconds(form: str, inputs: Encodings, runs: int) -> tuple[float, float]:
     """Wall time and processor time of the fastest run."""
-    best = (float("inf"), float("inf"))
-    for _ in range(runs):
-        wall, cpu = time.perf_counter(), time.process_time()
-        FORMS[form](*inputs)
-        best = min(best, (time.perf_counter() - wall, time.process_time() - cpu))
-    return best
+    return fastest(lambda: FORMS[form](*inputs), runs)
+
+
+def rows(quick: bool) -> list[Row]:
+    """Of the table of all benchmarks."""
+    made = []
+    for name, (queries, images) in SIZES.items():
+        if quick:
+            queries, images = max(1, queries // 10), images // 10
+        inputs = encodings(queries, images, WIDTH)
+        seconds("products", inputs, 1)
+        ours = seconds("products", inputs, 5)[1]
+        if queries > 1:  # the matrix products alone
+            share, of = 2 * queries * images * 4 * WIDTH / ours / product_rate()[1], "products"
+        else:
+            share, of = images * 2 * WIDTH * 4 / ours / bandwidth()[1], "memory"
+        memory = peak()
+        theirs = seconds("naive", inputs, 1 if queries > 1 else 3)[1]
+        made.append(Row(f"score {queries:,} x {images:,}, {name}", ours, "broadcast", theirs, memory, share, of))
+    return made
 
 
 def report(name: str, queries: int, images: int) -> None:

@@ -35,14 +35,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import bandwidth, own_process, peak, table
+from machine import Row, bandwidth, own_process, peak, table
 from torch import Tensor
 
 from neucore_plugin.models.matching import TERMS, Matching
 from neucore_plugin.retrieval import GalleryIndex, units
 from neucore_plugin.retrieval.nearest import FirstOrder
 from neucore_plugin.retrieval.qdrant_edge import CANDIDATES, EdgeCache
-from neucore_plugin.retrieval.rows import Row
+from neucore_plugin.retrieval.rows import Row as Picture
 
 WIDTH, TOP, UNIT, BLOCK = 512, 50, 1 << 16, 1 << 14
 MEAN = 0.4  # of the squared length of an encoding, what the mean of all is
@@ -118,7 +118,7 @@ def build(folder: Path, features: Features, images: int) -> float:
     units.write_manifest(folder, manifest)
     for arrays in features.blocks(images, UNIT):
         begun = time.perf_counter()
-        rows = [Row(f"{start + number:07d}.jpg", f"{start + number:07d}.jpg") for number in range(len(arrays["fg"]))]
+        rows = [Picture(name, name) for name in (f"{n:07d}.jpg" for n in range(start, start + len(arrays["fg"])))]
         with units.writing(folder):
             units.put(folder, units.next_name(folder), units.Facts(manifest.id, None), arrays, rows)
         start += len(rows)
@@ -277,6 +277,22 @@ def shown(results: list[dict[str, Any]]) -> str:
     }
     notes = [f"{r['images']:,} images: skipped {r['skipped']}" for r in results if "skipped" in r]
     return "\n".join([table([[title, *map(cell, results)] for title, cell in lines.items()]), *notes])
+
+
+def rows(quick: bool) -> list[Row]:
+    """Of the table of all benchmarks; the first stage, whose build takes longest, in the full run alone."""
+    images = 20_000 if quick else 200_000
+    found = measure(images, 20 if quick else 50, None, not quick)
+    ours, memory, what = found["exact"]["cpu"], found["memory"], f"one query x {images:,} images on disk"
+    share = found["share"]["cpu"]
+    made = [
+        Row(what, ours, other, found[form]["cpu"], memory, share, "memory")
+        for form, other in (("broadcast", "broadcast float32"), ("faiss", "faiss flat, plain part"))
+        if isinstance(found.get(form), dict)
+    ]
+    if isinstance(found.get("two-stage"), dict):
+        made.append(Row(f"two-stage, {images:,} images", found["two-stage"]["cpu"], "exact", ours, memory))
+    return made
 
 
 def main() -> None:

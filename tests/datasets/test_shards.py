@@ -333,7 +333,8 @@ def test_the_command_writes_what_training_reads(tmp_path, shapes_root, capsys, t
     assert found["images"] == found["shards"] and max(found["images"][1]) > 0
 
 
-def test_the_benchmark_reads_every_image_in_each_form(tmp_path):
+def test_the_benchmark_reads_every_image_in_each_form(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     place = ROOT / "benchmarks" / "data.py"
     spec = importlib.util.spec_from_file_location("benchmark_of_data", place)
     benchmark = importlib.util.module_from_spec(spec)

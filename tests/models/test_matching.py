@@ -246,7 +246,8 @@ def test_bad_input(name: str) -> None:
         call(build(), *encodings())
 
 
-def test_benchmark_compares_equal_scores() -> None:
+def test_benchmark_compares_equal_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     path = ROOT / "benchmarks" / "scoring.py"
     spec = importlib.util.spec_from_file_location("scoring_benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)
