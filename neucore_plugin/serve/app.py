@@ -51,7 +51,7 @@ def create_app(
     async def life(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
-        service.close()
+        await asyncio.to_thread(service.close)
 
     app = FastAPI(
         title="neucore serve",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 COOKIE = "neucore_session"
 OPEN = ("/", "/health", "/login", "/favicon.ico")  # answered without the token: no picture, no name, no search
 PAGES = ("/", "/docs")  # another site may link to them
+_GONE = 499  # counted where the client went before its answer
 _DRAINED = 8  # times the limit that is read and thrown away, so that the sender gets to read the refusal
 
 
@@ -117,12 +119,15 @@ class Guard:
         try:
             refusal = self._refusal(scope) or body.too_long(scope)
             if refusal is None:
-                await self.app(scope, body.receive, answer)
+                await self._unless_gone(scope, body, answer)
             else:
                 await self._refuse(refusal, scope, body, answer)
         except Refused as refusal:  # raised in the midst of a body
             if not status:
                 await self._refuse(refusal, scope, body, answer)
+        except asyncio.CancelledError:  # the service ends and has waited for its requests long enough
+            if not status:
+                await problem(503, "the service is ending", {"Connection": "close"})(scope, body.receive, answer)
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"][:200].encode("ascii", "backslashreplace"))
             if not status:
@@ -130,7 +135,23 @@ class Guard:
                 await problem(500, text)(scope, body.receive, answer)
         finally:
             self.running -= 1
-            self.counted(scope, status, time.perf_counter() - began)
+            self.counted(scope, status or _GONE, time.perf_counter() - began)
+
+    async def _unless_gone(self, scope: Scope, body: "_Body", answer: Send) -> None:
+        """Answer; where the client goes before that, what still waits for it is dropped."""
+        work, gone = asyncio.create_task(self.app(scope, body.receive, answer)), asyncio.create_task(body.gone())
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            left = work.cancel()
+        try:
+            await work
+        except asyncio.CancelledError:
+            if not left:
+                raise
+        except ClientDisconnect:
+            pass
 
     async def _refuse(self, refusal: Refused, scope: Scope, body: "_Body", answer: Send) -> None:
         if refusal.status == 413:
@@ -146,6 +167,9 @@ class Guard:
             known = False
         if not known:
             return Refused(421, f"this service does not answer to the name {host[:80]!r}; start it with --allowed-host")
+        if "transfer-encoding" in headers and "content-length" in headers:
+            close = {"Connection": "close"}  # a proxy may read the other one, and see another request
+            return Refused(400, "a request says its length in one way, not in two", close)
         linked = scope["method"] in ("GET", "HEAD") and scope["path"] in PAGES
         if not linked and not _own_page(headers, host):
             return Refused(403, "a page of another site asks; only the service's own page may, or a program")
@@ -173,6 +197,7 @@ class _Body:
     def __init__(self, receive: Receive, limits: Limits) -> None:
         self._receive, self.limits = receive, limits
         self.read, self.whole, self._end = 0, False, None
+        self._all = asyncio.Event()
 
     def too_long(self, scope: Scope) -> Refused | None:
         """The refusal of a body that says itself that it is too long."""
@@ -200,7 +225,15 @@ class _Body:
         self.whole = not message.get("more_body", False)
         if self.read > self.limits.body_bytes:
             raise self._refused()
+        if self.whole:
+            self._all.set()
         return message
+
+    async def gone(self) -> None:
+        """Returns when the other side goes, after it has sent all."""
+        await self._all.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
     async def drain(self) -> None:
         """Throw away what still comes, within bounds."""

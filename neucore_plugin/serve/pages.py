@@ -26,7 +26,7 @@ def _page(template: str, script: str = "", **values: Any) -> tuple[str, str]:
 
 def search_page(title: str, credit: str | None, limits: Limits) -> tuple[str, str]:
     """The page and its Content-Security-Policy. credit: what must be said of the pictures' origin."""
-    script = (_FOLDER / "page.js").read_text(encoding="utf-8")
+    script = "".join((_FOLDER / name).read_text(encoding="utf-8") for name in ("parts.js", "page.js"))
     return _page("search.html.j2", script, title=title, credit=credit, most=limits.body_bytes)
 
 

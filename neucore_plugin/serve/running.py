@@ -78,8 +78,10 @@ def address(listening: socket.socket) -> str:
 
 
 def serve(app: object, listening: socket.socket, ready: Callable[[str], None]) -> None:
-    """Answer until Ctrl-C or SIGTERM. ready(url): called once requests are answered."""
+    """Answer until Ctrl-C or SIGTERM, then what waits, for some seconds. ready(url): called once it answers."""
     import uvicorn
+
+    from neucore_plugin.serve.connection import Connection
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -93,7 +95,8 @@ def serve(app: object, listening: socket.socket, ready: Callable[[str], None]) -
         access_log=False,
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=5,
+        http=Connection,
         ws="none",
         lifespan="on",
     )

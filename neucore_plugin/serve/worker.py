@@ -1,5 +1,6 @@
 """One thread owns the model: requests wait in a bounded queue, and those that wait together are answered together."""
 
+import contextlib
 import logging
 import queue
 import threading
@@ -8,6 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 log = logging.getLogger(__name__)
+_PATIENCE = 2.0  # seconds
 
 Handler = Callable[[Sequence[Any]], Sequence[Any]]  # as many answers as items; an exception among them is an error
 
@@ -46,9 +48,10 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """Answer what waits, then end the thread."""
-        self._waiting.put(None)
-        self._thread.join()
+        """Answer what waits, then end the thread; one that is stuck is left after some seconds."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=_PATIENCE)
+        self._thread.join(_PATIENCE)
 
     def _work(self) -> None:
         while (first := self._waiting.get()) is not None:

@@ -154,6 +154,12 @@ def test_a_port_that_is_none_is_told(capsys, port):
     assert "is no port" in capsys.readouterr().err
 
 
+def test_an_option_is_spelt_in_full(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "index", "--token", "a-token-of-sixteen-letters"])
+    assert "unrecognized arguments: --token" in capsys.readouterr().err
+
+
 def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.setattr(running.importlib.util, "find_spec", lambda name: None if name == "fastapi" else object())
