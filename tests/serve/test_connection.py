@@ -139,15 +139,13 @@ def test_an_answer_that_nobody_reads_is_given_up(live):
         with contextlib.suppress(OSError):
             for _ in range(20_000):
                 raw.sendall(page)
-    end = time.monotonic() + 10
-    while server.server_state.connections and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not server.server_state.connections and ask(url)[0] == 200
+    until(lambda: not server.server_state.connections)
+    assert ask(url)[0] == 200
 
 
 def test_idle_connections_stand_in_nobodys_way_and_too_many_are_refused(live, monkeypatch):
-    url, _, _ = live
-    monkeypatch.setattr(connection.Connection, "seconds", 5)
+    url, server, _ = live
+    monkeypatch.setattr(connection.Connection, "seconds", 20)
     with contextlib.ExitStack() as idle:
         for number in range(58):
             raw = idle.enter_context(connect(url))
@@ -155,11 +153,11 @@ def test_idle_connections_stand_in_nobodys_way_and_too_many_are_refused(live, mo
         assert ask(url)[0] == 200
         for _ in range(2):
             idle.enter_context(connect(url)).sendall(b"G")
-        time.sleep(0.2)
+        until(lambda: len(server.server_state.connections) == 60)
         with connect(url) as late:
             status, content = answer_of(late)
             assert status == 503 and "try again soon" in content["error"]
-    time.sleep(0.2)
+    until(lambda: len(server.server_state.connections) < 2)
     assert ask(url)[0] == 200
 
 
@@ -181,22 +179,28 @@ def held(index, monkeypatch):
     go.set()
 
 
+def until(true):
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def query(url, text="blue"):
     body = json.dumps({"text": text}).encode()
     return head(url, "Content-Type: application/json", f"Content-Length: {len(body)}") + body
 
 
 def test_the_queries_of_those_who_went_are_dropped(held, live):
-    (go, sizes), (url, _, _) = held, live
+    (go, sizes), (url, server, _) = held, live
     with connect(url) as first:
         first.sendall(query(url))
-        while not sizes:
-            time.sleep(0.01)
+        until(lambda: sizes)
         for _ in range(3):
             with connect(url) as raw:
                 raw.sendall(query(url))
-                time.sleep(0.1)
-        time.sleep(0.2)
+                until(lambda: len(server.server_state.tasks) == 2)
+            until(lambda: len(server.server_state.tasks) == 1)
         go.set()
         assert answer_of(first)[0] == 200
     assert ask(url)[0] == 200 and sizes == [1, 1]
@@ -207,10 +211,9 @@ def test_the_end_answers_what_waits_or_says_that_it_comes(held, live, stuck):
     (go, sizes), (url, server, thread) = held, live
     with connect(url) as first, connect(url) as second:
         first.sendall(query(url))
-        while not sizes:
-            time.sleep(0.01)
+        until(lambda: sizes)
         second.sendall(query(url))
-        time.sleep(0.2)
+        until(lambda: len(server.server_state.tasks) == 2)
         began = time.monotonic()
         server.should_exit = True  # what SIGTERM sets
         time.sleep(0.5)
