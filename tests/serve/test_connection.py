@@ -108,10 +108,10 @@ def test_a_head_that_does_not_end_is_refused_also_when_it_trickles(live):
         half.sendall(b"GET / HTTP/1.1\r\nHost: local")
         began = time.monotonic()
         with contextlib.suppress(ConnectionError):
-            while time.monotonic() - began < 2:
+            while time.monotonic() - began < 15:
                 slow.sendall(b"G")
                 time.sleep(0.05)
-        assert time.monotonic() - began < 1.9
+        assert time.monotonic() - began < 14
         status, content = answer_of(half)
         assert status == 408 and "within 0.5 seconds" in content["error"]
         assert silent.recv(1) == b""
@@ -125,10 +125,10 @@ def test_a_body_that_is_sent_on_after_the_refusal_ends_the_connection(live):
         assert answer_of(raw)[0] == 404
         began = time.monotonic()
         with contextlib.suppress(ConnectionError):
-            while time.monotonic() - began < 3:
+            while time.monotonic() - began < 15:
                 raw.sendall(b"1\r\nx\r\n")
                 time.sleep(0.02)
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 14
 
 
 def test_an_answer_that_nobody_reads_is_given_up(live):
