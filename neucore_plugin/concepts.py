@@ -144,14 +144,6 @@ class ConceptExtractor:
         meta = self._nlp.meta
         return f"{meta['lang']}_{meta['name']}-{meta['version']}/spacy-{spacy.__version__}"
 
-    def exceptions(self) -> dict[str, dict[str, list[str]]]:
-        """The pipeline's irregular forms, {tag in lower case: {form: lemmas}}; empty where it has no such table."""
-        lookups = self._nlp.get_pipe("lemmatizer").lookups
-        if "lemma_exc" not in lookups.tables:
-            return {}
-        table = lookups.get_table("lemma_exc")
-        return {tag: dict(table[tag]) for tag in ("noun", "verb", "adj", "adv") if tag in table}
-
     def __call__(self, captions: Sequence[str], progress: bool = False) -> list[tuple[str, ...]]:
         """The lemmas of each caption, in the given order; () where a caption has none. Raises DataError."""
         captions = list(captions)

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--onnx",
         action="store_true",
-        help="also image.onnx and query.onnx, and search.py, which searches with onnxruntime and numpy alone",
+        help="also image.onnx and query.onnx, and search.py, which searches without torch",
     )
     parser.add_argument("--license", metavar="ID", help="of your weights, as hubs name it, such as mit or cc-by-4.0")
     parser.add_argument("--module", help="module of your own to import first: it registers the checkpoint's backbone")

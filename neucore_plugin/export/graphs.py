@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.files import write_json
-from neucore_plugin.concepts import PIPELINES, STOP_LEMMAS
 from neucore_plugin.export.lemmas import form_table
 from neucore_plugin.models.backbones.bert_words import BertText
 from neucore_plugin.models.backbones.encoder import TextEncoder
@@ -35,7 +35,6 @@ from neucore_plugin.models.matching import Matching
 
 IMAGE, QUERY, RULES, PIECES, SCRIPT = "image.onnx", "query.onnx", "search.json", "tokenizer.json", "search.py"
 TOLERANCE = 1e-4  # of a score, and of a cosine's factors
-PADDING = -1  # of word pieces
 _FITS = ("pad", "stretch")  # what SCRIPT knows
 # Captions of several lengths, with a word that is no concept, and one that says nothing.
 _TEXTS = ("make it red", "the same but much longer, with two blue buttons and no sleeves", "", "zebras")
@@ -59,22 +58,16 @@ def export_onnx(model: CirModel, folder: Path) -> str:
     refuse_unsupported(model)
     model = model.eval().cpu()
     gallery, query = ImageSide(model), QuerySide(model)
-    _write_graph(gallery, folder / IMAGE)
-    _write_graph(query, folder / QUERY)
-    rules = {
-        **{key: value for key, value in model.image_processor.settings.items() if key not in ("mean", "std")},
-        "inputs": list(query.inputs),
-        "pipelines": list(PIPELINES),
-        "specials": not query.bare_concepts,
-    }
-    if query.reads_concepts:
-        model.extract_concepts([""])
-        tagger = model._extractor
-        rules |= {"tags": sorted(tagger.tags), "unused": list(tagger.unused), "stop": sorted(STOP_LEMMAS)}
-        rules["forms"] = form_table(model.vocabulary.words, tagger)
-    write_json(folder / RULES, rules, indent=None)
+    for side, name in tqdm(((gallery, IMAGE), (query, QUERY)), "writing graphs", unit="graph"):
+        _write_graph(side, folder / name)
     pieces = word_pieces(model.backbone.text)
     pieces.save(str(folder / PIECES))
+    settings = model.image_processor.settings
+    rules = {"side": settings["image_size"], "fit": settings["fit"], "interpolation": settings["interpolation"].upper()}
+    if query.reads_concepts:
+        model.extract_concepts([""])
+        rules["forms"] = form_table(model.vocabulary.words, whole_words(model.backbone.text), model._extractor)
+    write_json(folder / RULES, rules, indent=None)
     shutil.copyfile(Path(__file__).with_name("search_script.py"), folder / SCRIPT)
     try:
         check(model, query, folder, pieces)
@@ -89,8 +82,8 @@ def export_onnx(model: CirModel, folder: Path) -> str:
     return (
         f"`{IMAGE}` and `{QUERY}` give factors of the score; `{SCRIPT}` searches with them, by onnxruntime, numpy, "
         f'tokenizers and Pillow alone: `python {SCRIPT} PICTURES --image ONE.jpg --text "the same but red"`. '
-        f"Differences to the model are below {TOLERANCE:g}. Where spaCy and an English pipeline are installed, "
-        "concepts are found as in the training; else by a table of their forms."
+        f"Differences to the model are below {TOLERANCE:g}. The script finds concepts by a table of their forms, not "
+        "by the tagger of the training."
     )
 
 
@@ -163,9 +156,9 @@ class QuerySide(Side):
     """Queries -> cosines [Q,D or 2D], weighted and squares [Q,T,D], what the score has of them.
 
     pixels [Q,S,S,3] uint8 and has_image [Q] bool (false: a query of its text alone, whatever the pixels); pieces [Q,L]
-    and concepts [Q,K,P], int64, the numbers of word pieces with [CLS] and [SEP], PADDING where there is none, L at
-    least 3, K and P at least 1. A query of its image alone has the pieces [CLS], [SEP]. What a model does not read is
-    no input.
+    and concepts [Q,K,P], int64, what `word_pieces` gives of captions and of single words, with [CLS], [SEP] and its own
+    number at padding; K is at least 1. No text and no concept are the pieces of "". What a model does not read is no
+    input.
     """
 
     def __init__(self, model: CirModel) -> None:
@@ -173,7 +166,8 @@ class QuerySide(Side):
         self.reads_image = model.reference_reads is not None
         self.reads_text = model.word_projection is not None or model.sentence_projection is not None
         self.reads_concepts = "concepts" in model.query_reads
-        # whether a concept is its input embeddings' mean, of pieces without [CLS] and [SEP]
+        self.padding = padding_of(model.backbone.text)
+        # whether a concept is the mean of its pieces' input embeddings, or read as a text
         self.bare_concepts = type(model.backbone.text).embed_words is not TextEncoder.embed_words
         reads = {
             "pixels": self.reads_image,
@@ -211,31 +205,40 @@ class QuerySide(Side):
             concepts = self.embedded(inputs["concepts"])
         return tuple(self.factors(model.compose(Query(reference, text, concepts))).values())
 
-    def read(self, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Word pieces [Q,L] -> words [Q,L-2,Dt], mask [Q,L-2], sentence [Q,Dt], as `BertText.forward` gives them."""
-        text = self.model.backbone.text
-        attention = (pieces >= 0).long()  # [Q,L]
-        hidden = text.hidden_states(pieces.clamp(min=0), attention)  # [Q,L,Dt]
+    def attended(self, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Word pieces [Q,L], padded -> ids and attention, [Q,L+1], and which of L-1 places are words, [Q,L-1].
+
+        One place more, so that a text without a word has a place of a word as well.
+        """
+        pieces = nn.functional.pad(pieces, (0, 1), value=self.padding)
+        attention = (pieces != self.padding).long()
         place = torch.arange(pieces.shape[1] - 2, device=pieces.device)
-        mask = place[None] < attention.sum(1, keepdim=True) - 2
-        words = hidden[:, 1 : pieces.shape[1] - 1] * mask[..., None]
+        return pieces * attention, attention, place[None] < attention.sum(1, keepdim=True) - 2
+
+    def read(self, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Word pieces [Q,L] -> words [Q,L-1,Dt], mask [Q,L-1], sentence [Q,Dt], as `BertText.forward` gives them."""
+        text = self.model.backbone.text
+        ids, attention, mask = self.attended(pieces)
+        hidden = text.hidden_states(ids, attention)  # [Q,L+1,Dt]
+        words = hidden[:, 1 : ids.shape[1] - 1] * mask[..., None]
         return words, mask, text.sentence(hidden, words, mask)
 
     def embedded(self, concepts: Tensor) -> EmbeddedConcepts:
         """Word pieces of concepts [Q,K,P] -> embeddings [Q,K,Dw], mask [Q,K]."""
         count, length = concepts.shape[1:]
         flat = concepts.reshape(-1, length)  # [QK,P]
+        ids, _, mask = self.attended(flat)
         if self.bare_concepts:
-            there = (flat >= 0)[..., None]
-            vectors = self.model.backbone.text.word_embeddings(flat.clamp(min=0)) * there
-            embeddings = vectors.sum(1) / there.sum(1).clamp_min(1)
+            vectors = self.model.backbone.text.word_embeddings(ids[:, 1 : ids.shape[1] - 1]) * mask[..., None]
+            embeddings = vectors.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
         else:
             embeddings = self.read(flat)[2]
-        return EmbeddedConcepts(embeddings.reshape(-1, count, embeddings.shape[-1]), (concepts >= 0).any(-1))
+        width = embeddings.shape[-1]
+        return EmbeddedConcepts(embeddings.reshape(-1, count, width), mask.any(1).reshape(-1, count))
 
     def example(self) -> dict[str, Tensor]:
         """Inputs to trace with."""
-        pieces = torch.tensor([[101, 2417, 4377, 102, PADDING], [101, 2417, 102, PADDING, PADDING]])
+        pieces = torch.from_numpy(numbers(word_pieces(self.model.backbone.text), ["red dress", "red"]))
         every = {
             "pixels": torch.zeros(2, self.side, self.side, 3, dtype=torch.uint8),
             "has_image": torch.tensor([True, False]),
@@ -248,7 +251,7 @@ class QuerySide(Side):
         """Names of the sizes that may differ, by input."""
         dim = torch.export.Dim
         queries = {0: dim("queries")}
-        sizes = {"pieces": {1: dim("length", min=3)}, "concepts": {1: dim("count"), 2: dim("concept_length", min=3)}}
+        sizes = {"pieces": {1: dim("length", min=2)}, "concepts": {1: dim("count"), 2: dim("concept_length", min=2)}}
         return {name: {**queries, **sizes.get(name, {})} for name in self.inputs}
 
 
@@ -294,21 +297,33 @@ def _write_graph(side: ImageSide | QuerySide, path: Path) -> None:
         ) from error
 
 
+def padding_of(text: BertText) -> int:
+    """The number that stands where a text has no more word pieces: none of theirs, since a text may hold "[PAD]"."""
+    return len(text.tokenizer.get_vocab())
+
+
+def whole_words(text: BertText) -> list[str]:
+    """Those of its word pieces that are words."""
+    return [word for word in text.tokenizer.get_vocab() if word.isascii() and word.isalpha() and len(word) > 1]
+
+
 def word_pieces(text: BertText) -> Any:
-    """The encoder's tokenizer as one of the package tokenizers, which needs neither torch nor transformers."""
-    from tokenizers import BertWordPieceTokenizer
+    """The encoder's tokenizer as one of the package tokenizers, which needs neither torch nor transformers; it cleans
+    captions as `clean_caption` does."""
+    from tokenizers import BertWordPieceTokenizer, Regex, Tokenizer, normalizers
 
     pieces = BertWordPieceTokenizer(vocab=dict(text.tokenizer.get_vocab()), lowercase=True)
     pieces.enable_truncation(text.max_words + 2)
+    pieces.enable_padding(pad_id=padding_of(text))
+    pieces = Tokenizer.from_str(pieces.to_str())
+    clean = [normalizers.NFKC(), normalizers.Replace(Regex(r"\p{C}"), " "), pieces.normalizer]
+    pieces.normalizer = normalizers.Sequence(clean)
     return pieces
 
 
-def numbers(rows: Sequence[Sequence[int]], least: int = 3) -> np.ndarray:
-    """Rows of different lengths -> [rows, longest or least] int64."""
-    out = np.full((len(rows), max([least, *map(len, rows)])), PADDING, dtype=np.int64)
-    for place, row in enumerate(rows):
-        out[place, : len(row)] = row
-    return out
+def numbers(pieces: Any, texts: Sequence[str]) -> np.ndarray:
+    """Texts -> the numbers of their word pieces, [texts, longest] int64."""
+    return np.array([line.ids for line in pieces.encode_batch(list(texts))], dtype=np.int64)
 
 
 @torch.no_grad()
@@ -332,16 +347,12 @@ def check(model: CirModel, query: QuerySide, folder: Path, pieces: Any) -> None:
         (3, True, None),
     ):
         words = model.extract_concepts(texts) if texts and query.reads_concepts else [()] * count
-        ids = [pieces.encode(model.caption_processor(text)).ids for text in texts or [""] * count]
         longest = max(1, max(map(len, words)))
-        concepts = [
-            [pieces.encode(word, add_special_tokens=not query.bare_concepts).ids for word in row] for row in words
-        ]
-        flat = numbers([row[k] if k < len(row) else [] for row in concepts for k in range(longest)])
+        flat = numbers(pieces, [row[k] if k < len(row) else "" for row in words for k in range(longest)])
         every = {
             "pixels": pictures[:count],
             "has_image": np.full(count, has_image),
-            "pieces": numbers(ids),
+            "pieces": numbers(pieces, texts or [""] * count),
             "concepts": flat.reshape(count, longest, -1),
         }
         given = {name: every[name] for name in query.inputs}

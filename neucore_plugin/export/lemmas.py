@@ -1,36 +1,37 @@
-"""A table of the forms of a vocabulary's concepts, for whoever finds concepts without a tagger.
+"""A table of forms and their concepts, for whoever finds concepts without a tagger.
 
-It cannot tell a noun from a verb by what stands around it, and knows no concept outside the vocabulary:
-docs/howto/export.md says how often its concepts are those of the tagger.
+It cannot tell a noun from a verb by what stands around it: docs/howto/export.md says how often its concepts are those
+of the tagger.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from neucore_plugin.common.text import clean_caption
 from neucore_plugin.concepts import ConceptExtractor
 
-CARRIERS = ("is {}", "with {}", "the {} one", "it is more {}")  # in which the tagger reads a form
+CARRIERS = ("with {}", "the {} one", "is {}")  # in which the tagger reads a form
 _VOWELS = "aeiou"
 
 
-def form_table(words: Sequence[str], extractor: ConceptExtractor) -> dict[str, str]:
-    """{form: concept} of a vocabulary: what the tagger most often says of each form in CARRIERS."""
-    known = set(words)
-    forms = dict.fromkeys(words)
-    for word in words:
-        forms.update(dict.fromkeys(regular_forms(word)))
-    for table in extractor.exceptions().values():
-        forms.update(dict.fromkeys(form for form, lemmas in table.items() if known & set(lemmas)))
-    own = [set(extractor([clean_caption(carrier.format(""))])[0]) for carrier in CARRIERS]
-    read = extractor([carrier.format(form) for form in forms for carrier in CARRIERS])
+def form_table(words: Sequence[str], further: Iterable[str], extractor: ConceptExtractor) -> dict[str, str]:
+    """{form: concept}, forms in lower case, none that is no concept.
+
+    words: a concept vocabulary, the frequent first. further: words of the language. Of what the tagger says of a form
+    in CARRIERS the concept that is most frequent in the vocabulary is taken; where none is of the vocabulary, what it
+    says most often.
+    """
+    rank = {word: place for place, word in enumerate(words)}
+    forms = list(dict.fromkeys([*words, *(form for word in words for form in regular_forms(word)), *further]))
+    own = [set(extractor([carrier.format("")])[0]) for carrier in CARRIERS]
+    read = extractor([carrier.format(form) for form in forms for carrier in CARRIERS], progress=True)
     found = {}
     for place, form in enumerate(forms):
         votes: Counter[str] = Counter()
         for lemmas, others in zip(read[place * len(CARRIERS) :], own, strict=False):
             votes[next((lemma for lemma in lemmas if lemma not in others), "")] += 1
-        best = max(votes, key=lambda lemma: (votes[lemma], lemma))
-        if best in known:
+        known = [lemma for lemma in votes if lemma in rank]
+        best = min(known, key=rank.get) if known else max(votes, key=lambda lemma: (votes[lemma], lemma))
+        if best:
             found[form] = best
     return found
 

@@ -1,6 +1,8 @@
 """neucore export: the folder, its card, its ONNX form, and the script that searches without torch."""
 
+import functools
 import json
+import runpy
 import subprocess
 import sys
 
@@ -14,7 +16,6 @@ from PIL import Image
 from neucore_plugin import cli, load_model
 from neucore_plugin.export import graphs
 from neucore_plugin.export.card import markdown
-from neucore_plugin.models.composers import COMPOSERS
 from neucore_plugin.retrieval import GalleryIndex
 
 ROW = {"R@1": 12.5, "R@10": 50.0, "median_rank": 3.0, "queries": 8}
@@ -107,88 +108,160 @@ def test_markdown_keeps_plain_names_as_they_are():
 # ---- ONNX ------------------------------------------------------------------------------------------------------------
 
 
-def searched(folder, pictures, *query, without=("torch", "transformers", "neucore_plugin", "spacy")):
-    """(name, score) of what the exported script prints, in a process that cannot import `without`."""
-    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({list(without)})); sys.argv[0] = 'search.py'"
-    code += f"; runpy.run_path({str(folder / 'search.py')!r}, run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(pictures), *map(str, query)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    return [(line.split()[2], float(line.split()[1])) for line in done.stdout.splitlines()]
+SEARCHES = [("1", "make it blue"), ("1", "a longer red dress, and square"), ("1", ""), ("", "the long blue dress")]
 
 
-def exported(kind, tmp_path):
-    """A model, and its folder with ONNX, written by the command."""
-    path = tiny.save(tiny.build(kind), tmp_path / "c.pth")
-    assert export(path, tmp_path / "out", "--onnx") == 0
-    return load_model(path), tmp_path / "out"
+def small(kind):
+    """A model whose encoders have a layer each: writing a graph takes as long as the graph is deep."""
+    model = tiny.build(kind).eval()
+    image, text = model.backbone.image.network, model.backbone.text.network
+    image.blocks = torch.nn.Conv2d(32, 320, 1, stride=16)
+    text.encoder.layer, text.config.num_hidden_layers = text.encoder.layer[:1], 1
+    model.restored()  # concepts as these encoders read them
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """kind -> (model, folder with its ONNX form), each written once."""
+
+    @functools.cache
+    def of(kind):
+        model, folder = small(kind), tmp_path_factory.mktemp(kind)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graphs, "whole_words", lambda text: ["make", "it", "and", "longer"])  # all take half a minute
+            graphs.export_onnx(model, folder)
+        return model, folder
+
+    return of
+
+
+def lines(printed):
+    """(name, score) of what the script prints."""
+    return [(line.split()[2], float(line.split()[1])) for line in printed.splitlines()]
+
+
+@pytest.fixture
+def searched(monkeypatch, capsys):
+    """The exported script, run in this process."""
+
+    def of(folder, *arguments):
+        monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(folder / "search.py"), run_name="__main__")
+        return lines(capsys.readouterr().out)
+
+    return of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["neucore", *COMPOSERS])
-def test_the_script_finds_what_the_index_finds(kind, tmp_path, pictures):
-    model, folder = exported(kind, tmp_path)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_the_script_finds_what_the_index_finds(kind, exported, searched, pictures):
+    model, folder = exported(kind)
     index = GalleryIndex.build(model, pictures, progress=False)
-    reference = pictures / "more" / "1.png"
-    queries = [(reference, "make it blue"), (reference, "a longer red dress, and square"), (reference, None)]
-    queries += [(None, "the long blue dress")]
-    for image, text in queries:
-        if (text is None and not index.model.reference_reads) or (image is None and kind == "image_only"):
-            continue
-        options = [*(["--image", image] if image else []), *(["--text", text] if text else []), "-k", 99]
-        wanted = index.search(image, text, k=None)
-        for without in (("torch", "transformers", "neucore_plugin", "spacy"), ("torch", "neucore_plugin")):
-            found = searched(folder, pictures, *options, without=without)
-            assert [name for name, _ in found] == [hit.name for hit in wanted]
-            assert np.allclose([score for _, score in found], [hit.score for hit in wanted], atol=1.5e-4)
-            if kind != "neucore":
-                break  # no concepts: spaCy changes nothing
+    for name, text in SEARCHES:
+        image = pictures / "more" / f"{name}.png" if name else None
+        if (not text and not model.reference_reads) or (image is None and kind == "image_only"):
+            continue  # nothing to ask with
+        wanted = index.search(image, text or None, k=None)
+        found = searched(folder, pictures, *(["--image", image] if image else []), "--text", text, "-k", 99)
+        assert [name for name, _ in found] == [hit.name for hit in wanted]
+        assert np.allclose([score for _, score in found], [hit.score for hit in wanted], atol=1.5e-4)
+    assert len(searched(folder, pictures, "--text", "red", "-k", 2)) == 2
 
 
 @pytest.mark.slow
-def test_the_graphs_hold_for_any_number_of_images_and_queries(tmp_path):
-    import onnxruntime
+def test_the_script_needs_neither_torch_nor_this_package(exported, searched, pictures, tmp_path):
+    _, folder = exported("neucore")
+    query = [str(pictures), "--image", str(pictures / "0.png"), "--text", "make it blue"]
+    without = ("torch", "torchvision", "transformers", "lavis", "spacy", "neucore_plugin")
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({without})); sys.argv[0] = 'search.py'"
+    code += f"; runpy.run_path({str(folder / 'search.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, *query], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert lines(done.stdout) == searched(folder, *query)
+    with pytest.raises(SystemExit):
+        searched(folder, tmp_path)
 
-    model, folder = exported("neucore", tmp_path)
-    images, queries = (onnxruntime.InferenceSession(folder / name) for name in ("image.onnx", "query.onnx"))
+
+def hold(model, images, queries):
+    """Assert that two graphs, {input: array} -> {output: array}, give the model's scores of any number of each."""
     pieces = graphs.word_pieces(model.backbone.text)
     pixels = np.random.default_rng(1).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
     read = torch.stack([model.image_processor(Image.fromarray(picture)) for picture in pixels])
-    texts = ["red", "make it blue and longer " * 20, "", "the same dress but square, with two zebras", "blue"]
-    words = model.extract_concepts(texts)
-    for gallery, count in ((1, 5), (9, 1), (4, 3)):
-        factors = images.run(None, {"pixels": pixels[:gallery]})
-        side = dict(zip([output.name for output in images.get_outputs()], factors, strict=True))
-        longest = max(1, *map(len, words[:count]))
-        concepts = [pieces.encode(word).ids for row in words[:count] for word in row]
-        flat = iter(concepts)
-        rows = [next(flat) if k < len(row) else [] for row in words[:count] for k in range(longest)]
+    texts = [
+        "red",
+        "make it blue and longer " * 20,
+        "",
+        "the same \u0000dress but square, with two ze\ufb01bras",
+        "[PAD] 日",
+    ]
+    has_image, words = np.array([True, False, True, True, False]), model.extract_concepts(texts)
+    with torch.inference_mode():
+        own = [
+            model.encode_query(picture[None] if there else None, [text] if text else None)
+            for picture, there, text in zip(read, has_image, texts, strict=False)
+        ]
+        gallery = model.encode_image(read)
+        wanted = torch.cat([model.score(one, gallery) for one in own]).numpy()
+    for count, first, last in ((1, 0, 5), (9, 1, 2), (4, 0, 3), (2, 2, 3), (3, 1, 5)):
+        longest = max(1, *map(len, words[first:last]), 0)
+        flat = [row[k] if k < len(row) else "" for row in words[first:last] for k in range(longest)]
         given = {
-            "pixels": pixels[:count],
-            "has_image": np.array([True, False, True, True, False])[:count],
-            "pieces": graphs.numbers([pieces.encode(model.caption_processor(text)).ids for text in texts[:count]]),
-            "concepts": graphs.numbers(rows).reshape(count, longest, -1),
+            "pixels": pixels[first:last],
+            "has_image": has_image[first:last],
+            "pieces": graphs.numbers(pieces, texts[first:last]),
+            "concepts": graphs.numbers(pieces, flat).reshape(last - first, longest, -1),
         }
-        query = dict(zip([o.name for o in queries.get_outputs()], queries.run(None, given), strict=True))
-        with torch.inference_mode():
-            encoded = model.encode_image(read[:gallery])
-            wanted = torch.cat(
-                [
-                    model.score(model.encode_query(read[i : i + 1] if given["has_image"][i] else None, [text]), encoded)
-                    for i, text in enumerate(texts[:count])
-                ]
-            )
-        assert np.abs(graphs.scores(query, side) - wanted.numpy()).max() < 1e-4
+        found = graphs.scores(queries(given), images({"pixels": pixels[:count]}))
+        assert np.abs(found - wanted[first:last, :count]).max() < graphs.TOLERANCE
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_what_is_written_computes_the_models_scores(kind):
+    """Before torch writes it, which takes long."""
+    model = small(kind)
+
+    def of(side):
+        def run(given):
+            with torch.inference_mode():
+                found = side(*(torch.from_numpy(given[name]) for name in side.inputs))
+            return {name: value.numpy() for name, value in zip(side.outputs, found, strict=True)}
+
+        return run
+
+    hold(model, of(graphs.ImageSide(model)), of(graphs.QuerySide(model)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_the_graphs_hold_for_any_number_of_images_and_queries(kind, exported):
+    import onnxruntime
+
+    def of(path):
+        graph = onnxruntime.InferenceSession(path)
+        outputs, inputs = ([one.name for one in side] for side in (graph.get_outputs(), graph.get_inputs()))
+        return lambda given: dict(zip(outputs, graph.run(None, {name: given[name] for name in inputs}), strict=True))
+
+    model, folder = exported(kind)
+    hold(model, of(folder / "image.onnx"), of(folder / "query.onnx"))
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_whole_model(tmp_path, searched, pictures):
+    path = tiny.save(tiny.build(), tmp_path / "c.pth")
+    assert export(path, tmp_path / "out", "--onnx") == 0
+    index = GalleryIndex.build(load_model(tmp_path / "out"), pictures, progress=False)
+    wanted = index.search(pictures / "0.png", "make it blue", k=None)
+    found = searched(tmp_path / "out", pictures, "--image", pictures / "0.png", "--text", "make it blue")
+    assert [name for name, _ in found] == [hit.name for hit in wanted]
+    assert "search.py" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow
 def test_graphs_that_differ_are_refused(tmp_path, monkeypatch, capsys):
-    path = tiny.save(tiny.build("sum"), tmp_path / "c.pth")
+    path = tiny.save(tiny.build("image_only"), tmp_path / "c.pth")
+    monkeypatch.setattr("neucore_plugin.load_model", lambda _: small("image_only"))
     monkeypatch.setattr(graphs.ImageSide, "normalised", lambda self, pixels: pixels.permute(0, 3, 1, 2).float() / 255)
     assert export(path, tmp_path / "out", "--onnx") == 2
     assert "in onnxruntime the scores of this model differ by" in capsys.readouterr().err
@@ -220,10 +293,18 @@ def test_the_tokenizer_and_the_forms_give_what_the_model_reads():
         "",
         "[CLS] it",
         "red " * 99,
+        "ze\ufb01bras\u0000and\u200bmore\tof \uff24\uff25",
+        "[PAD] it",
     ]
-    own = model.backbone.text.tokenizer(texts, truncation=True, max_length=model.backbone.text.max_words + 2)
+    clean = [model.caption_processor(text) for text in texts]
+    own = model.backbone.text.tokenizer(clean, truncation=True, max_length=model.backbone.text.max_words + 2)
     assert [pieces.encode(text).ids for text in texts] == own["input_ids"]
     model.extract_concepts([""])
-    forms = graphs.form_table(("dress", "long", "child", "run", "stripe", "baby"), model._extractor)
+    further = ["children", "zebras", "sleeping", "the", "one", "is", "with"]
+    assert {"children", "sleeping", "the"} <= set(graphs.whole_words(model.backbone.text))
+    forms = graphs.form_table(
+        ("confuse", "dress", "long", "child", "run", "baby", "confused"), further, model._extractor
+    )
     known = {"dresses": "dress", "longer": "long", "children": "child", "running": "run", "babies": "baby"}
-    assert {form: forms.get(form) for form in known} == known and not {"the", "is", "one"} & set(forms)
+    known |= {"confused": "confuse", "zebras": "zebra", "sleeping": "sleep"}  # of two, the frequent one; and unknown
+    assert {form: forms.get(form) for form in known} == known and not {"the", "is", "one", "with"} & set(forms)
