@@ -27,6 +27,8 @@ own, so that its peak of memory is its own.
 import argparse
 import functools
 import json
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -152,11 +154,11 @@ def timed(run: Callable[[Any], Any], asked: list[Any]) -> tuple[dict[str, float]
     return {"p50": wall.median().item(), "p99": wall.quantile(0.99).item(), "cpu": cpu.median().item()}, answers
 
 
-def measure(images: int, queries: int, like: str | None, two_stage: bool) -> dict[str, Any]:
-    """All figures of one size."""
+def measure(images: int, queries: int, like: str | None, two_stage: bool, place: str) -> dict[str, Any]:
+    """All figures of one size; the index is made in the folder `place`."""
     found: dict[str, Any] = {"images": images, "threads": torch.get_num_threads()}
-    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
-        folder, features = Path(name) / "index", Features(images, like)
+    with torch.inference_mode():
+        folder, features = Path(place) / "index", Features(images, like)
         found["build"] = images / build(folder, features, images)
         found["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / images
         model, opening = Scorer(features.width), []
@@ -282,7 +284,8 @@ def shown(results: list[dict[str, Any]]) -> str:
 def rows(quick: bool) -> list[Row]:
     """Of the table of all benchmarks; the first stage, whose build takes longest, in the full run alone."""
     images = 20_000 if quick else 200_000
-    found = measure(images, 20 if quick else 50, None, not quick)
+    with tempfile.TemporaryDirectory() as place:
+        found = measure(images, 20 if quick else 50, None, not quick, place)
     ours, memory, what = found["exact"]["cpu"], found["memory"], f"one query x {images:,} images on disk"
     share = found["share"]["cpu"]
     made = [
@@ -312,10 +315,12 @@ def main() -> None:
     if given.measure:
         print(json.dumps(measure(*given.measure)))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the folders are removed
     results = []
     for images in given.images:
-        how = json.dumps([images, given.queries, given.like, not given.no_two_stage])
-        results.append(json.loads(own_process(__file__, "--measure", how)))
+        with tempfile.TemporaryDirectory() as place:
+            how = json.dumps([images, given.queries, given.like, not given.no_two_stage, place])
+            results.append(json.loads(own_process(__file__, "--measure", how)))
         print(f"{images:,} images done", flush=True)
     print(f"\n{torch.get_num_threads()} threads\n{shown(results)}")
     if given.out:
