@@ -59,7 +59,7 @@ class Pictures:
             form = image.format
         usual = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
         known = sorted(suffix for suffix, of in Image.registered_extensions().items() if of == form)
-        return usual.get(form) or known[0]
+        return usual.get(form) or (f".{form.lower()}" if f".{form.lower()}" in known else known[0])
 
     def shown(self, source: Any, size: int) -> tuple[bytes, str]:
         """A file of the index as a browser shows it, at most `size` pixels long, and its media type. ImageError."""

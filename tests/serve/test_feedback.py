@@ -44,6 +44,7 @@ def test_votes_are_triplets_that_the_folder_data_set_reads(client, votes, folder
         (kept["reference"], "in blue", (kept["target"],)),
         (uploaded["reference"], "in green", (uploaded["target"],)),
     ]
+    assert kept["target"].endswith(".png") and kept["reference"].endswith(".png")
     assert (votes / "images" / kept["target"]).read_bytes() == (folder / "blue.png").read_bytes()
     assert len(gallery.ids) == 4
     with Image.open(io.BytesIO((votes / "images" / uploaded["reference"]).read_bytes())) as image:
