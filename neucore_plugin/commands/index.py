@@ -22,7 +22,11 @@ examples:
   neucore index build products.csv --checkpoint BEST.pth --out products.index   (the other columns are attributes)
   torchrun --nproc_per_node=8 -m neucore_plugin index build shards --checkpoint BEST.pth --out big.index
   neucore index sync photos.index
+  neucore index add photos.index new/dog.jpg new/cat.jpg
+  neucore index remove photos.index holiday/beach.jpg
+  neucore index compact photos.index
   neucore index info photos.index --failures
+  neucore index verify photos.index --checkpoint BEST.pth
 """
 _SHOWN = 20  # names, and bad pictures, printed
 
@@ -33,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", dest="what", required=True, metavar="COMMAND")
 
     def command(name: str, run_: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
-        own = commands.add_parser(name, help=text, description=text)
+        shown = [line for line in _EXAMPLES.splitlines() if f" index {name} " in line]
+        own = commands.add_parser(name, help=text, description=text, formatter_class=parser.formatter_class)
+        own.epilog = "\n".join(["examples:" if len(shown) > 1 else "example:", *shown]) if shown else None
         own.set_defaults(index_command=run_)
         return own
 
@@ -271,9 +277,10 @@ def _compact(arguments: argparse.Namespace) -> None:
 
 def _info(arguments: argparse.Namespace) -> None:
     from neucore_plugin.retrieval import GalleryIndex
+    from neucore_plugin.retrieval.upkeep import unreadable
 
     index = GalleryIndex.open(arguments.index)
-    failures = [{"name": f.name, "path": str(f.path), "reason": f.reason} for f in index.failures]
+    failures = [{"name": f.name, "path": str(f.path), "reason": f.reason} for f in unreadable(index)]
     if arguments.json:
         print_json(index.info() | ({"unreadable": failures} if arguments.failures else {}))
         return

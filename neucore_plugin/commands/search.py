@@ -15,10 +15,17 @@ from neucore_plugin.common.names import name_of
 from neucore_plugin.common.text import visible
 
 HELP = "search an index, or a folder of images, with a picture and a sentence"
+_EXAMPLES = """\
+examples:
+  neucore search photos.index --image cat.jpg --text "now asleep"
+  neucore search photos.index --image cat.jpg --text "now asleep" --then "on a sofa" --not "a dog" --explain
+  neucore search products.index --text "a red dress" --filter 'price < 50' -k 20 --html found.html
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The index or the folder, the checkpoint, the query, and the form of the answer."""
+    parser.epilog, parser.formatter_class = _EXAMPLES, argparse.RawDescriptionHelpFormatter
     parser.add_argument("index", nargs="?", type=Path, metavar="INDEX", help="what `neucore index build` wrote")
     parser.add_argument("--folder", type=Path, help="in place of INDEX: images that are encoded for this one search")
     parser.add_argument(
@@ -69,8 +76,10 @@ def run(arguments: argparse.Namespace) -> None:
         exact=arguments.exact,
     )
     before_import()
-    open_ = _encoded if arguments.folder is not None else _opened if arguments.index is not None else _collection
-    index = open_(arguments)
+    if arguments.index is not None:
+        index = _opened(arguments, query)
+    else:
+        index = _encoded(arguments) if arguments.folder is not None else _collection(arguments)
     read = concepts(index.model, query)  # not in the time: the first call of a model loads its tagger
     start = time.perf_counter()
     hits = index.search_many([query])[0]
@@ -125,11 +134,13 @@ def _no_index(place: Path) -> None:
     )
 
 
-def _opened(arguments: argparse.Namespace) -> Any:
+def _opened(arguments: argparse.Namespace, query: Any) -> Any:
     """The index, with the model that it was built by."""
     from neucore_plugin.retrieval import GalleryIndex
+    from neucore_plugin.retrieval.queries import check_named
 
     index = GalleryIndex.open(arguments.index)
+    check_named(index, query)  # before the seconds that loading takes
     index.attach(load(arguments, index), where=f" in {arguments.index}")
     return index
 

@@ -185,14 +185,19 @@ class Gallery:
         if not isinstance(image, str | os.PathLike):
             file = _file_of(image)
             return load_for(processor, image), self._locate(file) if file else None
+        file, place = self.meant_by(image)
+        return load_for(processor, file), place
+
+    def meant_by(self, image: str | os.PathLike) -> tuple[File | str | os.PathLike, int | None]:
+        """The file of a reference that is given by name or path, and its gallery position if it has one."""
         name = name_of(image)
         file = image if os.path.exists(image) else Listing().find(Path(image))
         if name in self or (file is None and self._meant(name) is not None):
             place = self.position(name)
-            return load_for(processor, self.path(place)), place
+            return self.path(place), place
         if file is None:
             raise DataError(f"reference {name!r} is neither a file nor a name in the index.{self._hint(name)}")
-        return load_for(processor, file), self._locate(file)
+        return file, self._locate(file)
 
     def _locate(self, path: str | Path) -> int | None:
         """Gallery position of a file, also when it is given by another spelling or through a link to its folder."""

@@ -12,6 +12,7 @@ database) can compute it.
 Letters: Q queries, P parts of queries, G gallery images, n of them.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -200,6 +201,17 @@ def answer(index: Any, queries: Sequence[Query]) -> list[list[Found]]:
                 for row, (number, one) in enumerate(encoded.items()):
                     results[number] = _found(index, queries[number], one, scores[row : row + 1], places)
     return results
+
+
+def check_named(index: Any, query: Query) -> None:
+    """Raise DataError for names that an index does not have: of references, images, attributes. No model is needed."""
+    for image in (*query.references, *query.without_images):
+        if isinstance(image, str | os.PathLike):
+            index.meant_by(image)
+    for name in query.exclude:
+        index.position(name)
+    if query.where and query.where.strip():
+        filters.check_attributes(filters.parse(query.where), [part.rows.select for part in index.parts])
 
 
 def passing(index: Any, where: str | None) -> Tensor | None:

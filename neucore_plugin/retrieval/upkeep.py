@@ -15,7 +15,7 @@ from neucore_plugin.common.files import file_errors, sha256_file
 from neucore_plugin.common.names import name_of, path_of
 from neucore_plugin.retrieval import units
 from neucore_plugin.retrieval.building import SAVED, check_model, read
-from neucore_plugin.retrieval.encoding import Encoded, bar, check_shapes, encode, row_of
+from neucore_plugin.retrieval.encoding import Encoded, Failure, bar, check_shapes, encode, row_of
 from neucore_plugin.retrieval.rows import Row
 from neucore_plugin.retrieval.sources import Collected, Item, relative, repeated
 from neucore_plugin.retrieval.units import Facts, Manifest, Part
@@ -289,6 +289,13 @@ def _problem(check: Callable[[], Any]) -> list[str]:
     return []
 
 
+def unreadable(index: Any) -> list[Failure]:
+    """What could not be read, each once with the last reason; without what could be read later on."""
+    last = {failure.name: failure for failure in index.failures}
+    read = index.positions_of(list(last))
+    return [failure for failure in last.values() if failure.name not in read]
+
+
 def info(index: Any) -> dict[str, Any]:
     """What an index says of itself."""
     manifest = index.manifest
@@ -296,7 +303,7 @@ def info(index: Any) -> dict[str, Any]:
         "folder": str(index.folder) if index.folder else None,
         "images": len(index),
         "removed": index.stored - len(index),
-        "failures": len(index.failures),
+        "failures": len(unreadable(index)),
         "units": len(index.units),
         "bytes": sum(noted["bytes"] for facts in index.units.values() for noted in facts.files.values()),
         "model": index.model_fingerprint,

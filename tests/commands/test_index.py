@@ -145,3 +145,24 @@ def test_what_a_terminal_would_obey_is_printed_as_its_escape(neucore, tmp_path):
     assert json.loads(out)["unreadable"][0]["name"] == evil
     assert not [text for text in [*texts, out] if any(sign in text for sign in "\x1b\x9b\u202e")]
     assert sum("\\x1b[31m\\x9b2J\\u202e.png" in text for text in texts) >= 4
+
+
+def test_a_picture_that_was_mended_is_no_failure_any_more(neucore, folder, tmp_path):
+    (folder / "one.png").write_text("broken")
+    (folder / "two.png").write_text("broken")
+    index, best = tmp_path / "index", ("--checkpoint", "best.pth")
+    neucore("build", folder, *best, "--out", index)
+    draw(folder / "three.png", "red")
+    neucore("sync", index, *best)
+    draw(folder / "one.png", "pink")
+    neucore("sync", index, *best)
+    facts = json.loads(neucore("info", index, "--failures", "--json")[1])
+    assert facts["failures"] == 1 and [failure["name"] for failure in facts["unreadable"]] == ["two.png"]
+    assert facts["images"] == 7
+
+
+@pytest.mark.parametrize("name", ["build", "add", "remove", "sync", "compact", "info", "verify"])
+def test_help_has_an_example(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["index", name, "--help"])
+    assert f" index {name} " in capsys.readouterr().out.split("example")[1]

@@ -139,6 +139,13 @@ def test_bad_input_is_one_error(saved, capsys, name):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["attribute", "exclude", "reference"])
+def test_a_wrong_name_is_told_before_a_model_is_loaded(saved, capsys, monkeypatch, name):
+    monkeypatch.setattr("neucore_plugin.load_model", lambda *_, **__: pytest.fail("loaded"))
+    test_bad_input_is_one_error(saved, capsys, name)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_that_moved_and_another_model(saved, tmp_path, capsys):
     GalleryIndex.build(
         tiny.build().eval(), saved / "photos", out=tmp_path / "moved", checkpoint="/nowhere/best.pth", progress=False
