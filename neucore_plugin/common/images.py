@@ -185,7 +185,7 @@ def _stream(source: Picture, name: str) -> BinaryIO:
 def _too_large(name: str, pixels: int, limit: int) -> ImageError:
     return ImageError(
         f"{name} has {pixels:,} pixels, the limit is {limit:,} (decompression bomb?): shrink it first, or raise "
-        "max_pixels (of the processor cir_image; --max-pixels of `neucore search` and `data check`)"
+        "max_pixels (of the processor cir_image; --max-pixels of `neucore index`, `search`, `data check`)"
     )
 
 
