@@ -93,6 +93,7 @@ def test_heads_that_can_be_read_in_two_ways_are_refused_as_json_and_end_the_conn
 @pytest.mark.parametrize(
     "noise",
     [b"\0" * 100, b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"GET / HTTX/1.1\r\n\r\n"],
+    ids=["zeros", "no address", "tls", "no protocol"],
 )
 def test_what_is_no_http_is_told_as_json(live, noise):
     with connect(live[0]) as raw:
@@ -139,7 +140,7 @@ def test_an_answer_that_nobody_reads_is_given_up(live):
         with contextlib.suppress(OSError):
             for _ in range(20_000):
                 raw.sendall(page)
-    until(lambda: not server.server_state.connections)
+        until(lambda: not server.server_state.connections)
     assert ask(url)[0] == 200
 
 
