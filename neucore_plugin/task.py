@@ -81,14 +81,14 @@ class ComposedImageRetrievalTask(BaseTask):
         asked = [(dataset, dataset.repeats if raw else [1] * len(dataset)) for dataset in datasets]
         concepts = {}
         for count in sorted({count for _, repeats in asked for count in repeats}):
-            of_count = zip(
-                (text for d, _ in asked for text in d.texts), (n for _, ns in asked for n in ns), strict=True
-            )
-            texts = sorted({text for text, n in of_count if n == count})
+            of_count = [(d, place) for d, ns in asked for place, n in enumerate(ns) if n == count]
+            texts = sorted({text for d, place in of_count for text in (d.texts[place], *d.wordings[place])})
             extractor = ReleasedConceptExtractor(pos, count) if raw else ConceptExtractor(pos)
             concepts[count] = cached_concepts(extractor, texts, folder, distributed.on_main)
         for dataset, repeats in asked:
             dataset.concepts = [concepts[count][text] for text, count in zip(dataset.texts, repeats, strict=True)]
+            further = zip(dataset.wordings, repeats, strict=True)
+            dataset.wording_concepts = [tuple(concepts[n][text] for text in texts) for texts, n in further]
 
     def build_model(self, cfg: Any, datasets: Datasets | None = None) -> Any:
         """The model of the config: from `model.checkpoint` where given, else new with the train splits' concepts.

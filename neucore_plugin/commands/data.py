@@ -1,4 +1,4 @@
-"""neucore data emoji | check: make the embedded data set, or see whether another one is in place."""
+"""neucore data emoji | drawings | check: make the embedded data set, or see whether another one is in place."""
 
 import argparse
 import logging
@@ -13,11 +13,31 @@ HELP = "prepare the emoji data set, or check another one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`emoji`, and `check NAME`."""
+    """`emoji`, `drawings SOURCE`, and `check NAME`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     emoji = actions.add_parser("emoji", help="render the OpenMoji drawings into the cache")
     emoji.add_argument("--cache-dir", type=Path, help="where to (default $NEUCORE_CACHE or ~/.cache/neucore)")
     emoji.add_argument("--image-size", type=int, default=224, help="side in pixels (default 224)")
+    other = actions.add_parser(
+        "drawings",
+        help="make a folder of other emoji drawings, for datasets.emoji.build_info.drawings",
+        description="Make a folder of other emoji drawings, named by code point, for "
+        "datasets.emoji.build_info.drawings. Example: "
+        "neucore data drawings /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf --out noto",
+    )
+    other.add_argument(
+        "source",
+        type=Path,
+        help="a font of colour bitmaps (Debian: fonts-noto-color-emoji), or a folder of pictures named by code point "
+        "(npm pack @lobehub/fluent-emoji-3d, unpacked)",
+    )
+    other.add_argument("--out", type=Path, required=True, help="the folder to write")
+    other.add_argument("--image-size", type=int, default=224, help="side in pixels (default 224)")
+    other.add_argument(
+        "--mend-tones",
+        action="store_true",
+        help="order the five skin tones of each emoji of a folder by how light they are; Fluent's package mistakes two",
+    )
     check = actions.add_parser("check", help="is a data set in place: counts, missing images, what to fetch and where")
     check.add_argument("name", choices=(*PUBLISHED, "folder"), help="the data set")
     check.add_argument("--root", type=Path, help="its root folder (default: its variable, such as NEUCORE_CIRR_ROOT)")
@@ -28,14 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0, or 1 where `check` finds that something is missing or wrong."""
-    if arguments.action == "emoji":
+    if arguments.action in ("emoji", "drawings"):
         from neucore_plugin.config.loading import dataset_defaults
-        from neucore_plugin.datasets.emoji.drawings import prepare
+        from neucore_plugin.datasets.emoji import drawings, splits, styles
 
-        size = dataset_defaults("emoji", {"build_info": {"image_size": arguments.image_size}})["build_info"][
-            "image_size"
-        ]
-        print(prepare(arguments.cache_dir, size))
+        given = {"build_info": {"image_size": arguments.image_size}}
+        size = dataset_defaults("emoji", given)["build_info"]["image_size"]
+        if arguments.action == "emoji":
+            print(drawings.prepare(arguments.cache_dir, size))
+            return 0
+        texts = splits.emoji_texts(drawings.svg_files())
+        count = styles.convert(arguments.source, arguments.out, texts, size, arguments.mend_tones)
+        print(f"{arguments.out}: {count:,} of {len(texts):,} emoji")
         return 0
     from neucore_plugin.common.images import MAX_PIXELS
     from neucore_plugin.datasets.check import check

@@ -109,6 +109,11 @@ class EmojiInfoSchema(InfoSchema):
     cache_dir: Text | None = Field(None, description="where drawings are kept; null: $NEUCORE_CACHE, ~/.cache/neucore")
     image_size: int = Field(224, ge=32, le=1024, description="side of the drawings in pixels")
     role_cap: int = Field(12, ge=1, description="role changes kept a reference; more of them, more training time")
+    drawings: Text | None = Field(
+        None,
+        description="folder of other drawings, named by code point (1f468-1f3fd.png), as `neucore data drawings` "
+        "makes one; null: OpenMoji's",
+    )
 
 
 class RootInfoSchema(InfoSchema):

@@ -257,7 +257,14 @@ class EmojiBuilder(TripletBuilder):
 
     def read(self, info: dict[str, Any]) -> Content:
         splits = emoji.load(info.get("cache_dir"), image_size=info["image_size"], role_cap=info["role_cap"])
-        _, gallery = splits["train"]  # the gallery of every split
+        if info.get("drawings"):
+            self.credit = None  # whose they are is not known
+            splits, self.left_out = emoji.other_drawings(info["drawings"], splits, info.get("cache_dir"))
+            for split, row in self.left_out.items():
+                if self.wanted is None or split in self.wanted:
+                    logging.info("emoji: %s: in %s %s", split, info["drawings"], left_out_text(row))
+            splits = {split: found for split, found in splits.items() if self.wanted is None or split in self.wanted}
+        _, gallery = next(iter(splits.values()))  # the gallery of every split
         return gallery.files, splits
 
 

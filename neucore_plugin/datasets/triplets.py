@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Triplet:
     written for (CIRR), reference included; where all queries of a split have one, evaluation also ranks the group
     alone. `soft`: graded answers, (image, weight). `captions`: the captions of a pair that has several (FashionIQ).
     `aspects`: further kinds that the query belongs to (CIRCO's semantic aspects).
+    `wordings`: other captions that ask for the same. `near_twins`: images close to the reference that lack what is
+    asked for. `in_place`: reference and target are one picture but for the change, so that it can be seen where it is.
     """
 
     query_id: str
@@ -38,6 +41,9 @@ class Triplet:
     soft: tuple[tuple[str, float], ...] = ()
     captions: tuple[str, ...] = ()
     aspects: tuple[str, ...] = ()
+    wordings: tuple[str, ...] = ()
+    near_twins: tuple[str, ...] = ()
+    in_place: bool = False
 
 
 def no_names(ids: Iterable[str]) -> dict[str, str]:
@@ -198,6 +204,8 @@ class TripletDataset(Dataset):
         self.triplets, self.gallery, self.images = list(triplets), gallery, images
         self.texts = [captions(triplet.caption) for triplet in self.triplets]
         self.concepts = list(concepts) if concepts is not None else [()] * len(self.triplets)
+        self.wordings = [tuple(map(captions, triplet.wordings)) for triplet in self.triplets]
+        self.wording_concepts: list[tuple[tuple[str, ...], ...]] = []  # one tuple of lemmas a wording
         self.text_cache: FeatureCache | None = None
         self.credit: str | None = None  # whom a page that shows these images has to name
         self.names: Callable[[Iterable[str]], dict[str, str]] = no_names  # what a page calls images, by id
@@ -302,9 +310,7 @@ class TripletDataset(Dataset):
             sample["reference_keys"], sample["text_keys"] = by_reference[triplet.reference], by_text[self.texts[index]]
         for role, name in roles.items():
             sample.update({f"{role}_{key}": value for key, value in load(role, name).items()})
-        if self.text_cache is not None:
-            text = self.texts[index]
-            sample["words"], sample["sentence"] = self.text_cache.tokens(text), self.text_cache.pooled(text)
+        sample.update(self._words(self.texts[index]))
         if self.train:
             sample["noise"] = torch.randint(2**62, ())  # last: what the pictures draw is as without it
         return sample
@@ -330,6 +336,28 @@ class TripletDataset(Dataset):
     collater = staticmethod(collate)
 
     @property
+    def all_texts(self) -> Iterable[str]:
+        """The texts of all queries, further wordings included."""
+        return chain(self.texts, *self.wordings)
+
+    @property
+    def rewordings(self) -> int:
+        """How many further wordings every query has."""
+        return min(map(len, self.wordings))
+
+    def reworded(self, samples: Mapping[str, Any], place: int) -> dict[str, Any]:
+        """A batch, asked in the further wording of that place."""
+        indices = samples["index"].tolist()
+        texts = [self.wordings[index][place] for index in indices]
+        concepts = [self.wording_concepts[index][place] if self.wording_concepts else () for index in indices]
+        return {**samples, "text_input": texts, "concept_words": concepts, **collate(list(map(self._words, texts)))}
+
+    def _words(self, text: str) -> dict[str, torch.Tensor]:
+        """Cached features of a text: words [L,Dt] and sentence [Dt]; nothing where none are kept."""
+        cache = self.text_cache
+        return {} if cache is None else {"words": cache.tokens(text), "sentence": cache.pooled(text)}
+
+    @property
     def repeats(self) -> list[int]:
         """How often the released form's concepts other than nouns stand in each query: twice, in training once more."""
         second = [self.one_process and triplet.query_id.endswith("/b") for triplet in self.triplets]
@@ -338,6 +366,10 @@ class TripletDataset(Dataset):
     def target_positions(self, index: int) -> tuple[int, ...]:
         """Gallery positions of a query's right answers."""
         return tuple(self._position[x] for x in self.triplets[index].targets if x in self._position)
+
+    def near_twin_positions(self, index: int) -> tuple[int, ...]:
+        """Gallery positions of the images close to a query's reference that lack what is asked for."""
+        return tuple(self._position[x] for x in self.triplets[index].near_twins if x in self._position)
 
     def member_positions(self, index: int) -> tuple[int, ...]:
         """Gallery positions of a query's group, reference included; empty where it has none."""

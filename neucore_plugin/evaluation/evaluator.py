@@ -42,22 +42,26 @@ class Evaluator:
     def evaluate(self, model: Any, loader: DataLoader, partial: bool = False) -> Evaluated:
         """Rank the gallery for this process's queries, then gather: the same result in every process.
 
-        partial: also with the text alone, and with the image alone. DataError where the loaders of all processes do not
-        give each query once.
+        partial: also with the text alone, with the image alone, and in every further wording. DataError where the
+        loaders of all processes do not give each query once.
         """
         model.eval()
         dataset = loader.dataset
         gallery = self._encode_gallery(model, dataset, loader)
         rows = list(dict.fromkeys([model.title, *(PARTIAL_QUERIES if partial else ())]))  # a baseline may be text_only
+        wordings = range(dataset.rewordings if partial else 0)
         ranking = Ranking(dataset)
-        mine: dict[str, dict[int, QueryRanks]] = {row: {} for row in rows}
+        mine: dict[str | int, dict[int, QueryRanks]] = {row: {} for row in (*rows, *wordings)}
         for samples in _progress(loader, f"ranking {dataset.split}"):
             indices = samples["index"].tolist()
-            for row in rows:
-                scores = model.score(_encode_queries(model, samples, row), gallery, chunk=self.score_chunk)
-                mine[row].update(zip(indices, ranking(scores, indices, shown=row == model.title), strict=True))
+            for row in mine:
+                asked = dataset.reworded(samples, row) if row in wordings else samples
+                scores = model.score(_encode_queries(model, asked, row), gallery, chunk=self.score_chunk)
+                shown = row == model.title or row in wordings
+                mine[row].update(zip(indices, ranking(scores, indices, shown), strict=True))
         parts = distributed.gather(mine)
-        return Evaluated(dataset, {row: _in_order([part[row] for part in parts], len(dataset)) for row in rows})
+        found = {row: _in_order([part[row] for part in parts], len(dataset)) for row in mine}
+        return Evaluated(dataset, {row: found[row] for row in rows}, [found[place] for place in wordings])
 
     @torch.inference_mode()
     def rank_for_submission(
@@ -113,7 +117,7 @@ def _progress(loader: Any, title: str) -> Any:
     return tqdm(loader, title, unit="batch", leave=False, disable=None if distributed.rank() == 0 else True)
 
 
-def _encode_queries(model: Any, samples: Mapping[str, Any], row: str | None = None) -> dict[str, Tensor]:
+def _encode_queries(model: Any, samples: Mapping[str, Any], row: str | int | None = None) -> dict[str, Tensor]:
     """Encoded queries of a batch; of the rows in PARTIAL_QUERIES the model sees the text, or the image, alone."""
     inputs: dict[str, Any] = {}
     if row != "text_only":

@@ -42,11 +42,12 @@ class Evaluated:
     """A split after its queries were ranked.
 
     rows: {row: ranks of each query, in the data set's order}; the first row is the model's own, called by its title,
-    the others the same model that sees less of a query.
+    the others the same model that sees less of a query. wordings: of each further wording the same ranks.
     """
 
     dataset: TripletDataset
     rows: dict[str, list[QueryRanks]]
+    wordings: Sequence[list[QueryRanks]] = ()
 
     @property
     def title(self) -> str:

@@ -12,8 +12,10 @@ from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import atomic_write, locked, read_json, sha256_text, write_json
 from neucore_plugin.config.published import STANDARD
 from neucore_plugin.datasets.triplets import LEFT_OUT, TripletDataset
+from neucore_plugin.evaluation.landing import SIDES, chosen_queries, landing, located, share_inside
 from neucore_plugin.evaluation.pages import run_page
 from neucore_plugin.evaluation.ranking import Evaluated, QueryRanks
+from neucore_plugin.evaluation.robustness import robustness
 from neucore_plugin.evaluation.stored import EXAMPLES, RANKS, read_run, write_ranks
 from neucore_plugin.report import Examples, check_results, row_label, table_lines
 from neucore_plugin.retrieval.ranks import MISS
@@ -70,6 +72,9 @@ def write_results(
     Returns the paths. provenance: what evaluation.json and the page say of config, checkpoint, data, versions.
     """
     results, means = with_means(evaluated)
+    for split, found in evaluated.items():
+        further = {"robustness": robustness(found), "landing": landing(found, model)}
+        results[split][found.title] |= {name: told for name, told in further.items() if told}
     protocols = {split: found.dataset.protocol for split, found in evaluated.items()}
     provenance = {
         **provenance,
@@ -92,7 +97,11 @@ def write_results(
         page = run_folder / "report.html"
         datasets = [found.dataset for found in evaluated.values()]
         shown = Examples.of(
-            [example for found in evaluated.values() for example in _examples(found, model)],
+            [
+                example
+                for found in evaluated.values()
+                for example in (*_examples(found, model), *_region_examples(found, model))
+            ],
             fit=model.image_processor.fit,
             credit=" · ".join(sorted({dataset.credit for dataset in datasets if dataset.credit})) or None,
         )
@@ -143,6 +152,22 @@ def _examples(found: Evaluated, model: Any) -> list[dict[str, Any]]:
         "worst": sorted(ranked, key=lambda n: -ranks[n].rank)[:EXTREMES],
     }
     return [_example(found, index, model, pick) for pick, chosen in picks.items() for index in chosen]
+
+
+def _region_examples(found: Evaluated, model: Any) -> list[dict[str, Any]]:
+    """A query of each kind of change whose region is known: the region, and the concept maps in the right answer."""
+    examples = []
+    for places in chosen_queries(found).values():
+        for region, entries in located(found, model, places[:1]):
+            example = _example(found, places[0], model, "region")
+            maps: list[dict[str, Any]] = [{"concept": "what changes", "reference": region, "candidate": region}]
+            for entry in entries:
+                known = [entry[side] for side in SIDES if entry[side] is not None]
+                inside = " and ".join(f"{100 * share_inside(values, region):.0f}" for values in known)
+                maps.append({**entry, "concept": f"{entry['concept']}: {inside} % inside"})
+            right = {**example["target"], "correct": True}
+            examples.append({**example, "retrieved": [right], "maps": maps})
+    return examples
 
 
 def _lead(ranks: QueryRanks) -> float:

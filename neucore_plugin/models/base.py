@@ -259,6 +259,11 @@ class CirModel(BaseModel):
             read = {name: dropped(value, self.feature_dropout, noise, slots[name]) for name, value in read.items()}
         return {name: layers[name](value) for name, value in read.items()}
 
+    def tokens_of(self, images: Tensor) -> Tensor:
+        """pixels [B,3,H,W], or cached tokens [B,N,Di] -> projected tokens [B,N,D]."""
+        given = {"pixels": images} if images.ndim == 4 else {"pixels": None, "tokens": images}
+        return self.image_features(["tokens"], **given)["tokens"]
+
     def text_features(self, texts: Sequence[str], features: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """texts, or cached backbone features -> words [B,L,D], word_mask [B,L], sentence [B,D]: what queries read."""
         if self.word_projection is None and self.sentence_projection is None:

@@ -20,7 +20,7 @@ from neucore_plugin.models.backbones import Backbone
 from neucore_plugin.models.base import CirModel
 from neucore_plugin.models.batch_loss import by_side
 from neucore_plugin.models.building import shared_settings
-from neucore_plugin.models.composers import COMPOSERS, Artemis
+from neucore_plugin.models.composers import COMPOSERS, Artemis, CrossAttention
 from neucore_plugin.models.inputs import Query
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.zero_shot import COMPOSERS as WITHOUT_TRAINING
@@ -91,6 +91,17 @@ class CirBaseline(CirModel):
     def represent(self, features: Tensor) -> dict[str, Tensor]:
         """Gallery images, pooled [G,D] -> {"fg": [G,D]}."""
         return {"fg": features}
+
+    def concept_maps(self, pixels: Tensor, texts: Sequence[str], candidates: Tensor) -> list[list[dict[str, Any]]]:
+        """Of cross-attention, where the query looks in its reference, one map a query; the candidate has none."""
+        grid = self.backbone.image.grid
+        if not isinstance(self.composer, CrossAttention) or grid is None:
+            return super().concept_maps(pixels, texts, candidates)
+        captions = self.text_features(texts)
+        weights = self.composer.looks_at(self.tokens_of(pixels), captions["words"], captions["word_mask"])
+        cells = weights[:, -grid[0] * grid[1] :]
+        maps = (cells / cells.amax(1, keepdim=True).clamp_min(1e-12)).view(-1, *grid).cpu()
+        return [[{"concept": "attention", "reference": one, "candidate": None}] for one in maps]
 
 
 class ZeroShotBaseline(CirModel):

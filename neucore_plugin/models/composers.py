@@ -145,13 +145,24 @@ class CrossAttention(nn.Module):
 
     def forward(self, tokens: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
         """tokens [Q,N,D], words [Q,L,D], word_mask [Q,L] -> [Q,D]."""
-        first = self.first.expand(tokens.shape[0], 1, -1)
-        x = torch.cat([first, tokens + self.segments[0], words + self.segments[1]], dim=1)  # [Q,1+N+L,D]
-        seen = word_mask.new_ones(tokens.shape[0], 1 + tokens.shape[1])
-        mask = torch.cat([seen, word_mask], dim=1)
+        x, mask = self._sequence(tokens, words, word_mask)
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x[:, 0])
+
+    def looks_at(self, tokens: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
+        """What the last block's first output takes of each image token, mean over heads: [Q,N]."""
+        x, mask = self._sequence(tokens, words, word_mask)
+        for block in self.blocks[:-1]:
+            x = block(x, mask)
+        weights = self.blocks[-1].attn.weights(self.blocks[-1].norm1(x), mask)  # [Q,H,1+N+L,1+N+L]
+        return weights.mean(1)[:, 0, 1 : 1 + tokens.shape[1]]
+
+    def _sequence(self, tokens: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.first.expand(tokens.shape[0], 1, -1)
+        x = torch.cat([first, tokens + self.segments[0], words + self.segments[1]], dim=1)  # [Q,1+N+L,D]
+        seen = word_mask.new_ones(tokens.shape[0], 1 + tokens.shape[1])
+        return x, torch.cat([seen, word_mask], dim=1)
 
 
 class Artemis(Matching):

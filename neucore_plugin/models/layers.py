@@ -78,6 +78,13 @@ class SelfAttention(nn.Module):
         out = self.proj(mixed.transpose(1, 2).reshape(batch, count, -1))  # [B,N,D]
         return F.dropout(out, self.dropout, self.training)
 
+    def weights(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """What each token takes of each valid one, x [B,N,D], mask [B,N] -> [B,H,N,N], rows of sum 1."""
+        batch, count, _ = x.shape
+        q, k, _ = self.qkv(x).view(batch, count, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        valid = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+        return masked_softmax(q @ k.mT / self.head_dim**0.5, valid[:, None, None, :])
+
 
 class FeedForward(nn.Module):
     """Two linear layers with a GELU between, on the last dimension."""

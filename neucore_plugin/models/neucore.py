@@ -118,13 +118,14 @@ class NeucoreModel(CirModel):
     def concept_maps(self, pixels: Tensor, texts: Sequence[str], candidates: Tensor) -> list[list[dict[str, Any]]]:
         """Where each concept of a query lies in its reference and in a candidate image; see `models/concept_maps.py`.
 
-        Args: pixels, candidates [Q,3,H,W]; texts of length Q. No maps where the backbone's tokens have no place.
+        Args: pixels, candidates [Q,3,H,W], or cached tokens [Q,N,Di]; texts of length Q. No maps where the backbone's
+        tokens have no place.
         """
         if self.backbone.image.grid is None:
             return [[] for _ in texts]
         concept_words = [tuple(dict.fromkeys(words)) for words in self.extract_concepts(texts)]
         concepts, _ = self.query_concepts(concept_words)
-        images = (self.image_features(["tokens"], side)["tokens"] for side in (pixels, candidates))
+        images = (self.tokens_of(side) for side in (pixels, candidates))
         sides = [self.alignment.encode(tokens) for tokens in images]
         return concept_maps(sides, concept_words, concepts, self.backbone.image.grid)
 

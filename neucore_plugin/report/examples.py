@@ -9,7 +9,7 @@ from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import read_json, write_json
 from neucore_plugin.report.pictures import LARGE, THUMB, Pictures
 
-PICKS = ("sample", "best", "worst")
+PICKS = ("sample", "best", "worst", "region")  # region: shown with its right answer and where they differ
 _BRIEF = 5  # retrieved pictures kept of a best or worst query
 _FORMAT = "neucore-examples-1"
 _PICTURE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*")
@@ -95,7 +95,9 @@ def _card(example: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
         {
             "concept": str(item["concept"]),
             "reference": pictures.heat(example["reference"], item["reference"]),
-            "candidate": pictures.heat(first["path"], item["candidate"]) if first else None,
+            "candidate": pictures.heat(first["path"], item["candidate"])
+            if first and item["candidate"] is not None
+            else None,
         }
         for item in example.get("maps") or ()
     ]

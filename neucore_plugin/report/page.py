@@ -66,8 +66,8 @@ def write_report(
         for card in picks["sample"]:
             card["at"] = 0
         with_maps = [card for card in picks["sample"] if card["maps"]]
-        landed += [(split, with_maps)] if with_maps else []
-    for number, card in enumerate((card for _, cards in landed for card in cards), start=1):
+        landed += [(split, with_maps, picks["region"])] if with_maps or picks["region"] else []
+    for number, card in enumerate((card for _, *both in landed for cards in both for card in cards), start=1):
         card["at"] = number
     drawn = [(split, rows) for split, rows in results.items() if rows]
     page = {
@@ -80,6 +80,8 @@ def write_report(
         "changes": [(split, _table(rows, columns)) for split, rows in (per_change or {}).items() if rows],
         "examples": examples_by_split,
         "landed": landed,
+        "inside": [(split, lines) for split, rows in drawn if (lines := list(_inside(rows)))],
+        "robust": [line for split, rows in drawn for line in _robust(split, rows)],
         "settings": list(_flat(settings or {})),
         "curves": [(panel.title, Markup(line_chart_svg(panel))) for panel in curves],
         "notice": notice,
@@ -207,6 +209,30 @@ def search_page(
         "hits": [tile(rank, item, pictures) for rank, item in enumerate(found, start=1)],
     }
     return _write(path, page, pictures.missing, credit)
+
+
+def _inside(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[list[str]]:
+    """Cells of the table of where concepts land: of each kind of change a line."""
+    for values in rows.values():
+        for change, row in (values.get("landing") or {}).items():
+            even = row["uniform"]
+            shares = [(row.get(side), even) for side in ("reference", "target")]
+            cells = ["–" if share is None else f"{share:.1f} ({share / even:.2f} times)" for share, even in shares]
+            yield [change, f"{row['queries']:,}", f"{even:.1f}", *cells]
+
+
+def _robust(split: str, rows: Mapping[str, Mapping[str, Any]]) -> Iterable[list[str]]:
+    """Cells of the table of other wordings and near-twins: of a split a line."""
+    for values in rows.values():
+        if told := values.get("robustness"):
+            asked, twins = told.get("wordings"), told.get("near_twins")
+            cells = ["–"] * 6
+            if asked:
+                own, *others = (f"{value:.1f}" for value in asked["R@1"])
+                cells[:4] = own, ", ".join(others), f"{asked['spread']:.1f}", f"{asked['changed']:.1f}"
+            if twins:
+                cells[4:] = f"{twins['among_5']:.1f}", f"{twins['ahead']:.1f}"
+            yield [split, *cells]
 
 
 def _title(split: str, rows: Mapping[str, Mapping[str, Any]]) -> str:

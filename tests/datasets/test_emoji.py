@@ -330,3 +330,47 @@ def test_twins_of_held_out_drawings_are_not_trained(adults, held, attributes):
     rebuilt = emoji.build_splits(adults, near, held)
     assert shown in images(plain["train"])
     assert shown not in images(rebuilt["train"]) | images(rebuilt["val"])
+
+
+def test_further_wordings_occur_nowhere_else(splits):
+    trained = {triplet.caption for triplets in splits.values() for triplet in triplets}
+    for split, triplets in splits.items():
+        for triplet in triplets:
+            assert len(set(triplet.wordings)) == (0 if split == "train" else 3)
+            assert not trained & set(triplet.wordings)
+
+
+def test_further_wordings_name_what_changes_and_nothing_that_stays(splits, attributes):
+    values = {getattr(a, field): field for field in ("tone", "hair") for a in attributes.values()}
+    for triplet in splits["test_combo"] + splits["test_two"]:
+        target, asked = attributes[triplet.targets[0]], triplet.change.split("+")
+        for wording in triplet.wordings:
+            if "role" in asked:
+                assert target.role in wording
+                continue
+            named = {values[word] for word in wording.split() if word in values}
+            assert named <= set(asked) and target.role not in wording
+            if "tone" in asked:
+                assert (target.tone or "yellow") in wording
+            if "hair" in asked and target.hair:
+                assert target.hair in wording
+
+
+def test_near_twins_lack_the_change_and_differ_in_one_thing(splits, attributes):
+    fields = ("role", "tone", "gender", "hair", "direction")
+    seen = set()
+    for split in ("val", "test_combo", "test_role", "test_two"):
+        for triplet in splits[split]:
+            expected = []
+            own = attributes.get(triplet.reference)
+            if own and triplet.query_id.endswith(("0", "3", "B")):  # a part, against a search through all
+                for name, other in attributes.items():
+                    apart = [f for f in fields if getattr(own, f) != getattr(other, f)]
+                    kept = [f for f in triplet.change.split("+") if f not in apart]
+                    if len(apart) == 1 and own.kind == other.kind and apart != ["role"] and kept:
+                        expected.append(name)
+                assert set(triplet.near_twins) == set(expected) - set(triplet.targets)
+                seen |= {triplet.change} if expected else set()
+    assert {"tone", "gender", "hair", "role", "gender+tone"} <= seen
+    assert not any(t.near_twins or t.in_place for t in splits["test_word"])
+    assert {t.change for t in splits["val"] if t.in_place} == {"tone", "gender", "hair"}

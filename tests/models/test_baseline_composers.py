@@ -183,3 +183,20 @@ def test_artemis_in_products_equals_the_broadcast(artemis):
     torch.testing.assert_close(made.score(query, {"fg": t}), naive)  # the differentiable way
     values = [x.clone().requires_grad_() for x in (r[2:], m[2:], t[3:5])]
     assert torch.autograd.gradcheck(lambda r, m, t: made.score(made(pooled=r, sentence=m), {"fg": t}), values)
+
+
+def test_where_cross_attention_looks_is_what_its_last_block_mixes():
+    made, _ = composer("cross_attention")
+    tokens, words = torch.randn(2, 4, D).double(), torch.randn(2, 3, D).double()
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    looks, inputs = made.looks_at(tokens, words, mask), []
+    made.blocks[-1].attn.register_forward_hook(lambda part, given, out: inputs.append((*given, out)))
+    made(tokens, words, mask)
+    x, valid, out = inputs[0]
+    attn, (batch, count, _) = made.blocks[-1].attn, x.shape
+    weights = attn.weights(x, valid)
+    assert torch.allclose(weights.sum(-1), torch.ones(batch, attn.heads, count).double())
+    values = attn.qkv(x).view(batch, count, 3, attn.heads, attn.head_dim)[:, :, 2].transpose(1, 2)
+    mixed = attn.proj((weights @ values).transpose(1, 2).reshape(batch, count, -1))
+    assert torch.allclose(mixed[valid], out[valid])
+    assert torch.allclose(looks, weights.mean(1)[:, 0, 1:5]) and not weights[0, :, :, 7].any()

@@ -220,6 +220,27 @@ def change_text(change: str, target: Attributes, key: str) -> str:
     return _choose(options, change, key)
 
 
+def change_wordings(change: str, target: Attributes) -> tuple[str, ...]:
+    """Three further captions for what `change_text` asks, in words that it never takes."""
+    tone = target.tone or "yellow"
+    words = ("male", "female") if target.role == CHILD else ("a man", "a woman")
+    who = {"": "gender-neutral", "man": words[0], "woman": words[1]}[target.gender]
+    side = target.direction or "left"
+    hair = {"": "ordinary hair", "bald": "a bald head", "beard": "a beard"}.get(target.hair, f"{target.hair} hair")
+    return {
+        "tone": (f"the skin should be {tone}", f"give it {tone} skin", f"{tone} skin in place of this one"),
+        "gender": (f"should be {who}", f"as before, only {who}", f"{who} this time"),
+        "hair": (f"let them have {hair}", f"as before, only with {hair}", f"{hair} this time"),
+        "direction": (f"should face {side}", f"looking to the {side}", f"the other way round, towards the {side}"),
+        "role": (f"should be {target.role}", f"as before, only {target.role}", f"{target.role} this time"),
+        "gender+tone": (
+            f"should be {who} with {tone} skin",
+            f"as before, only {who}, the skin {tone}",
+            f"{who} and {tone} skin this time",
+        ),
+    }[change]
+
+
 # ---------------------------------------------------------------- objects and faces: names one word apart
 COLOURS = _words("red orange yellow green blue purple brown black white grey pink")
 _SHARED_FIRST = COLOURS | _words("open closed small large crossed backhand thumbs")
@@ -273,6 +294,11 @@ def _describes(stay: list[str], last_changes: bool, word: str) -> bool:
             return stay[0] in _SHARED_FIRST
         return stay[0] not in _VAGUE_HEADS or (stay[0] == "button" and word in _MEDIA_BUTTONS)
     return any(other.lower() not in _SMALL_WORDS | _VAGUE_HEADS for other in stay)
+
+
+def object_wordings(before: str, after: str) -> tuple[str, ...]:
+    """Three further captions for what `object_text` asks, in words that it never takes."""
+    return f"should be {after}, no longer {before}", f"swap {before} for {after}", f"{after} where it was {before}"
 
 
 def object_text(before: str, after: str, key: str) -> str:

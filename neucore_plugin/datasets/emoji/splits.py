@@ -16,6 +16,8 @@ test_combo one change; reference a seen image, target of a held-out combination
 test_role  one change; target of a held-out role; reference of the same role (tone, gender) or a seen image (role)
 test_word  one word of an object's name; the target is a held-out object
 test_two   gender and tone at once; both images seen, but training has no text with two changes
+
+A query that is evaluated also has three further wordings, and near-twins of its reference that lack the change.
 """
 
 from collections import defaultdict
@@ -33,13 +35,16 @@ from neucore_plugin.datasets.emoji.attributes import (
     TONES,
     Attributes,
     change_text,
+    change_wordings,
     code_points,
     object_text,
+    object_wordings,
     parse,
     substitutions,
     unit_hash,
 )
 from neucore_plugin.datasets.emoji.drawings import INSTALL, prepare, read_manifest
+from neucore_plugin.datasets.emoji.styles import drawings_of
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
 ROLE_CAP = EmojiInfoSchema().role_cap  # 118,000 pairs otherwise, nine tenths of the data
@@ -86,19 +91,65 @@ def load(
     return {split: (list(triplets), gallery) for split, triplets in splits.items()}
 
 
+def other_drawings(
+    folder: str | Path,
+    splits: Mapping[str, tuple[list[Triplet], Gallery]],
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, tuple[list[Triplet], Gallery]], dict[str, dict[str, int]]]:
+    """The same splits on other drawings (see `styles.py`), of the pairs that these have; then, of each split, how many
+    images and queries they lack.
+
+    What nearly coincides there is equally right there, a pair that does is none, and training shows nothing that
+    coincides with a held-out drawing.
+    """
+    _, gallery = splits["train"]
+    names = emoji_names(gallery.ids)
+    files, near = drawings_of(folder, names, cache, progress)
+    hidden = _Sorter.build(names, {}, hold_out(names)).hidden
+    result, lacking = {}, {}
+    for split, (triplets, _) in splits.items():
+        kept, absent = [], set()
+        for t in triplets:
+            lost = {t.reference, t.targets[0]} - files.keys()
+            absent |= lost
+            twins = near.get(t.targets[0], ())
+            learnt = {t.reference, t.targets[0]} if split in ("train", "val") else set()
+            if lost or t.reference in twins or any(not hidden.isdisjoint(near.get(name, ())) for name in learnt):
+                continue
+            right = dict.fromkeys([*(name for name in t.targets if name in files), *twins])
+            others = tuple(name for name in t.near_twins if name in files and name not in right)
+            kept.append(replace(t, targets=tuple(right), near_twins=others))
+        result[split] = kept, Gallery.of(files)
+        lacking[split] = {"missing_images": len(absent), "skipped_queries": len(triplets) - len(kept)}
+    return result, lacking
+
+
 def emoji_names(ids: Iterable[str]) -> dict[str, str]:
     """English names of those ids that are emoji (the `emoji` package); OpenMoji's own extras are left out."""
+    known = _known()
+    return {name: known[codes][1] for name in ids if (codes := code_points(name)) in known}
+
+
+def emoji_texts(ids: Iterable[str]) -> dict[str, str]:
+    """Those ids that are emoji, as text."""
+    known = _known()
+    return {name: known[codes][0] for name in ids if (codes := code_points(name)) in known}
+
+
+def _known() -> dict[tuple[int, ...], tuple[str, str]]:
+    """{code points: (text, English name)} of all emoji, in their fully qualified form."""
     try:
         from emoji import EMOJI_DATA
     except ImportError as error:
         raise DataError(f"the names of emoji are not installed (package emoji): {INSTALL}") from error
-    known: dict[tuple[int, ...], str] = {}
+    known: dict[tuple[int, ...], tuple[str, str]] = {}
     for text, entry in EMOJI_DATA.items():
         key = tuple(code for code in map(ord, text) if code != PRESENTATION)
         qualified = entry["status"] == 2
         if qualified or key not in known:
-            known[key] = entry["en"].strip(":").replace("_", " ")
-    return {emoji_id: known[codes] for emoji_id in ids if (codes := code_points(emoji_id)) in known}
+            known[key] = text, entry["en"].strip(":").replace("_", " ")
+    return known
 
 
 def _is_plain_object(emoji_id: str) -> bool:
@@ -193,22 +244,25 @@ def build_splits(
     twins = {name: frozenset(others) for name, others in near.items()}
     sorter = _Sorter.build(names, twins, held_out)
     found: dict[str, dict[str, Triplet]] = {split: {} for split in SPLITS["emoji"]}
-    write: dict[str, Callable[[str], str]] = {}  # captions are written last, for the few pairs that stay
+    write: dict[str, tuple[Callable[[str], str], Callable[[], tuple[str, ...]]]] = {}  # last, for the pairs that stay
 
-    def add(reference: str, target: str, change: str, caption: Callable[[str], str]) -> None:
+    def add(reference: str, target: str, change: str, *captions: Callable) -> None:
         split = sorter.split(reference, target, change)
         others = twins.get(target, frozenset())
         if split is None or reference in others:  # a reference that nearly is the target asks for no change
             return
         query_id = f"{reference}>{target}"
         if query_id not in write:  # "black large square": two words of one name may lead to one target
-            write[query_id] = caption
+            write[query_id] = captions
             found[split][query_id] = Triplet(query_id, reference, "", (target, *sorted(others)), change)
 
     for reference, target, change in _attribute_pairs(sorter.attributes):
-        add(reference, target, change, partial(change_text, change, sorter.attributes[target]))
+        asked = change, sorter.attributes[target]
+        add(reference, target, change, partial(change_text, *asked), partial(change_wordings, *asked))
     for _, reference, before, target, after in _object_pairs(names):
-        add(reference, target, "object", partial(object_text, before, after))
+        asked = before, after
+        add(reference, target, "object", partial(object_text, *asked), partial(object_wordings, *asked))
+    near_twins = _NearTwins(sorter.attributes)
     caps = {"train": role_cap, "val": 1, "test_combo": 2, "test_role": 5}
     result = {}
     for split, queries in found.items():
@@ -216,8 +270,44 @@ def build_splits(
         triplets = _cap(queries.values(), "role", caps.get(split), by_target=split.startswith("test"))
         triplets = _cap(triplets, "object", _OBJECT_CAP, by_target=False)
         chosen = _sample(triplets, _LIMITS.get(split))
-        result[split] = tuple(replace(t, caption=write[t.query_id](t.query_id)) for t in chosen)
+        result[split] = tuple(replace(t, caption=write[t.query_id][0](t.query_id)) for t in chosen)
+        if not split.startswith("train"):
+            result[split] = tuple(
+                replace(
+                    t,
+                    wordings=write[t.query_id][1](),
+                    near_twins=near_twins(t),
+                    in_place=not {"tone", "gender", "hair"}.isdisjoint(t.change.split("+")),
+                )
+                for t in result[split]
+            )
     return result
+
+
+class _NearTwins:
+    """What differs from a query's reference in exactly one of tone, gender, hair and direction, and keeps what is asked
+    to change: of two changes at least one of them. No right answer is among them."""
+
+    _FIELDS = ("tone", "gender", "hair", "direction")
+
+    def __init__(self, attributes: Mapping[str, Attributes]) -> None:
+        self.attributes = attributes
+        self._alike: dict[Attributes, list[str]] = defaultdict(list)
+        for name, a in attributes.items():
+            for field in self._FIELDS:
+                self._alike[a.without(field)].append(name)
+
+    def __call__(self, query: Triplet) -> tuple[str, ...]:
+        own = self.attributes.get(query.reference)
+        if own is None:
+            return ()
+        near = {name for field in self._FIELDS for name in self._alike[own.without(field)]}
+        asked = query.change.split("+")
+        return tuple(
+            name
+            for name in sorted(near - {query.reference, *query.targets})
+            if any(getattr(self.attributes[name], field) == getattr(own, field) for field in asked)
+        )
 
 
 def _attribute_pairs(attributes: Mapping[str, Attributes]) -> Iterable[tuple[str, str, str]]:

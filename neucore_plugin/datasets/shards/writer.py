@@ -215,9 +215,8 @@ def _write_folder(
 
 def _plain(triplet: Triplet) -> dict[str, Any]:
     plain = dataclasses.asdict(triplet)
-    if not triplet.aspects:  # younger than the format: shards of other data sets stay what they were
-        del plain["aspects"]
-    return plain
+    younger = ("aspects", "wordings", "near_twins", "in_place")  # than the format: shards without stay what they were
+    return {name: value for name, value in plain.items() if value or name not in younger}
 
 
 def _facts(
