@@ -15,7 +15,7 @@ CIRR_POS = ["NOUN", "ADJ"]  # as the paper has it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """NAME and what counts as a concept."""
-    parser.add_argument("name", choices=(*PUBLISHED, "emoji", "folder"), help="the data set")
+    parser.add_argument("name", choices=(*PUBLISHED, "emoji", "icons", "folder"), help="the data set")
     parser.add_argument("--root", type=Path, help="its root folder (default: its variable, such as NEUCORE_CIRR_ROOT)")
     parser.add_argument("--split", default="train", help="whose captions (default train)")
     parser.add_argument(
@@ -76,11 +76,15 @@ def _captions(arguments: argparse.Namespace) -> list[str]:
         if arguments.root is None:
             raise ConfigError("--root is needed: the folder with the images and their annotations")
         return [t.caption for t in folder.load_split(arguments.root, split, folder.images(arguments.root))[0]]
-    if name == "emoji":
-        from neucore_plugin.datasets.emoji.splits import load
+    if name in ("emoji", "icons"):
+        from neucore_plugin.datasets import icons
+        from neucore_plugin.datasets.emoji import splits as emoji
 
         if split not in SPLITS[name]:
-            raise ConfigError(f"emoji has no split {split!r}.{nearest(split, SPLITS[name])}")
-        return [triplet.caption for triplet in load()[split][0]]
+            raise ConfigError(f"{name} has no split {split!r}.{nearest(split, SPLITS[name])}")
+        if name == "icons" and arguments.root is None:
+            raise ConfigError(f"--root is needed: the unpacked package of the icons. Fetch it: {icons.FETCH}")
+        found = emoji.load() if name == "emoji" else icons.load(arguments.root)
+        return [triplet.caption for triplet in found[split][0]]
     _, found, _ = catalogue.load(name, arguments.root, [split], missing="ignore")
     return [triplet.caption for triplet in found[split][0]]

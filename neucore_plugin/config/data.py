@@ -116,6 +116,17 @@ class EmojiInfoSchema(InfoSchema):
     )
 
 
+class IconsInfoSchema(InfoSchema):
+    root: Text | None = Field(
+        None,
+        description="the unpacked package @tabler/icons, never null; without it the command that fetches it is told",
+    )
+    cache_dir: Text | None = Field(
+        None, description="where they are rendered to; null: $NEUCORE_CACHE, ~/.cache/neucore"
+    )
+    image_size: int = Field(224, ge=32, le=1024, description="side of the drawings in pixels")
+
+
 class RootInfoSchema(InfoSchema):
     """Of a data set that may also be read as shards."""
 
@@ -144,6 +155,12 @@ class EmojiSchema(DatasetSchema):
     """OpenMoji drawings, made by rules."""
 
     build_info: EmojiInfoSchema = Field(default_factory=EmojiInfoSchema, description="how it is built")
+
+
+class IconsSchema(DatasetSchema):
+    """Tabler's icons, queries made by rules."""
+
+    build_info: IconsInfoSchema = Field(default_factory=IconsInfoSchema, description="how it is built")
 
 
 class FolderSchema(DatasetSchema):
@@ -200,5 +217,6 @@ DATASET_SCHEMAS: dict[str, type[DatasetSchema]] = {
     "fashion200k": _published("fashion200k"),
     "circo": _published("circo"),
     "emoji": EmojiSchema,
+    "icons": IconsSchema,
     "folder": FolderSchema,
 }

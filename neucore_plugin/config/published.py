@@ -21,6 +21,7 @@ SPLITS = {
     "fashion200k": ("train", "test"),
     "circo": ("val",),
     "emoji": ("train", "val", "test_combo", "test_role", "test_word", "test_two"),
+    "icons": ("train", "val", "test_combo", "test_base"),
 }
 UNANSWERED_SPLITS = {"cirr": ("test1",), "fashioniq": _by_category("test"), "circo": ("test",)}
 

@@ -15,7 +15,7 @@ from neucore_plugin.config.data import DatasetSchema
 from neucore_plugin.config.loading import dataset_defaults, escaped
 from neucore_plugin.config.published import PUBLISHED, SPLITS
 from neucore_plugin.config.sections import dataset_types
-from neucore_plugin.datasets import folder, protocols
+from neucore_plugin.datasets import folder, icons, protocols
 from neucore_plugin.datasets.emoji import drawings
 from neucore_plugin.datasets.emoji import splits as emoji
 from neucore_plugin.datasets.published import catalogue
@@ -265,6 +265,31 @@ class EmojiBuilder(TripletBuilder):
                     logging.info("emoji: %s: in %s %s", split, info["drawings"], left_out_text(row))
             splits = {split: found for split, found in splits.items() if self.wanted is None or split in self.wanted}
         _, gallery = next(iter(splits.values()))  # the gallery of every split
+        return gallery.files, splits
+
+
+@register_builder("icons")
+class IconsBuilder(TripletBuilder):
+    """Tabler's icons, from the package as npm gives it (see `datasets/icons.py`)."""
+
+    name = "icons"
+    SPLITS = SPLITS["icons"]
+    credit = icons.CREDIT
+    names = staticmethod(icons.names)
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = dataset_types("icons")
+
+    def prepare(self, info: dict[str, Any]) -> None:
+        if not info.get("root"):
+            raise ConfigError(
+                "datasets.icons.build_info.root is null; give the folder of the unpacked package there. Fetch it with\n"
+                f"  {icons.FETCH}\nand then root is the folder `package`"
+            )
+        icons.prepare(info["root"], info.get("cache_dir"), info["image_size"])
+
+    def read(self, info: dict[str, Any]) -> Content:
+        splits = icons.load(info["root"], info.get("cache_dir"), info["image_size"])
+        splits = {split: found for split, found in splits.items() if self.wanted is None or split in self.wanted}
+        _, gallery = next(iter(splits.values()))
         return gallery.files, splits
 
 

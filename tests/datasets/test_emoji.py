@@ -19,8 +19,8 @@ from neucore_plugin.datasets.emoji.attributes import (
     object_text,
     parse,
     substitutions,
-    unit_hash,
 )
+from neucore_plugin.datasets.sampling import unit_hash
 
 PARSED = {
     "1F468": ("person", "an ordinary adult", "man", "", "", ""),

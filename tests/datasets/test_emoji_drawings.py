@@ -122,7 +122,7 @@ def test_restart_after_a_kill(small_cache, tmp_path, no_renderer, capsys, monkey
         emoji_drawings.read_manifest(folder)
     emoji.prepare(tmp_path, 64, only=wanted)
     assert sorted(no_renderer) == sorted(wanted[5:])
-    assert "rendering emoji" in capsys.readouterr().err
+    assert "rendering drawings" in capsys.readouterr().err
     for name in wanted:
         assert (folder / f"{name}.png").read_bytes() == (whole / f"{name}.png").read_bytes()
 

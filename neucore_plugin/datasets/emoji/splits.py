@@ -41,10 +41,10 @@ from neucore_plugin.datasets.emoji.attributes import (
     object_wordings,
     parse,
     substitutions,
-    unit_hash,
 )
 from neucore_plugin.datasets.emoji.drawings import INSTALL, prepare, read_manifest
 from neucore_plugin.datasets.emoji.styles import drawings_of
+from neucore_plugin.datasets.sampling import cap, sample, unit_hash
 from neucore_plugin.datasets.triplets import Gallery, Triplet
 
 ROLE_CAP = EmojiInfoSchema().role_cap  # 118,000 pairs otherwise, nine tenths of the data
@@ -267,9 +267,9 @@ def build_splits(
     result = {}
     for split, queries in found.items():
         # In the tests the target is what is new, so role changes are capped by target; elsewhere by reference.
-        triplets = _cap(queries.values(), "role", caps.get(split), by_target=split.startswith("test"))
-        triplets = _cap(triplets, "object", _OBJECT_CAP, by_target=False)
-        chosen = _sample(triplets, _LIMITS.get(split))
+        triplets = cap(queries.values(), "role", caps.get(split), by_target=split.startswith("test"))
+        triplets = cap(triplets, "object", _OBJECT_CAP, by_target=False)
+        chosen = sample(triplets, _LIMITS.get(split))
         result[split] = tuple(replace(t, caption=write[t.query_id][0](t.query_id)) for t in chosen)
         if not split.startswith("train"):
             result[split] = tuple(
@@ -323,22 +323,3 @@ def _attribute_pairs(attributes: Mapping[str, Attributes]) -> Iterable[tuple[str
                     a, b = attributes[reference], attributes[target]
                     if all(getattr(a, name) != getattr(b, name) for name in fields):
                         yield reference, target, change
-
-
-def _cap(triplets: Iterable[Triplet], change: str, cap: int | None, by_target: bool) -> list[Triplet]:
-    """At most `cap` triplets of one kind of change for each reference (or target), those of lowest hash."""
-    count: dict[str, int] = defaultdict(int)
-    kept = []
-    for triplet in sorted(triplets, key=lambda t: (unit_hash("cap", t.query_id), t.query_id)):
-        if triplet.change == change and cap is not None:
-            key = triplet.targets[0] if by_target else triplet.reference
-            count[key] += 1
-            if count[key] > cap:
-                continue
-        kept.append(triplet)
-    return kept
-
-
-def _sample(triplets: Iterable[Triplet], limit: int | None) -> list[Triplet]:
-    """The `limit` triplets of lowest hash, in that order: any first part of a split is a fair sample of it."""
-    return sorted(triplets, key=lambda t: (unit_hash("sample", t.query_id), t.query_id))[:limit]
