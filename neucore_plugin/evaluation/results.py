@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,8 @@ def write_results(
         datasets = [found.dataset for found in evaluated.values()]
         shown = Examples.of(
             [
-                example
-                for found in evaluated.values()
-                for example in (*_examples(found, model), *_region_examples(found, model))
+                *(example for found in evaluated.values() for example in _examples(found, model)),
+                *_region_examples(evaluated.values(), model),
             ],
             fit=model.image_processor.fit,
             credit=" · ".join(sorted({dataset.credit for dataset in datasets if dataset.credit})) or None,
@@ -154,10 +153,14 @@ def _examples(found: Evaluated, model: Any) -> list[dict[str, Any]]:
     return [_example(found, index, model, pick) for pick, chosen in picks.items() for index in chosen]
 
 
-def _region_examples(found: Evaluated, model: Any) -> list[dict[str, Any]]:
+def _region_examples(evaluated: Iterable[Evaluated], model: Any) -> list[dict[str, Any]]:
     """A query of each kind of change whose region is known: the region, and the concept maps in the right answer."""
     examples = []
-    for places in chosen_queries(found).values():
+    first: dict[str, tuple[Evaluated, list[int]]] = {}
+    for found in evaluated:
+        for change, places in chosen_queries(found).items():
+            first.setdefault(change, (found, places))
+    for found, places in first.values():
         for region, entries in located(found, model, places[:1]):
             example = _example(found, places[0], model, "region")
             maps: list[dict[str, Any]] = [{"concept": "what changes", "reference": region, "candidate": region}]
