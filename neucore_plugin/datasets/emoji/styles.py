@@ -7,7 +7,6 @@ folder (an unpacked npm package of Fluent emoji).
 
 import os
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from neucore_plugin.common.images import load_image
 from neucore_plugin.datasets.emoji.attributes import PRESENTATION, TONES, code_points
 from neucore_plugin.datasets.emoji.drawings import NEAR, THUMBNAIL, near_duplicates
 
+_MEDIUM_LIGHT, _MEDIUM = 0x1F3FC, 0x1F3FD
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".gif", ".bmp")
 FONTS = (".ttf", ".otf")
 NAMES = "1f468-1f3fd.png, U+1F468 U+1F3FD.png or emoji_u1f468_1f3fd.png"
@@ -110,7 +110,7 @@ def convert(
     """Drawings of a font or a folder -> OUT/1F468-1F3FD.png, on white; returns how many. What is there is overwritten.
 
     wanted: {id: the emoji as text}; the font draws these, of a folder those are taken. mend_tones: as in
-    `tones_in_order`. Raises DataError.
+    `mended`. Raises DataError.
     """
     source, out = Path(source), Path(out)
     if source.suffix.lower() in FONTS:
@@ -119,7 +119,7 @@ def convert(
     else:
         found = by_code_points(source)
         files = {name: found[codes] for name in wanted if (codes := code_points(name)) in found}
-        files, names = tones_in_order(files) if mend_tones else files, list(files)
+        files, names = mended(files) if mend_tones else files, list(files)
         pictures = ((name, load_image(files[name])) for name in names)
     count = 0
     with file_errors(out, "Give another folder with --out"):
@@ -134,27 +134,18 @@ def convert(
     return count
 
 
-def tones_in_order(files: Mapping[str, Path]) -> dict[str, Path]:
-    """The files of each emoji's five skin tones by how light they are: sets are known that mistake one for another.
-
-    Lightness: the mean over the pixels in which the five differ. Emoji with several tones, or fewer than five, stay.
-    """
-    groups: dict[tuple[int, ...], dict[int, str]] = defaultdict(dict)
-    for name in files:
-        codes = code_points(name)
-        tones = [code for code in codes if code in TONES]
-        if len(tones) == 1:
-            groups[tuple(0 if code in TONES else code for code in codes)][tones[0]] = name
-    mended = dict(files)
-    for group in groups.values():
-        if len(group) == len(TONES):
-            names = [group[tone] for tone in TONES]
-            greys = np.stack([np.asarray(square(load_image(files[name]), 64).convert("L"), float) for name in names])
-            apart = greys.max(0) - greys.min(0) > 10
-            light = [float(grey[apart].mean()) if apart.any() else 0.0 for grey in greys]
-            order = sorted(range(len(names)), key=lambda place: (-light[place], place))
-            mended |= {name: files[names[place]] for name, place in zip(names, order, strict=True)}
-    return mended
+def mended(files: Mapping[str, Path]) -> dict[str, Path]:
+    """The files, of each emoji's medium-light and medium skin the lighter one as medium-light: of almost all emoji of
+    Fluent's package they stand under each other's name. Emoji of several tones stay."""
+    result = dict(files)
+    by_codes = {code_points(name): name for name in files}
+    for codes, name in by_codes.items():
+        other = by_codes.get(tuple(_MEDIUM if code == _MEDIUM_LIGHT else code for code in codes))
+        if codes.count(_MEDIUM_LIGHT) == 1 and len(TONES.keys() & codes) == 1 and other is not None:
+            one, two = (np.asarray(square(load_image(files[n]), 64).convert("L"), float) for n in (name, other))
+            if one.sum() < two.sum():
+                result |= {name: files[other], other: files[name]}
+    return result
 
 
 def _font(path: Path) -> Callable[[str], Image.Image | None]:
