@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--mend-tones",
         action="store_true",
-        help="of a folder: medium-light skin is the lighter one of medium-light and medium, which Fluent's package mixes up",
+        help="of a folder: tell medium-light and medium skin by how light they are; Fluent's package mixes them up",
     )
     check = actions.add_parser("check", help="is a data set in place: counts, missing images, what to fetch and where")
     check.add_argument("name", choices=(*PUBLISHED, "folder"), help="the data set")

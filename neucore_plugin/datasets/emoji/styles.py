@@ -152,7 +152,8 @@ def _font(path: Path) -> Callable[[str], Image.Image | None]:
     """What draws an emoji with a font of colour bitmaps; None for one that it has not."""
     if not features.check("raqm"):
         raise DataError(f"{path}: sequences of code points need Pillow with raqm; the wheels of pip have it")
-    font = None
+    wanted = "give a font of colour bitmaps, such as Debian's fonts-noto-color-emoji"
+    font, reason = None, None
     for size in (109, 160, 136, 128, 96, 72, 64):  # a bitmap font has few sizes, mostly one; Noto's is 109
         try:
             font = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.RAQM)
@@ -160,24 +161,21 @@ def _font(path: Path) -> Callable[[str], Image.Image | None]:
         except OSError as error:
             reason = error
     if font is None:
-        raise DataError(
-            f"{path}: cannot be read as a font of colour bitmaps ({reason}); Debian: fonts-noto-color-emoji"
-        )
-    # Two emoji that no font joins are as wide as one twice; what is wider than one is drawn in pieces.
-    single = font.getlength("\U0001f600")
-    absent = _drawn(font, "\U0010fffe", single)
+        raise DataError(f"{path}: cannot be read ({reason}); {wanted}")
+    face = _drawn(font, "\U0001f600")
+    if face is None or not np.ptp(np.asarray(face), axis=2).any():
+        raise DataError(f"{path}: draws no colours; {wanted}")
+    # Two emoji that the font does not join are twice as wide as one: what is wider is drawn in pieces.
+    single, absent = font.getlength("\U0001f600"), _drawn(font, "\U0010fffe")
 
     def draw(text: str) -> Image.Image | None:
-        if font.getlength(text) > 1.5 * single:
-            return None
-        picture = _drawn(font, text, single)
-        blank = picture is None or (absent is not None and np.array_equal(np.asarray(picture), np.asarray(absent)))
-        return None if blank else picture
+        picture = _drawn(font, text) if font.getlength(text) < 1.5 * single else None
+        return None if absent is not None and picture == absent else picture
 
     return draw
 
 
-def _drawn(font: ImageFont.FreeTypeFont, text: str, width: float) -> Image.Image | None:
+def _drawn(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
     """On white, cut to the height of the font; None where nothing is drawn."""
     left, top, right, bottom = font.getbbox(text)
     if right <= left or bottom <= top or max(right, bottom) > _MOST:
