@@ -95,9 +95,7 @@ def _card(example: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
         {
             "concept": str(item["concept"]),
             "reference": pictures.heat(example["reference"], item["reference"]),
-            "candidate": pictures.heat(first["path"], item["candidate"])
-            if first and item["candidate"] is not None
-            else None,
+            "candidate": _candidate(pictures, first["path"], item["candidate"]) if first else None,
         }
         for item in example.get("maps") or ()
     ]
@@ -121,6 +119,11 @@ def _card(example: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
         "beyond": target is not None and (rank is None or rank > len(retrieved)),
         "maps": maps,
     }
+
+
+def _candidate(pictures: Pictures, path: Any, values: Any) -> str | None:
+    """The picture with its map; without one, where the model has none of candidates, as it is."""
+    return pictures.thumb(path) if values is None else pictures.heat(path, values)
 
 
 def _fits(value: Any, shape: Any) -> bool:
