@@ -55,7 +55,7 @@ SIGNS = {  # last part of a name -> how it is called; "off" is a stroke through 
     "flame": "a flame",
 }
 LEAST_SIGNS = 3  # of a base: below that a last part is mostly a part of the name, as in circle-arrow-up
-BASE_CAP = 12  # base changes kept a reference in training; nine tenths of all pairs otherwise
+KEPT = 12  # sign changes, and base changes, kept a reference in training; 90,000 otherwise
 _LIMITS = {"val": 1000, "test_combo": 1500, "test_base": 1500}
 _CAPS = {"val": 1, "test_combo": 3, "test_base": 5}
 _VAL_SHARE = 0.08
@@ -178,8 +178,8 @@ def build_splits(ids: Iterable[str], near: Mapping[str, Iterable[str]]) -> dict[
         found[split].append(Triplet(f"{reference}>{target}", reference, "", (target, *sorted(twins)), change))
     result = {}
     for split, triplets in found.items():
-        kept = cap(triplets, "base", _CAPS.get(split, BASE_CAP), by_target=split.startswith("test"))
-        kept = cap(kept, "sign", _CAPS.get(split, BASE_CAP), by_target=split.startswith("test"))
+        kept = cap(triplets, "base", _CAPS.get(split, KEPT), by_target=split.startswith("test"))
+        kept = cap(kept, "sign", _CAPS.get(split, KEPT), by_target=split.startswith("test"))
         chosen = sample(kept, _LIMITS.get(split))
         result[split] = [_worded(triplet, icons, split == "train") for triplet in chosen]
     return result
