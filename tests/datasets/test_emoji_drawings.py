@@ -59,8 +59,8 @@ def no_renderer(monkeypatch):
     rendered = []
     build = emoji_drawings._renderer
 
-    def counting(size):
-        render = build(size)
+    def counting(*given):
+        render = build(*given)
         return lambda svg: rendered.append(svg.stem) or render(svg)
 
     monkeypatch.setattr(emoji_drawings, "_renderer", counting)
