@@ -107,7 +107,7 @@ def wrong_command(command: str, whole: bool) -> str | None:
         return wrong_arguments([rest[1].removeprefix("lavis."), *rest[2:]], whole)
     if program.endswith("python") and rest[0].endswith(".py"):
         return None if (ROOT / rest[0]).is_file() else f"{rest[0]} is no file"
-    return None if program in ("pip", "python", "uv") else f"{program} is not known"
+    return None if program in ("npm", "pip", "python", "uv") else f"{program} is not known"
 
 
 def wrong_script(words: list[str], known: list[str]) -> str | None:
