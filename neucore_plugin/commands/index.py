@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin.commands import index_accelerate, index_push, positive, print_json
-from neucore_plugin.commands.loading import add_model_arguments, load
+from neucore_plugin.commands.loading import add_model_arguments, load, opened, stored
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.common.names import name_of
 from neucore_plugin.common.text import visible
@@ -202,27 +202,8 @@ def _tell_failures(failures: Sequence[Any], index: Path) -> None:
 # ---- changes --------------------------------------------------------------------------------------------------------
 
 
-def _opened(arguments: argparse.Namespace) -> Any:
-    """With its model, to encode by."""
-    from neucore_plugin.retrieval import GalleryIndex
-
-    index = _stored(GalleryIndex.open(arguments.index), arguments.index)
-    index.attach(load(arguments, index), where=f" in {arguments.index}")
-    return index
-
-
-def _stored(index: Any, place: Path) -> Any:
-    """Refuses an index of the earlier format, of which changes would be lost. Raises DataError."""
-    if index.folder is None:
-        raise DataError(
-            f"{place} is an index of the earlier format, which is only read; build it again, or in Python "
-            "GalleryIndex.open(INDEX).save(OTHER) writes it in today's"
-        )
-    return index
-
-
 def _add(arguments: argparse.Namespace) -> None:
-    index = _opened(arguments)
+    index = opened(arguments)
     before = len(index.failures)
     one = len(arguments.sources) == 1 and _is_source(Path(arguments.sources[0]))
     source = arguments.sources[0] if one else arguments.sources
@@ -242,16 +223,14 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _remove(arguments: argparse.Namespace) -> None:
-    from neucore_plugin.retrieval import GalleryIndex
-
-    index = _stored(GalleryIndex.open(arguments.index), arguments.index)
+    index = stored(arguments.index)
     before = len(index)
     index.remove(arguments.names)
     print(visible(f"{arguments.index}: removed {before - len(index):,}; {len(index):,} images"))
 
 
 def _sync(arguments: argparse.Namespace) -> None:
-    index = _opened(arguments)
+    index = opened(arguments)
     before = len(index.failures)
     done = _quietly(lambda: index.sync(arguments.folder, batch_size=arguments.batch_size, workers=arguments.workers))
     _tell_failures(index.failures[before:], arguments.index)
@@ -265,9 +244,7 @@ def _sync(arguments: argparse.Namespace) -> None:
 
 
 def _compact(arguments: argparse.Namespace) -> None:
-    from neucore_plugin.retrieval import GalleryIndex
-
-    index = _stored(GalleryIndex.open(arguments.index), arguments.index)
+    index = stored(arguments.index)
     before, after = index.compact()
     print(visible(f"{arguments.index}: {before} units are now {after}; {len(index):,} images"))
 
@@ -298,9 +275,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from neucore_plugin.retrieval import GalleryIndex
-
-    index = _stored(GalleryIndex.open(arguments.index), arguments.index)
+    index = stored(arguments.index)
     asked = _asked(arguments.queries) if arguments.queries else []
     model = load(arguments, index) if asked or arguments.checkpoint or arguments.model_type else None
     facts = index.verify(model, not arguments.json, asked)

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from neucore_plugin.commands.loading import add_model_arguments, load
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.commands.loading import add_model_arguments, opened
 from neucore_plugin.common.text import visible
 
 HELP = "make or extend the approximate first stage of a large index (Qdrant Edge), which searches use by themselves"
@@ -18,14 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Build it, and say what its recall is on this gallery. Raises NeucoreError."""
-    from neucore_plugin.retrieval import GalleryIndex
     from neucore_plugin.retrieval.qdrant_edge import WORTH_FROM, EdgeCache
     from neucore_plugin.retrieval.recall import recall
 
-    index = GalleryIndex.open(arguments.index)
-    if index.folder is None:
-        raise DataError(f"{arguments.index} is an index of the earlier format; build it again")
-    index.attach(load(arguments, index), where=f" in {arguments.index}")
+    index = opened(arguments)
     written = EdgeCache.build(index)
     print(visible(f"{arguments.index}: {written:,} images put into the first stage; {len(index):,} images in all"))
     if (found := recall(index)) is not None:

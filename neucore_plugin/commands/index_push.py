@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 
 from neucore_plugin.commands import positive
-from neucore_plugin.commands.loading import add_model_arguments, load
-from neucore_plugin.common.errors import DataError
+from neucore_plugin.commands.loading import add_model_arguments, opened
 from neucore_plugin.common.text import visible
 
 HELP = "make a collection of a Qdrant server equal to an index; an interrupted push is continued"
@@ -34,13 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Push, and say what was written. Raises NeucoreError."""
-    from neucore_plugin.retrieval import GalleryIndex, qdrant_server
+    from neucore_plugin.retrieval import qdrant_server
 
     client = qdrant_server.connect(arguments.qdrant)
-    index = GalleryIndex.open(arguments.index)
-    if index.folder is None:
-        raise DataError(f"{arguments.index} is an index of the earlier format; build it again")
-    index.attach(load(arguments, index), where=f" in {arguments.index}")
+    index = opened(arguments)
     layout = qdrant_server.Layout(arguments.shards, arguments.replicas, arguments.on_disk, arguments.quantize)
     written, there = qdrant_server.push(index, client, arguments.collection, layout, arguments.qdrant)
     print(visible(f"{arguments.collection}: {written:,} images written, {there:,} there"))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from neucore_plugin.commands import import_own, positive
-from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.common.files import hub_name
 from neucore_plugin.common.text import visible
 
@@ -57,3 +57,23 @@ def load(arguments: argparse.Namespace, index: Any = None) -> Any:
     if arguments.max_pixels is not None:
         model.image_processor.max_pixels = arguments.max_pixels
     return model
+
+
+def opened(arguments: argparse.Namespace) -> Any:
+    """`stored`, with its model."""
+    index = stored(arguments.index)
+    index.attach(load(arguments, index), where=f" in {arguments.index}")
+    return index
+
+
+def stored(place: Path) -> Any:
+    """The `GalleryIndex` in a folder. DataError for one of the earlier format, of which changes would be lost."""
+    from neucore_plugin.retrieval import GalleryIndex
+
+    index = GalleryIndex.open(place)
+    if index.folder is None:
+        raise DataError(
+            f"{place} is an index of the earlier format, which is only read; build it again, or in Python "
+            "GalleryIndex.open(INDEX).save(OTHER) writes it in today's"
+        )
+    return index
