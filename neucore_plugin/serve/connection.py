@@ -4,6 +4,7 @@ What `guard` cannot see: it is asked once a request has a whole head, and until 
 """
 
 import asyncio
+import socket
 from http import HTTPStatus
 
 import h11
@@ -25,6 +26,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come."""
+        # Head and body are two writes; asyncio sets it for no socket of `create_server`, and 40 ms would pass between.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
         if len(self.connections) > MOST:
             self._end(503, f"more than {MOST} connections at once; try again soon", {"Retry-After": "1"})
