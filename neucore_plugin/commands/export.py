@@ -13,6 +13,7 @@ HELP = "write a trained model as a folder of safetensors and JSON, for a hub, an
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CHECKPOINT, --out, and what else goes into the folder."""
+    parser.epilog = "example: neucore export output/emoji/RUN/checkpoint_best.pth --out my-model --onnx"
     parser.add_argument("checkpoint", help="what training wrote: .../checkpoint_best.pth; or an exported folder")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write; a new one")
     parser.add_argument(

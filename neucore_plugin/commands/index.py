@@ -11,7 +11,7 @@ from typing import Any
 
 from neucore_plugin.commands import index_accelerate, index_push, positive, print_json
 from neucore_plugin.commands.loading import add_model_arguments, load, opened, stored
-from neucore_plugin.common.errors import ConfigError, DataError
+from neucore_plugin.common.errors import ConfigError, DataError, NeucoreError
 from neucore_plugin.common.names import name_of
 from neucore_plugin.common.text import visible
 
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     verify = command("verify", _verify, "read every byte and compare the sums; exit code 1 where something is wrong")
     _index(verify)
-    add_model_arguments(verify, required=False)
+    add_model_arguments(verify, required=False, noted="default: none; with a first stage the one that INDEX notes")
     verify.add_argument(
         "--queries", type=Path, metavar="FILE",
         help='JSON list of {"image": ..., "text": ...}: the recall of the first stage is measured on them as well',
@@ -231,9 +231,9 @@ def _remove(arguments: argparse.Namespace) -> None:
 
 def _sync(arguments: argparse.Namespace) -> None:
     index = opened(arguments)
-    before = len(index.failures)
     done = _quietly(lambda: index.sync(arguments.folder, batch_size=arguments.batch_size, workers=arguments.workers))
-    _tell_failures(index.failures[before:], arguments.index)
+    last = {failure.name: failure for failure in index.failures}
+    _tell_failures([last[name] for name in done.failures], arguments.index)
     for what in ("added", "changed", "moved", "removed"):
         if names := getattr(done, what):
             print(visible(f"{what} {_few(names)}"))
@@ -277,7 +277,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     index = stored(arguments.index)
     asked = _asked(arguments.queries) if arguments.queries else []
-    model = load(arguments, index) if asked or arguments.checkpoint or arguments.model_type else None
+    model = _verifying(arguments, index, bool(asked))
     facts = index.verify(model, not arguments.json, asked)
     if arguments.json:
         print_json(facts)
@@ -291,6 +291,19 @@ def _verify(arguments: argparse.Namespace) -> int:
         if not facts["problems"]:
             print("all as it was written")
     return 1 if facts["problems"] else 0
+
+
+def _verifying(arguments: argparse.Namespace, index: Any, asked: bool) -> Any:
+    """The model to verify with; None where none was given, and there is no first stage whose recall needs one."""
+    if asked or arguments.checkpoint or arguments.model_type:
+        return load(arguments, index)
+    if not (arguments.index / "nearest" / "manifest.json").is_file():
+        return None
+    try:
+        return load(arguments, index)
+    except NeucoreError as error:
+        print(visible(f"the recall of the first stage was not measured: {error}"), file=sys.stderr)
+    return None
 
 
 def _asked(path: Path) -> list[Any]:

@@ -10,10 +10,15 @@ from neucore_plugin.common.files import hub_name
 from neucore_plugin.common.text import visible
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
-    """--checkpoint or --model-type, --module, --max-pixels, --device. required: no index may note a checkpoint."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, required: bool, noted: str = "default: the one that INDEX notes"
+) -> None:
+    """--checkpoint or --model-type, --module, --max-pixels, --device. required: no index may note a checkpoint.
+
+    noted: what is said of the checkpoint where it is not required.
+    """
     model = parser.add_mutually_exclusive_group(required=required)
-    noted = "" if required else " (default: the one that INDEX notes)"
+    noted = "" if required else f" ({noted})"
     model.add_argument("--checkpoint", type=Path, help=f"what training wrote: .../checkpoint_best.pth{noted}")
     model.add_argument("--model-type", metavar="TYPE", help="one that needs no training, such as zeroshot_clip_vitb32")
     parser.add_argument("--module", help="module of your own to import first: it registers the checkpoint's backbone")

@@ -11,6 +11,7 @@ HELP = "print the result table of a run, or write it as a page"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder, and the files to write."""
+    parser.epilog = "example: neucore report output/emoji --html report.html"
     parser.add_argument(
         "folder",
         type=Path,

@@ -213,26 +213,6 @@ def _differences(one: StoredRun, other: StoredRun) -> list[str]:
     return [line.partition(":")[0] for line in config_differences(one.config, other.config)]
 
 
-def _name(groups: Sequence[Group]) -> None:
-    """Names that tell the groups apart: the method, the settings that differ, else the folder."""
-    for group in groups:
-        if group.given is None:
-            run = group.runs[0]
-            method = row_label(next((run.row(split) for split in run.results), "") or "model")
-            others = [other.runs[0] for other in groups if other is not group and other.given is None]
-            alike = [other for other in others if other.results and other.row(next(iter(other.results))) in
-                     [run.row(split) for split in run.results]]  # fmt: skip
-            keys = sorted({key for other in alike if other.config and run.config for key in _differences(run, other)})
-            settings = [f"{key.rpartition('.')[2]}={_setting(run, key)}" for key in keys]
-            group.name = ", ".join([method, *settings]) if len(keys) <= _TOLD else method
-    for group in groups:
-        if group.given is None and sum(other.name == group.name for other in groups) > 1:
-            group.name = f"{group.name} ({group.runs[0].folder.resolve().name})"
-    for number, group in enumerate(groups):
-        if any(other.name == group.name for other in groups[:number]):
-            group.name = f"{group.name} #{number + 1}"
-
-
 def settings_that_differ(groups: Sequence[Group]) -> dict[str, str]:
     """{key: the value of each group, in order}, of all keys in which first runs differ."""
     firsts = [group.runs[0] for group in groups]

@@ -205,7 +205,7 @@ class GalleryIndex(Gallery):
         if known := self.positions_of([item.name for item in items]):
             names = first_few(map(repr, known), 5)
             raise DataError(f"already in the index: {names}; remove them first to encode them anew")
-        added, failures = [], []
+        added, failures, apart = [], [], []
         with bar(len(items), progress) as shown:
             for start in range(0, len(items), unit_size):
                 some, disk = items[start : start + unit_size], self.folder is not None
@@ -214,14 +214,23 @@ class GalleryIndex(Gallery):
                 if made.rows:
                     self._take(made)
                     added += [row.name for row in made.rows]
+                else:
+                    apart += made.failures
         tell(failures, len(added))
+        self.change(Encoded({}, [], apart), [])
         self.left_out += collected.left_out
         return added
 
     def change(self, made: Encoded, gone: Sequence[int]) -> None:
-        """Put what was encoded at the end and take positions out, as one step: on disk where the index lies there."""
-        if made.rows or (gone and self.folder is not None):
+        """Put what was encoded at the end and take positions out, as one step: on disk where the index lies there.
+
+        What could not be read is noted, once for the same reason.
+        """
+        news = [failure for failure in made.failures if failure not in self.failures]
+        if made.rows or ((gone or news) and self.folder is not None):
             self._take(made, self._by_unit(gone) if self.folder is not None else None)
+        else:
+            self.failures += news
         self._strike(gone)
 
     def _take(self, made: Encoded, removes: Mapping[str, list[int]] | None = None) -> None:

@@ -73,6 +73,7 @@ def sync(
             work.append(found)
     gone = [position for position, row in there.items() if row.path not in wanted]
     work = _named(work, there, set(gone))
+    _check_names(index, work, set(gone))
     with bar(sum(some.same is None for some in work), progress) as shown:
         for start in range(0, len(work), unit_size):
             some = work[start : start + unit_size]
@@ -87,10 +88,12 @@ def sync(
 
 def _below(index: Any, folder: Path) -> Iterable[tuple[int, Row]]:
     """(position, row) of the pictures whose files lie in a folder or below."""
-    inside = "" if index.root == folder else f"{relative(folder, index.root)}/"
+    above = index.root is not None and index.root.is_relative_to(folder)  # the root itself, or what it lies in
+    inside = "" if above else f"{relative(folder, index.root)}/"
     absolute = f"{name_of(folder.as_posix())}/"
     for position, row in index.rows():
-        if row.place is None and row.path.startswith(absolute if row.path.startswith("/") else inside):
+        whole = path_of(row.path).is_absolute()
+        if row.place is None and row.path.startswith(absolute if whole else inside):
             yield position, row
 
 
@@ -104,6 +107,18 @@ def _named(work: Iterable[_Work], there: Mapping[int, Row], gone: set[int]) -> l
             gone = gone - {known}
         found.append(some)
     return found
+
+
+def _check_names(index: Any, work: Sequence[_Work], gone: set[int]) -> None:
+    """DataError where a file has the name that a list gave to another picture: names would stand twice."""
+    names = [some.item.name for some in work]
+    known = index.positions_of(names)
+    taken = [name for some in work if known.get(name := some.item.name) not in {None, some.old, some.same, *gone}]
+    if again := sorted({*taken, *repeated(names)}):
+        raise DataError(
+            f"other pictures of the index have the names of {first_few(map(repr, again), 5)} in the folder; rename "
+            "these files, or remove those pictures from the index"
+        )
 
 
 def _compared(
@@ -166,13 +181,26 @@ def _note(done: Synced, work: Iterable[_Work], made: Encoded) -> None:
 
 
 def moved_root(index: Any, folder: Path) -> bool:
-    """Whether the whole gallery has moved to `folder`, which the manifest then says: its old root is no more."""
+    """Whether the whole gallery has moved to `folder`, which the manifest then says.
+
+    Its old root is no more, and a picture is in the same place below the new one: else it is another folder, to which
+    the pictures of a drive that is away have not moved.
+    """
     kept = index.manifest.root
     if kept is None or path_of(kept).exists() or index.root != path_of(kept) or folder.is_relative_to(index.root):
+        return False
+    if not any(_lies(row, folder) for _, row in index.rows()):
         return False
     with units.writing(index.folder):
         units.write_manifest(index.folder, replace(index.manifest, root=name_of(folder)))
     return True
+
+
+def _lies(row: Row, folder: Path) -> bool:
+    try:
+        return not path_of(row.path).is_absolute() and os.stat(folder / path_of(row.path)).st_size == row.bytes
+    except OSError:
+        return False
 
 
 # ---- compaction -----------------------------------------------------------------------------------------------------

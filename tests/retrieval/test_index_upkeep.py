@@ -112,6 +112,44 @@ def test_a_gallery_that_moved_as_a_whole_is_found_again(stored, folder, tmp_path
     assert opened.root == (tmp_path / "moved").resolve() and all(path.is_file() for path in opened.paths)
 
 
+def test_a_folder_above_the_root_is_compared_with_the_pictures_below_it(stored, folder, tmp_path):
+    draw(tmp_path / "beside.png", (1, 2, 3))
+    done = stored.sync(tmp_path, progress=False)
+    assert done.unchanged == 5 and len(done.added) == 1 and done.added[0].endswith("beside.png")
+    assert stored.verify()["problems"] == [] and len(stored) == 6
+
+
+def test_another_folder_takes_no_pictures_of_a_drive_that_is_away(stored, folder, tmp_path):
+    folder.rename(tmp_path / "away")
+    draw(tmp_path / "other" / "red.png", (200, 1, 1), size=(9, 9))  # a name that is there as well
+    done = stored.sync(tmp_path / "other", progress=False)
+    assert not done.removed and len(done.added) == 1
+    (tmp_path / "away").rename(folder)
+    opened = GalleryIndex.open(stored.folder, ColourModel())
+    assert opened.root == folder.resolve() and len(opened) == 6
+    assert opened.sync(progress=False).unchanged == 5
+
+
+def test_a_file_with_the_name_that_a_list_gave_another_is_refused(folder, tmp_path):
+    (folder / "a.csv").write_text("path,name\nred.png,blue.png\n")
+    index = GalleryIndex.build(ColourModel(), folder / "a.csv", out=tmp_path / "index", progress=False)
+    with pytest.raises(DataError, match="other pictures of the index have the names of 'blue.png'"):
+        index.sync(progress=False)
+    assert GalleryIndex.open(tmp_path / "index").names == ["blue.png"]
+
+
+def test_a_new_picture_that_cannot_be_read_is_noted_once(stored, folder):
+    (folder / "bad.png").write_text("no image")
+    for _ in range(2):
+        index = GalleryIndex.open(stored.folder, ColourModel())
+        assert index.sync(progress=False).failures == ["bad.png"]
+        assert [failure.name for failure in GalleryIndex.open(stored.folder).failures] == ["bad.png"]
+    assert len(units_of(stored)) == 4
+    draw(folder / "more.png", (1, 2, 3))
+    added = stored.add([folder / "bad.png", folder / "more.png"], progress=False, unit_size=1)
+    assert added == ["more.png"] and [failure.name for failure in stored.failures] == ["bad.png"]
+
+
 def test_a_drive_that_is_not_there_empties_no_index(stored, folder):
     shutil.rmtree(folder)
     with pytest.raises(DataError, match="is no folder"):
