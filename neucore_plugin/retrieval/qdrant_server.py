@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from neucore_plugin.common.errors import ConfigError, DataError, NeucoreError, first_few
-from neucore_plugin.common.files import sha256_text
+from neucore_plugin.common.files import file_errors, sha256_file, sha256_text
 from neucore_plugin.common.images import Picture, load_for
 from neucore_plugin.common.names import name_of, path_of
 from neucore_plugin.common.shard_image import ShardImage
@@ -317,10 +317,16 @@ def push(
 
 
 def _units(index: Any) -> Iterator[tuple[str, int, list[int]]]:
-    """(unit, gallery position of its first row, its rows that are there)."""
+    """(unit, gallery position of its first row, its rows that are there).
+
+    A unit is its name and the sum of its JSON: a build of the same names in another folder, or of pictures that
+    changed, names its units alike.
+    """
     for part in index.parts:
+        with file_errors(index.folder):
+            unit = f"{part.unit}/{sha256_file(index.folder / 'units' / f'{part.unit}.json')[:16]}"
         there = None if index.alive is None else index.alive[part.start : part.start + part.count]
-        yield part.unit, part.start, list(range(part.count)) if there is None else there.nonzero().flatten().tolist()
+        yield unit, part.start, list(range(part.count)) if there is None else there.nonzero().flatten().tolist()
 
 
 def _create(index: Any, client: Any, name: str, layout: Layout, where: str) -> None:

@@ -62,6 +62,18 @@ def test_an_index_is_accelerated_verified_and_searched(index, neucore, tmp_path,
     assert neucore("search", index, "--text", "red")[1] == through
 
 
+def test_verify_measures_the_first_stage_with_the_model_that_the_index_notes(index, neucore, tmp_path, capsys):
+    assert neucore("index", "accelerate", index)[0] == 0
+    assert cli.main(["index", "verify", str(index)]) == 0  # it notes none
+    out, err = capsys.readouterr()
+    assert "all as it was written" in out and "recall" not in out and "was not measured" in err
+    manifest = json.loads((index / "manifest.json").read_text())
+    (tmp_path / "best.pth").touch()
+    (index / "manifest.json").write_text(json.dumps({**manifest, "checkpoint": str(tmp_path / "best.pth")}))
+    assert cli.main(["index", "verify", str(index)]) == 0
+    assert "100.0 % (made queries)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", ['[{"picture": "x"}]', "[1]", '[{"text": 3}]', "{}", "["])
 def test_a_file_of_queries_that_is_none(index, neucore, tmp_path, content):
     (tmp_path / "asked.json").write_text(content)

@@ -60,6 +60,18 @@ def test_a_push_makes_the_collection_equal_to_the_index(index, server):
     assert server.retrieve("pictures", [point_id("0003.jpg")])[0].payload["attributes"] == again.attributes(3)
 
 
+def test_units_of_the_same_name_are_sent_where_they_hold_something_else(index, server):
+    push(index, server)
+    again = random_index(index.folder.parent / "rebuilt", index.model, count=60, seed=1).folder
+    for path in list((again / "units").iterdir()):  # as a build of pictures that changed names them
+        path.rename(path.with_name(index.parts[0].unit + path.suffix))
+    rebuilt = GalleryIndex.open(again, index.model)
+    assert [part.unit for part in rebuilt.parts] == [part.unit for part in index.parts]
+    assert push(rebuilt, server) == (60, 60) and push(rebuilt, server) == (0, 60)
+    found = QdrantCollection(server, "pictures", index.model).search_many([Query(text="red")])[0]
+    assert [hit.name for hit in found] == [hit.name for hit in rebuilt.search(text="red")]
+
+
 @pytest.mark.parametrize("requests", [1, 2])
 def test_a_push_that_was_cut_short_goes_on(index, server, monkeypatch, requests):
     for unit in range(3):
