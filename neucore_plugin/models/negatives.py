@@ -74,7 +74,7 @@ class Negatives:
         self._turn = turn
         generator = torch.Generator().manual_seed(mix(self.seed, turn, 1))
         rows = torch.randperm(len(self.gallery.keys), generator=generator)[: self.wanted].sort().values
-        old, stay, filled = self._places(self.gallery.keys[rows]), torch.zeros(len(rows), dtype=torch.bool), {}
+        old, filled = self._places(self.gallery.keys[rows]), {}
         stay = old >= 0
         stay[stay.clone()] = self._filled[old[stay]]
         for name, kept in self._kept.items():
@@ -92,8 +92,8 @@ class Negatives:
     def refresh(self, iteration: int, count: int, exchange: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
         """Renew `count` kept encodings a process, one round of the images after another.
 
-        None where encodings are not kept, or the images would have to be read for it: then the batches alone renew
-        them. exchange: rows of this process -> those of all processes.
+        Does nothing where encodings are not kept, or where the images would have to be read for it: then the batches
+        alone renew them. exchange: rows of this process -> those of all processes.
         """
         if self.live or not self.gallery.cached:
             return
@@ -138,13 +138,14 @@ class Negatives:
                 yield keys[part], lambda kept=kept: kept
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What a checkpoint has to hold to go on with the same negatives; None: all follows from seed and iteration."""
+        """What a checkpoint has to hold to go on with the same negatives, not copied: the next step changes it. None:
+        all follows from seed and iteration."""
         if not self._kept:
             return None
         return {"rows": self._rows, "turn": self._turn, "filled": self._filled, "kept": dict(self._kept)}
 
     def load_state_dict(self, state: Mapping[str, Any] | None, device: torch.device) -> None:
-        """Undo what was kept since `state_dict` gave `state`."""
+        """Go on from a checkpoint's `state`, which stays as it is; what was kept until now is forgotten."""
         self._turn, self._kept = None, {}
         self._rows = torch.arange(len(self.gallery.keys))
         self._filled = torch.zeros(len(self._rows), dtype=torch.bool)

@@ -1,6 +1,7 @@
 """Which trials a study has: a whole, checked config for each, and the folder it runs in. Light: no torch."""
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,14 +49,6 @@ class Trial:
         lengths = ("seed", *(key for keys in LENGTHS.values() for key in keys))
         run = {key: value for key, value in self.checked["run"].items() if key not in lengths}
         return config_fingerprint({**self.checked, "run": run})
-
-    @property
-    def features(self) -> str:
-        """sha256 of what the feature caches hold: trials with the same one need one preparation."""
-        run, model = self.checked["run"], self.checked["model"]
-        splits = [run.get(key) for key in ("train_splits", "valid_splits", "test_splits", "cache_dir")]
-        parts = [model.get("backbone"), model.get("concepts"), self.checked["datasets"], splits]
-        return sha256_text(repr(parts))
 
     def lasting(self, length: int) -> "Trial":
         """The same with another number of epochs (of iterations, where its runner counts those)."""
@@ -147,9 +140,11 @@ def make_plan(
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     wanted = _wanted(only, [row[0] for row in rows])
     order = sorted(trials, key=lambda trial: numbers.index(trial.seed))  # a whole row of one seed each comes first
-    command = f"neucore study --cfg-path {path}{' --quick' if quick else ''}"
+    command = ["neucore", "study", "--cfg-path", str(path), *(["--quick"] if quick else [])]
+    command += ["--seeds", *map(str, seeds)] if seeds else []
+    command += ["--options", *(f"{o[0]}={o[1]}" if isinstance(o, tuple) else o for o in options)] if options else []
     minutes = (small and small.minutes) or study.minutes
-    return Plan(source.stem, study, main, list(numbers), minutes, folder, order, wanted, command)
+    return Plan(source.stem, study, main, list(numbers), minutes, folder, order, wanted, shlex.join(command))
 
 
 def _base(source: Path, given: str) -> Path:
@@ -181,7 +176,7 @@ def _content(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], optio
         before, arch = content.get("model"), flat.get("model.arch")
         schema = MODEL_SCHEMAS.get(arch) if isinstance(arch, str) else None
         if schema and isinstance(before, Mapping) and before.get("arch") != arch:
-            content["model"] = loading.shared_settings(before, schema)
+            content["model"] = loading.known_settings(before, schema)
         content = loading.with_options(content, list(flat.items()))
     if taken := [option for option in options if str(option).partition("=")[0] in _OURS]:
         raise ConfigError(f"--options: {', '.join(map(str, taken))}: set by the study itself; see --seeds and --out")

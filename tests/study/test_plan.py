@@ -1,5 +1,7 @@
 """A study file becomes whole, checked trials; whatever is wrong with it is told before anything runs."""
 
+import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import study_case as case
 import yaml
 
 from neucore_plugin import cli
+from neucore_plugin.commands import study as command
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.config import loading
 from neucore_plugin.study.plan import make_plan
@@ -82,6 +85,18 @@ def test_part_of_a_study(study):
     assert {trial.seed for trial in make_plan(path, seeds=[7]).trials} == {7}
     [trial] = make_plan(path, quick=True).trials
     assert trial.title == "tirg, seed 5" and trial.checked["run"]["max_epoch"] == 1
+
+
+def test_the_command_that_a_page_shows_repeats_the_study(study):
+    path = study(quick={"seeds": [5]})
+    typed = ["run.init_lr=0.5", "model.concepts.pos=[NOUN, ADJ]"]
+    told = shlex.split(make_plan(path, typed, seeds=[7, 8], quick=True).command)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = parser.parse_args(told[2:])
+    assert told[:2] == ["neucore", "study"] and given.cfg_path == str(path)
+    assert (given.options, given.seeds, given.quick) == (typed, [7, 8], True)
+    assert make_plan(path).command == f"neucore study --cfg-path {shlex.quote(str(path))}"
 
 
 WRONG = [

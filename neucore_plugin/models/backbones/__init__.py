@@ -28,7 +28,7 @@ Both have
   them that nothing here uses) and `lora_targets` (last parts of the names of linear layers).
 The bases in `encoder.py` have these defaults. Of `frozen`, `load` (whether to read the file of weights), `words` (a
 word vocabulary) and `shared` (the part of the image encoder named by `shares`, when both sides are one model) a
-constructor gets what it takes; everything else is required: the schemas in `config/encoders.py` alone have defaults.
+constructor gets what it takes; everything else is required: the schemas (`config/encoders.py`) alone have defaults.
 """
 
 import importlib

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from neucore_plugin.common.errors import CheckpointError, ConfigError, nearest
 from neucore_plugin.common.files import expanded
-from neucore_plugin.config.encoders import BRINGING
+from neucore_plugin.config.encoder_parts import BRINGING
 from neucore_plugin.models.backbones.towers import ImageTower, TextTower, Tower, required, short, with_given
 from neucore_plugin.models.backbones.vit import resized_positions
 from neucore_plugin.weights.files import read_state
