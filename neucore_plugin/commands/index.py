@@ -27,6 +27,7 @@ examples:
   neucore index compact photos.index
   neucore index info photos.index --failures
   neucore index verify photos.index --checkpoint BEST.pth
+  neucore index accelerate photos.index   (of 100,000 pictures and more)
 """
 _SHOWN = 20  # names, and bad pictures, printed
 

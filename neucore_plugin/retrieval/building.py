@@ -154,6 +154,11 @@ def build(
                     units.put(folder, name, facts, made.encodings, made.rows)
             failures += [*bad, *made.failures]
             read_ += len(made.rows)
+    if share[1] > 1 and not read_:  # one share of nothing but damage ends no other
+        there = units.read_all(folder, manifest)
+        read_ = sum(facts.count for facts in there.values())
+        if not read_ and not set(planned) <= units.planned_done(there):
+            return
     tell(failures, read_)
     if not read_ and not failures and set(planned) <= {*done, *own}:
         raise DataError(f"no images in {first_few(map(str, collected.shards))}; looked for {LOOKED_FOR}")

@@ -162,7 +162,7 @@ def test_a_picture_that_was_mended_is_no_failure_any_more(neucore, folder, tmp_p
     assert facts["images"] == 7
 
 
-@pytest.mark.parametrize("name", ["build", "add", "remove", "sync", "compact", "info", "verify"])
+@pytest.mark.parametrize("name", ["build", "add", "remove", "sync", "compact", "info", "verify", "accelerate", "push"])
 def test_help_has_an_example(name, capsys):
     with pytest.raises(SystemExit):
         cli.main(["index", name, "--help"])

@@ -69,6 +69,27 @@ def test_processes_share_the_units(folder, tmp_path):
     assert all(torch.equal(together.encodings[key], alone.encodings[key]) for key in ("fg", "bg"))
 
 
+def test_a_share_of_nothing_but_damage_ends_no_other(folder, tmp_path):
+    (folder / "blue.png").write_text("no image")
+    many = {"out": tmp_path / "index", "unit_size": 1, "progress": False}
+    alone = GalleryIndex.build(ColourModel(), folder, share=(0, 5), **many)
+    assert len(alone) == 0 and [failure.name for failure in alone.failures] == ["blue.png"]
+    for number in range(1, 5):
+        GalleryIndex.build(ColourModel(), folder, share=(number, 5), **many)
+    assert len(GalleryIndex.open(tmp_path / "index")) == 4
+    again = GalleryIndex.build(ColourModel(), folder, share=(0, 5), **many)
+    assert len(again) == 4
+
+
+def test_where_no_share_could_read_anything_the_last_says_so(folder, tmp_path):
+    for path in map(folder.joinpath, NAMES):
+        path.write_text("no image")
+    many = {"out": tmp_path / "index", "unit_size": 3, "progress": False}
+    GalleryIndex.build(ColourModel(), folder, share=(0, 2), **many)
+    with pytest.raises(DataError, match="could be read"):
+        GalleryIndex.build(ColourModel(), folder, share=(1, 2), **many)
+
+
 def test_a_share_that_is_started_twice_is_written_once(folder, tmp_path, monkeypatch):
     """The other has put its unit in force while this one encoded."""
     real, done = building.encode, []
