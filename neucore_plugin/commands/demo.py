@@ -1,6 +1,7 @@
 """neucore demo: the trained emoji model, an index of its drawings, and the page to search them with."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -87,20 +88,26 @@ def _trained(folder: Path) -> Path:
 
 
 def _indexed(checkpoint: Path, place: Path) -> Any:
-    """The index of all drawings by this model: as it is there, finished, or made anew for another model."""
+    """The index of all drawings by this model: as it is there, finished, or made anew for another model or drawings."""
     from neucore_plugin import load_model
     from neucore_plugin.common.distributed import pick_device
-    from neucore_plugin.common.files import write_json
+    from neucore_plugin.common.errors import DataError
+    from neucore_plugin.common.files import read_json, write_json
     from neucore_plugin.datasets.emoji.drawings import prepare
     from neucore_plugin.retrieval import GalleryIndex
     from neucore_plugin.retrieval.encoding import fingerprint_of
 
     model = load_model(checkpoint, device=pick_device("auto"))
     pictures = place.with_name(f"{place.name}.json")
-    write_json(pictures, list(drawings(prepare())), indent=0)
-    if (place / "manifest.json").is_file() and GalleryIndex.open(place).model_fingerprint != fingerprint_of(model):
-        _say(f"{place} is another model's; it is made anew")
-        shutil.rmtree(place)
+    entries, before = list(drawings(prepare())), None
+    with contextlib.suppress(DataError, OSError):  # none yet, or damaged
+        before = read_json(pictures)
+    if (place / "manifest.json").is_file():
+        other = GalleryIndex.open(place).model_fingerprint != fingerprint_of(model)
+        if other or before != entries:  # drawings of another version, or that lie elsewhere by now
+            _say(f"{place} is of {'another model' if other else 'other drawings'}; it is made anew")
+            shutil.rmtree(place)
+    write_json(pictures, entries, indent=0)
     return GalleryIndex.build(model, pictures, out=place, unit_size=512, checkpoint=str(checkpoint.resolve()))
 
 

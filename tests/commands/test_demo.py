@@ -73,6 +73,25 @@ def test_drawings_are_indexed_once_by_their_names_and_anew_for_another_model(mod
     ]
 
 
+def test_drawings_that_moved_or_became_more_are_indexed_anew(models, tmp_path, monkeypatch, capsys):
+    from colour_model import draw
+
+    place = tmp_path / "emoji-index"
+    demo._indexed(tmp_path / "first.pth", place)
+    (tmp_path / "drawings").rename(tmp_path / "elsewhere")
+    more = {**dict.fromkeys(IDS), "2B50": None}
+    draw(tmp_path / "elsewhere" / "2B50.png", "blue")
+    monkeypatch.setattr(emoji_drawings, "prepare", lambda: tmp_path / "elsewhere")
+    moved = demo._indexed(tmp_path / "first.pth", place)
+    assert "other drawings" in capsys.readouterr().err
+    assert len(moved) == 4 and all(path.is_file() for path in moved.paths)
+    monkeypatch.setattr(emoji_drawings, "read_manifest", lambda folder: {"files": more})
+    assert len(demo._indexed(tmp_path / "first.pth", place)) == 5
+    capsys.readouterr()
+    demo._indexed(tmp_path / "first.pth", place)
+    assert "anew" not in capsys.readouterr().err
+
+
 def test_without_a_run_the_main_job_trains_one(models, tmp_path, monkeypatch, capsys):
     from neucore_plugin import launch
 
