@@ -43,7 +43,7 @@ def main() -> None:
     rates = {}
     for together in [arguments.together] if arguments.together else (1, 32):
         command = [sys.executable, __file__, *sys.argv[1:], "--together", str(together), "--service"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
             port = int(process.stdout.readline())
             rates[together] = load(port, process.pid, arguments, together)
             process.terminate()
@@ -122,7 +122,7 @@ def upload() -> bytes:
 
 def memory(process: int) -> int:
     """Resident bytes."""
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return int(Path(f"/proc/{process}/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 if __name__ == "__main__":

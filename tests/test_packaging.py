@@ -52,6 +52,7 @@ def test_wheel_holds_the_package_and_two_modules_of_the_host(wheel):
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "neucore_plugin").rglob("*.py")}
     expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "neucore_plugin").rglob("*.yaml")}
     expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "neucore_plugin").rglob("*.j2")}
+    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "neucore_plugin/serve/page").glob("*")}
     expected |= {f"neucore_plugin/configs/projects/{path.name}" for path in PROJECTS.glob("*.yaml")}
     assert expected == {name for name in names if name.startswith("neucore_plugin/")}
     assert any(name.endswith(".j2") for name in expected)

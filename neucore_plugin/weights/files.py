@@ -99,7 +99,7 @@ def misfits(
     """Why `given` cannot be loaded where `expected` is wanted, a line a kind of problem; empty where it fits.
 
     optional: names that may be missing. exact: names that are not expected are a problem. types: so is another type of
-    numbers, which loading would turn silently.
+    numbers, which loading would turn silently; but a wider one holds all that is needed.
     """
     problems = {
         "missing in the file": [name for name in expected if name not in given and name not in optional],
@@ -112,10 +112,16 @@ def misfits(
         "other type": [
             f"{name} {given[name].dtype} in the file, {value.dtype} in the model"
             for name, value in (expected.items() if types else ())
-            if isinstance(given.get(name), Tensor) and isinstance(value, Tensor) and given[name].dtype != value.dtype
+            if isinstance(given.get(name), Tensor) and isinstance(value, Tensor) and not _holds(given[name], value)
         ],
     }
     return [f"{title}: {first_few(names)}" for title, names in problems.items() if names]
+
+
+def _holds(given: Tensor, wanted: Tensor) -> bool:
+    """Whether a tensor's type is another's, or a wider floating one."""
+    floats = given.is_floating_point() and wanted.is_floating_point()
+    return given.dtype == wanted.dtype or (floats and given.element_size() > wanted.element_size())
 
 
 def is_torchscript(path: str | Path) -> bool:

@@ -94,7 +94,7 @@ OPENERS = {
     "TemporaryFile": 0,
     "FileHandler": 9,
 }
-FOREIGN = {"Image", "tarfile", "os", "self"}  # whose `open` takes no encoding
+FOREIGN = {"Image", "tarfile", "os", "self", "webbrowser"}  # whose `open` takes no encoding
 PROCESSES = {"run", "Popen", "check_output", "check_call", "call"}
 
 
@@ -110,7 +110,8 @@ def by_locale(source: str) -> list[int]:
         modes = [*node.args[:2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
         binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
         text = name in PROCESSES and owner == "subprocess" and given & {"text", "universal_newlines"}
-        text = text or (name in OPENERS and not binary and not (name == "open" and owner in FOREIGN))
+        ours = owner in FOREIGN or owner == "cls" or owner[:1].isupper()  # a class's own way to open something
+        text = text or (name in OPENERS and not binary and not (name == "open" and ours))
         positional = name in ("read_text", "write_text") and len(node.args) > OPENERS[name]
         if text and not positional and not given & {"encoding", None}:
             found.append(node.lineno)
@@ -140,6 +141,7 @@ def test_every_text_of_ours_is_opened_as_utf_8():
         ("path.read_text('utf-8')", False),
         ("path.write_text(text, encoding='utf-8')", False),
         ("Image.open(path)", False),
+        ("GalleryIndex.open(path)", False),
         ("subprocess.run(command)", False),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_sample_is_that_of_the_folder(whole, data):
     assert found.keys() == by_place.keys()
     place = {index: row for row, index in enumerate(by_place["index"].tolist())}
     for row, index in enumerate(found["index"].tolist()):
-        for key in found.keys() - {"reference_key", "target_key", "right_keys"}:
+        for key in found.keys() - case.NUMBERED:
             one, other = found[key][row], by_place[key][place[index]]
             assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, key
     # Numbers of images differ; which are equal does not.

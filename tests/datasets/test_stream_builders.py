@@ -5,6 +5,7 @@ import shutil
 
 import published_case
 import pytest
+import stream_case
 import torch
 
 from neucore_plugin import cli
@@ -17,7 +18,7 @@ def queries(dataset, batches) -> dict:
     found = {}
     for batch in batches:
         for row, name in enumerate(batch["query_id"]):
-            keys = batch.keys() - {"index", "reference_key", "target_key", "right_keys", "query_id"}
+            keys = batch.keys() - stream_case.NUMBERED - {"index", "query_id", "noise"}
             found[name] = {key: batch[key][row] for key in keys}
             found[name]["right"] = len(batch["right_keys"][row])
             assert dataset.triplets[int(batch["index"][row])].query_id == name

@@ -13,6 +13,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from neucore_plugin.datasets.shards import reader, stream, writer
 from neucore_plugin.datasets.triplets import Gallery, ImageStore, TripletDataset
 
+# Numbers of images, which a stream and a folder give out in another order.
+NUMBERED = {"reference_key", "target_key", "right_keys", "reference_keys", "text_keys"}
+
 
 def noisy(image: Image.Image) -> torch.Tensor:
     """Augmented by torch's and by python's generator."""

@@ -1,6 +1,7 @@
 """What strangers send: refused with one sentence, or answered as anything else; the service stays as it was."""
 
 import json
+import logging
 import struct
 import zlib
 
@@ -176,6 +177,7 @@ def test_features_that_are_no_numbers_are_told_and_never_ordered(serving, folder
 
 
 def test_a_token_in_an_address_is_none_and_is_written_nowhere(serving, caplog, capfd):
+    caplog.set_level(logging.WARNING, "httpx")  # the client's own log, not the service's
     client = serving(access=Access(token=TOKEN))
     for ask in (f"?id=1&token={TOKEN}", f"?id=1&access_token={TOKEN}", f"?id=1#{TOKEN}"):
         assert "Bearer" in refused(client.get(f"/similar{ask}"), 401)

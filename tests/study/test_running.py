@@ -102,8 +102,10 @@ def test_stopping_ends_all_processes(light, study, number):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(display.Display, "show", stop)
+        with_ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         with pytest.raises(KeyboardInterrupt):
             running.run_trials(plan, plan.trials, {}, jobs=2)
+        signal.signal(signal.SIGINT, with_ctrl_c)
     assert len(pids) == 2 and multiprocessing.active_children() == []
     for pid in pids:
         with pytest.raises(ProcessLookupError):
