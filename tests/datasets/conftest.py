@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import stream_case
+from published_case import write_cirr_to_train_on, write_fashioniq
 from shards_case import shapes, write
 
 
@@ -28,3 +29,13 @@ def whole(data, tmp_path_factory) -> Path:
 def samples(whole, tmp_path) -> Path:
     """A copy that a test may spoil."""
     return shutil.copytree(whole, tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def cirr_root(tmp_path_factory) -> Path:
+    return write_cirr_to_train_on(tmp_path_factory.mktemp("published") / "cirr")
+
+
+@pytest.fixture(scope="session")
+def fashioniq_root(tmp_path_factory) -> Path:
+    return write_fashioniq(tmp_path_factory.mktemp("published") / "fashioniq")

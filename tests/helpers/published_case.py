@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,24 @@ def build(
     builder = registry.get_builder_class(name)(OmegaConf.create(given))
     builder.wanted = wanted
     return builder.build_datasets()
+
+
+def copy_without(root: Path, to: Path, absent: list[str]) -> Path:
+    """The same tree of links, less the files of these stems."""
+    for folder, _, files in os.walk(root):
+        for file in files:
+            path = to / os.path.relpath(os.path.join(folder, file), root)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if Path(file).stem not in absent:
+                path.symlink_to(os.path.join(folder, file))
+    return to
+
+
+def damaged(root: Path, to: Path, names: list[str]) -> Path:
+    """A copy in which the pictures of these names end too early."""
+    for path in copy_without(root, to, []).rglob("*.png"):
+        if path.stem in names:
+            data = path.read_bytes()
+            path.unlink()
+            path.write_bytes(data[: len(data) // 2])
+    return to
