@@ -127,6 +127,9 @@ class ComposedImageRetrievalTask(BaseTask):
         shown_as = [dataset for dataset in everything if not dataset.train] or everything[:1]
         model.image_processor = shown_as[-1].images.processor
         root, cache = features_dir(self.run.cache_dir), bool(self.run.cache_features) and not model.reads_pairs
+        for dataset in everything:
+            dataset.clauses = model.clauses_of if model.clauses > 1 else None
+            dataset.images.reads = model.image_reads
         encode_ahead(everything, model.backbone, model.device, root, distributed.on_main, cache, output_dir)
 
     # ---- training and evaluation ----------------------------------------------------------------------------------

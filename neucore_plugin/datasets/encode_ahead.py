@@ -44,7 +44,7 @@ def encode_ahead(
         elif not store.checked and (failures := check_files(list(store.paths.values()), store.processor)):
             raise _bad_images(failures, output_dir)
     if cache_features and backbone.freeze_text:
-        texts = sorted({text for dataset in datasets for text in dataset.all_texts})
+        texts = sorted({text for dataset in datasets for text in dataset.read_texts})
         features = on_main(lambda: _text_features(backbone.text, texts, root))
         for dataset in datasets:
             dataset.text_cache = features

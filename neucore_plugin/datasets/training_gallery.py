@@ -52,7 +52,9 @@ class TrainingGallery:
             self._place = np.array([caches[number].place(image) for number, image in self._sources])
         split, place = (part[rows.numpy()] for part in (self._split, self._place))
         parts = {number: caches[number].rows(name, place[split == number]) for number in np.unique(split)}
-        result = np.empty((len(rows), *next(iter(parts.values())).shape[1:]), np.float32)
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        result = torch.empty(len(rows), *next(iter(parts.values())).shape[1:])
         for number, values in parts.items():
-            result[split == number] = values
-        return torch.from_numpy(result)
+            result[torch.from_numpy(split == number)] = values
+        return result

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from neucore_plugin.clauses import TEXT_KEYS, joined, padded
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.files import sha256_text
 from neucore_plugin.common.images import load_for
@@ -98,11 +98,12 @@ class ImageStore:
         self.paths, self.processor = dict(paths), processor
         self.checked = False  # whether every image was read already, so that none is bad
         self.cache: FeatureCache | None = None
+        self.reads = ("tokens", "pooled")  # what of it has a use
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
-        """{"tokens": [N,Di], "pooled": [Di]} from the cache, else {"image": [3,H,W]}. Raises ImageError."""
+        """Of {"tokens": [N,Di], "pooled": [Di]} what is read, from the cache, else {"image": [3,H,W]}. ImageError."""
         if self.cache is not None:
-            return {"tokens": self.cache.tokens(name), "pooled": self.cache.pooled(name)}
+            return {kind: getattr(self.cache, kind)(name) for kind in self.reads}
         return {"image": self.pixels(name)}
 
     def pixels(self, name: str) -> torch.Tensor:
@@ -122,9 +123,9 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key, first in samples[0].items() if samples else ():
         values = [sample[key] for sample in samples]
         if key == "words":
-            batch["words"] = pad_sequence(values, batch_first=True)
-            lengths = torch.tensor([len(value) for value in values])
-            batch["word_mask"] = torch.arange(batch["words"].shape[1]) < lengths[:, None]
+            batch |= padded([{name: sample[name] for name in TEXT_KEYS if name in sample} for sample in samples])
+        elif key in batch:
+            continue
         elif isinstance(first, torch.Tensor):
             shapes = {tuple(value.shape) for value in values}
             if len(shapes) > 1:
@@ -207,6 +208,7 @@ class TripletDataset(Dataset):
         self.wordings = [tuple(map(captions, triplet.wordings)) for triplet in self.triplets]
         self.wording_concepts: list[tuple[tuple[str, ...], ...]] = []  # one tuple of lemmas a wording
         self.text_cache: FeatureCache | None = None
+        self.clauses: Callable[[str], Sequence[str]] | None = None  # of a caption, where the model reads each by itself
         self.credit: str | None = None  # whom a page that shows these images has to name
         self.names: Callable[[Iterable[str]], dict[str, str]] = no_names  # what a page calls images, by id
         self.first_key = 0  # several data sets of one training number their images one behind the other
@@ -341,6 +343,11 @@ class TripletDataset(Dataset):
         return chain(self.texts, *self.wordings)
 
     @property
+    def read_texts(self) -> Iterable[str]:
+        """What a text encoder reads of them: each text, or each of its clauses."""
+        return self.all_texts if self.clauses is None else chain.from_iterable(map(self.clauses, self.all_texts))
+
+    @property
     def rewordings(self) -> int:
         """How many further wordings every query has."""
         return min(map(len, self.wordings))
@@ -353,9 +360,14 @@ class TripletDataset(Dataset):
         return {**samples, "text_input": texts, "concept_words": concepts, **collate(list(map(self._words, texts)))}
 
     def _words(self, text: str) -> dict[str, torch.Tensor]:
-        """Cached features of a text: words [L,Dt] and sentence [Dt]; nothing where none are kept."""
+        """Cached features of a text: words [L,Dt] and sentence [Dt], or as `joined` gives them of its clauses; nothing
+        where none are kept."""
         cache = self.text_cache
-        return {} if cache is None else {"words": cache.tokens(text), "sentence": cache.pooled(text)}
+        if cache is None:
+            return {}
+        if self.clauses is None:
+            return {"words": cache.tokens(text), "sentence": cache.pooled(text)}
+        return joined([(cache.tokens(part), cache.pooled(part)) for part in self.clauses(text)])
 
     @property
     def repeats(self) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from neucore_plugin.clauses import cached_text
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import DataError
 from neucore_plugin.common.workers import Batches
@@ -124,7 +125,7 @@ def _encode_queries(model: Any, samples: Mapping[str, Any], row: str | int | Non
         features = {key: samples.get(f"reference_{key}") for key in ("tokens", "pooled")}
         inputs = {"pixels": samples.get("reference_image"), **features}
     if row != "image_only":
-        features = {key: samples[key] for key in ("words", "word_mask", "sentence")} if "words" in samples else None
+        features = cached_text(samples)
         texts = {"texts": samples["text_input"], "concept_words": samples["concept_words"]}
         inputs |= {**texts, "text_features": features}
     return model.encode_query(**inputs)

@@ -56,7 +56,9 @@ def located(found: Evaluated, model: Any, places: list[int]) -> list[tuple[Tenso
             collate([dataset.images.load(name) for name in names])
             for names in zip(*((t.reference, t.targets[0]) for t in part), strict=True)
         ]
-        given = [side.get("tokens", side.get("image")).to(model.device) for side in sides]
+        # One that reads no tokens has no maps, whatever it is given.
+        kinds = [next(kind for kind in ("tokens", "image", "pooled") if kind in side) for side in sides]
+        given = [side[kind].to(model.device) for kind, side in zip(kinds, sides, strict=True)]
         maps = model.concept_maps(
             given[0], [dataset.texts[place] for place in places[start : start + _BATCH]], given[1]
         )

@@ -23,15 +23,14 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from neucore_plugin.clauses import BETWEEN
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.files import write_json
 from neucore_plugin.export.lemmas import form_table
 from neucore_plugin.models.backbones.bert_words import BertText
 from neucore_plugin.models.backbones.encoder import TextEncoder
 from neucore_plugin.models.base import CirModel
-from neucore_plugin.models.composers import Artemis
 from neucore_plugin.models.inputs import EmbeddedConcepts, Query
-from neucore_plugin.models.matching import Matching
 
 IMAGE, QUERY, RULES, PIECES, SCRIPT = "image.onnx", "query.onnx", "search.json", "tokenizer.json", "search.py"
 TOLERANCE = 1e-4  # of a score, and of a cosine's factors
@@ -67,6 +66,8 @@ def export_onnx(model: CirModel, folder: Path) -> str:
     if query.reads_concepts:
         model.extract_concepts([""])
         rules["forms"] = form_table(model.vocabulary.words, whole_words(model.backbone.text), model._extractor)
+    if model.clauses > 1:
+        rules |= {"clauses": model.clauses, "between": BETWEEN}
     write_json(folder / RULES, rules, indent=None)
     shutil.copyfile(Path(__file__).with_name("search_script.py"), folder / SCRIPT)
     try:
@@ -138,7 +139,7 @@ class ImageSide(Side):
 
     def factors(self, encoding: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of gallery encodings."""
-        return Matching.gallery_factors(self.model.matching, encoding)
+        return self.model.gallery_factors(encoding)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.factors(self.model.encode_image(self.normalised(pixels))).values())
@@ -158,12 +159,12 @@ class QuerySide(Side):
     pixels [Q,S,S,3] uint8 and has_image [Q] bool (false: a query of its text alone, whatever the pixels); pieces [Q,L]
     and concepts [Q,K,P], int64, what `word_pieces` gives of captions and of single words, with [CLS], [SEP] and its own
     number at padding; K is at least 1. No text and no concept are the pieces of "". What a model does not read is no
-    input.
+    input. Of a model that reads clauses, pieces are of each of the most that there can be, [Q,C,L].
     """
 
     def __init__(self, model: CirModel) -> None:
         super().__init__(model)
-        self.reads_image = model.reference_reads is not None
+        self.reads_image = bool(model.reference_reads)
         self.reads_text = model.word_projection is not None or model.sentence_projection is not None
         self.reads_concepts = "concepts" in model.query_reads
         self.padding = padding_of(model.backbone.text)
@@ -181,29 +182,36 @@ class QuerySide(Side):
             self.outputs = tuple(self.factors(model.encode_query(images, texts, concept_words=[()])))
 
     def factors(self, encoding: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of query encodings, those of the explicit terms stacked, [Q,T,D]."""
-        matching = self.model.matching
-        terms = matching.halves(encoding) if isinstance(matching, Artemis) else [encoding]
-        found = [Matching.query_factors(matching, term) for term in terms]
-        return {
-            name: found[0][name] if name == "cosines" else torch.stack([term[name] for term in found], dim=1)
-            for name in found[0]
-        }
+        """Of query encodings."""
+        return self.model.query_factors(encoding)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         inputs, model = dict(zip(self.inputs, given, strict=True)), self.model
-        reference, text, concepts = None, {}, ()
+        reference, text, concepts = {}, {}, ()
         if self.reads_image:
-            name = model.reference_reads
-            reference = model.image_features([name], self.normalised(inputs["pixels"]))[name]
-            has_image = inputs["has_image"].view(-1, *[1] * (reference.ndim - 1))
-            reference = torch.where(has_image, reference, model.absent_image)
+            for name, value in model.image_features(model.reference_reads, self.normalised(inputs["pixels"])).items():
+                has_image = inputs["has_image"].view(-1, *[1] * (value.ndim - 1))
+                reference[name] = torch.where(has_image, value, model.absent_image)
         if self.reads_text:
-            words, mask, sentence = self.read(inputs["pieces"])
-            text = model.text_features([], {"words": words, "word_mask": mask, "sentence": sentence})
+            text = model.text_features([], self.features(inputs["pieces"]))
         if self.reads_concepts:
             concepts = self.embedded(inputs["concepts"])
         return tuple(self.factors(model.compose(Query(reference, text, concepts))).values())
+
+    def features(self, pieces: Tensor) -> dict[str, Tensor]:
+        """Word pieces [Q,L], or of clauses [Q,C,L] -> what `text_features` takes."""
+        if pieces.ndim == 2:
+            words, mask, sentence = self.read(pieces)
+            return {"words": words, "word_mask": mask, "sentence": sentence}
+        count = pieces.shape[1]
+        words, mask, sentence = self.read(pieces.flatten(0, 1))  # of [QC,L]
+        numbered = torch.arange(count)[:, None].expand(count, words.shape[1]).flatten()  # [C(L-1)]
+        return {
+            "words": words.unflatten(0, (-1, count)).flatten(1, 2),
+            "word_mask": mask.unflatten(0, (-1, count)).flatten(1, 2),
+            "sentence": sentence.unflatten(0, (-1, count)),
+            "clause": numbered.expand(pieces.shape[0], -1),
+        }
 
     def attended(self, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Word pieces [Q,L], padded -> ids and attention, [Q,L+1], and which of L-1 places are words, [Q,L-1].
@@ -242,7 +250,7 @@ class QuerySide(Side):
         every = {
             "pixels": torch.zeros(2, self.side, self.side, 3, dtype=torch.uint8),
             "has_image": torch.tensor([True, False]),
-            "pieces": pieces,
+            "pieces": pieces if self.model.clauses == 1 else pieces[:, None].repeat(1, self.model.clauses, 1),
             "concepts": pieces[:, None].repeat(1, 3, 1),
         }
         return {name: every[name] for name in self.inputs}
@@ -251,7 +259,8 @@ class QuerySide(Side):
         """Names of the sizes that may differ, by input."""
         dim = torch.export.Dim
         queries = {0: dim("queries")}
-        sizes = {"pieces": {1: dim("length", min=2)}, "concepts": {1: dim("count"), 2: dim("concept_length", min=2)}}
+        last = 1 if self.model.clauses == 1 else 2
+        sizes = {"pieces": {last: dim("length", min=2)}, "concepts": {1: dim("count"), 2: dim("concept_length", min=2)}}
         return {name: {**queries, **sizes.get(name, {})} for name in self.inputs}
 
 
@@ -326,6 +335,15 @@ def numbers(pieces: Any, texts: Sequence[str]) -> np.ndarray:
     return np.array([line.ids for line in pieces.encode_batch(list(texts))], dtype=np.int64)
 
 
+def query_pieces(model: CirModel, pieces: Any, texts: Sequence[str]) -> np.ndarray:
+    """What the query's graph takes of texts: [texts, longest], or of clauses [texts, C, longest]."""
+    if model.clauses == 1:
+        return numbers(pieces, texts)
+    parts = [model.clauses_of(model.caption_processor(text)) for text in texts]
+    flat = [part for one in parts for part in one + [""] * (model.clauses - len(one))]
+    return numbers(pieces, flat).reshape(len(texts), model.clauses, -1)
+
+
 @torch.no_grad()
 def check(model: CirModel, query: QuerySide, folder: Path, pieces: Any) -> None:
     """Raise ConfigError unless the graphs give the model's scores, for several numbers of images and queries, captions
@@ -352,7 +370,7 @@ def check(model: CirModel, query: QuerySide, folder: Path, pieces: Any) -> None:
         every = {
             "pixels": pictures[:count],
             "has_image": np.full(count, has_image),
-            "pieces": numbers(pieces, texts or [""] * count),
+            "pieces": query_pieces(model, pieces, texts or [""] * count),
             "concepts": flat.reshape(count, longest, -1),
         }
         given = {name: every[name] for name in query.inputs}

@@ -50,7 +50,14 @@ if not names:
 rows = [run(IMAGE, {"pixels": pixels(asked.pictures / name)}) for name in names]
 gallery = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
 
-given = {"has_image": np.array([asked.image is not None]), "pieces": numbers([asked.text])}
+parts = [asked.text]
+if "clauses" in RULES:  # the model reads each clause of the caption by itself
+    text = PIECES.normalizer.normalize_str(asked.text).strip()
+    parts = [part for part in re.split(RULES["between"], text, maxsplit=RULES["clauses"] - 1) if part]
+    parts += [""] * (RULES["clauses"] - len(parts))
+given = {"has_image": np.array([asked.image is not None]), "pieces": numbers(parts)}
+if "clauses" in RULES:
+    given["pieces"] = given["pieces"][None]
 given["pixels"] = pixels(asked.image) if asked.image else np.zeros((1, RULES["side"], RULES["side"], 3), np.uint8)
 forms, words = RULES.get("forms", {}), re.findall(r"[^\W\d_]+", PIECES.normalizer.normalize_str(asked.text))
 concepts = dict.fromkeys(forms[word] for word in words if word in forms)  # in order, each once

@@ -15,6 +15,8 @@ from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel, all_gather_with_grad
 from torch import Tensor, nn
 
+from neucore_plugin.clauses import cached_text, joined, padded
+from neucore_plugin.clauses import clauses as split_clauses
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError, first_few, nearest
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, ReleasedConceptExtractor
@@ -23,7 +25,17 @@ from neucore_plugin.models import building
 from neucore_plugin.models.backbones import Backbone
 from neucore_plugin.models.backbones.tuning import named_groups
 from neucore_plugin.models.batch_loss import BatchLoss, by_side
-from neucore_plugin.models.inputs import Pairs, Query, drawn, dropped, partial_rows, projection, with_stand_ins, without
+from neucore_plugin.models.inputs import (
+    Pairs,
+    Projection,
+    Query,
+    drawn,
+    kept_channels,
+    partial_rows,
+    projection,
+    with_stand_ins,
+    without,
+)
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.matching_loss import MatchingLoss
 from neucore_plugin.models.negatives import Negatives, TrainingImages
@@ -53,9 +65,11 @@ class CirModel(BaseModel):
         config: the model section this was built from; kept in checkpoints.
         projected: whether words and sentences are projected to the width D, and images normalised before; None: nothing
             is projected.
-        query_reads: what queries read: tokens or pooled (of the reference), words, sentence, concepts. Only that gets
+        query_reads: what queries read: tokens and pooled (of the reference), words, sentence, concepts. Only that gets
             projections and stand-ins, so that no parameter is idle.
-        gallery_reads: what gallery images are encoded from, tokens or pooled.
+        gallery_reads: what gallery images are encoded from, tokens or pooled. pair_reads: what else the training reads
+            of a target.
+        clauses: in how many clauses at most a caption is read, each by itself; 1: as a whole.
     """
 
     arch: ClassVar[str]
@@ -81,13 +95,16 @@ class CirModel(BaseModel):
         projected: bool | None,
         query_reads: Sequence[str],
         gallery_reads: str,
+        pair_reads: Sequence[str] = (),
+        clauses: int = 1,
     ) -> None:
         super().__init__()
         self.backbone, self.vocabulary = backbone, vocabulary
         self.query_dropout = {name: query_dropout[name] for name in ("image", "text")}
         self.feature_dropout, self.concept_pos = feature_dropout, tuple(concept_pos)
         self.query_reads, self.gallery_reads = tuple(query_reads), gallery_reads
-        self.reference_reads = next((name for name in ("tokens", "pooled") if name in query_reads), None)
+        self.reference_reads = tuple(name for name in ("tokens", "pooled") if name in query_reads)
+        self.target_reads, self.clauses = (gallery_reads, *pair_reads), clauses
         image, text, read = backbone.image, backbone.text, {*query_reads, gallery_reads}
         pooled_width = getattr(image, "pooled_width", image.width)
         self.image_projection = projection(image.width, embed_dim, projected) if "tokens" in read else None
@@ -101,9 +118,13 @@ class CirModel(BaseModel):
             (projection(text.width, embed_dim, True) if projected else nn.Identity()) if name in read else None
             for name in ("words", "sentence")
         )
-        stand_ins = {"absent_image": self.reference_reads, "absent_word": "words", "absent_sentence": "sentence"}
-        for name, reads in stand_ins.items():
-            setattr(self, name, nn.Parameter(torch.randn(embed_dim) * 0.02) if reads in query_reads else None)
+        stand_ins = {
+            "absent_image": bool(self.reference_reads),
+            "absent_word": "words" in query_reads,
+            "absent_sentence": "sentence" in query_reads,
+        }
+        for name, used in stand_ins.items():
+            setattr(self, name, nn.Parameter(torch.randn(embed_dim) * 0.02) if used else None)
         self.matching_loss = MatchingLoss(**matching_loss)
         self.batch_loss = BatchLoss(self.matching_loss, query_dropout, negatives, with_others)
         own = {key: value for key in PIXELS if (value := getattr(image, key, None)) is not None}
@@ -125,6 +146,11 @@ class CirModel(BaseModel):
     def cheap_gallery(self) -> bool:
         """Whether all images of a training can be encoded in each step, from cached features; see `negatives.py`."""
         return self.gallery_reads == "pooled"
+
+    @property
+    def image_reads(self) -> tuple[str, ...]:
+        """Which features of images it reads at all."""
+        return tuple(dict.fromkeys((*self.reference_reads, *self.target_reads)))
 
     @property
     def device(self) -> torch.device:
@@ -190,16 +216,15 @@ class CirModel(BaseModel):
         Raises: ValueError for neither image nor text, or different numbers of them.
         """
         images = [given for given in (pixels, tokens, pooled) if given is not None]
-        has_image, has_text, name = bool(images), texts is not None, self.reference_reads
+        has_image, has_text = bool(images), texts is not None
         if not has_image and not has_text:
             raise ValueError("a query needs a reference image, a text, or both")
         count = len(images[0]) if has_image else len(texts)
-        reference = None
-        if name is not None and has_image:
-            reference = self.image_features([name], pixels, tokens, pooled)[name]
-        elif name is not None:
-            shape = (self.backbone.image.num_tokens,) if name == "tokens" else ()
-            reference = self.absent_image.expand(count, *shape, -1)
+        if has_image:
+            reference = self.image_features(self.reference_reads, pixels, tokens, pooled)
+        else:
+            shapes = {"tokens": (self.backbone.image.num_tokens,), "pooled": ()}
+            reference = {name: self.absent_image.expand(count, *shapes[name], -1) for name in self.reference_reads}
         texts = list(texts) if has_text else [""] * count
         if len(texts) != count:
             raise ValueError(f"{count} reference images but {len(texts)} texts")
@@ -254,10 +279,17 @@ class CirModel(BaseModel):
             found = self.backbone.image(pixels.to(self.device))
         layers = {"tokens": self.image_projection, "pooled": self.pooled_projection}
         read = {name: found[name].to(self.device) for name in names}
-        if self.training and self.feature_dropout and noise is not None:
-            slots = {"tokens": 2 * side, "pooled": 2 * side + 1}
-            read = {name: dropped(value, self.feature_dropout, noise, slots[name]) for name, value in read.items()}
-        return {name: layers[name](value) for name, value in read.items()}
+        if not (self.training and self.feature_dropout and noise is not None):
+            return {name: layers[name](value) for name, value in read.items()}
+        found = {}
+        for name, value in read.items():
+            slot = 2 * side + (name == "pooled")
+            kept = kept_channels(value.shape[-1], self.feature_dropout, noise, slot).to(value)
+            if isinstance(layers[name], Projection):
+                found[name] = layers[name](value, kept)
+            else:
+                found[name] = layers[name](value * kept.view(len(kept), *[1] * (value.ndim - 2), -1))
+        return found
 
     def tokens_of(self, images: Tensor) -> Tensor:
         """pixels [B,3,H,W], or cached tokens [B,N,Di] -> projected tokens [B,N,D]."""
@@ -265,20 +297,39 @@ class CirModel(BaseModel):
         return self.image_features(["tokens"], **given)["tokens"]
 
     def text_features(self, texts: Sequence[str], features: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """texts, or cached backbone features -> words [B,L,D], word_mask [B,L], sentence [B,D]: what queries read."""
+        """texts, or cached backbone features -> words [B,L,D], word_mask [B,L], sentence [B,D]: what queries read.
+
+        Of a model that reads clauses: sentence [B,C,D], and the number of each word's clause, clause [B,L].
+        """
         if self.word_projection is None and self.sentence_projection is None:
             return {}
         if features is None:
-            encoded = self.backbone.text([self.caption_processor(text) for text in texts])
-            features = {"words": encoded["words"], "word_mask": encoded["mask"], "sentence": encoded["sentence"]}
+            features = self._read(texts)
         mask = features["word_mask"].to(self.device)
-        result = {}
+        result = {"clause": features["clause"].to(self.device)} if "clause" in features else {}
         if self.word_projection is not None:
             words = self.word_projection(features["words"].to(self.device)) * mask[..., None]
             result |= {"words": words, "word_mask": mask}
         if self.sentence_projection is not None:
             result["sentence"] = self.sentence_projection(features["sentence"].to(self.device))
         return with_stand_ins(result, ~mask.any(1), self.absent_word, self.absent_sentence)
+
+    def _read(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoder gives of texts, as `padded` gives it."""
+        parts = [self.clauses_of(self.caption_processor(text)) for text in texts]
+        encoded = self.backbone.text([part for one in parts for part in one])
+        if self.clauses == 1:
+            return {"words": encoded["words"], "word_mask": encoded["mask"], "sentence": encoded["sentence"]}
+        rows = [
+            (words[mask.bool()], sentence)
+            for words, mask, sentence in zip(*(encoded[name] for name in ("words", "mask", "sentence")), strict=True)
+        ]
+        numbers = iter(rows)
+        return padded([joined([next(numbers) for _ in one]) for one in parts])
+
+    def clauses_of(self, caption: str) -> list[str]:
+        """What the text encoder reads of a caption: itself, or its clauses."""
+        return split_clauses(caption, self.clauses)
 
     def tell_unknown(self, texts: Iterable[str]) -> None:
         """One warning for all captions in which the text encoder reads nothing: they ask for no change."""
@@ -313,17 +364,16 @@ class CirModel(BaseModel):
             side: [samples.get(f"{side}_{key}") for key in ("image", "tokens", "pooled")]
             for side in ("reference", "target")
         }
-        names = {self.reference_reads, self.gallery_reads if negatives else None} - {None}
+        names = {*self.reference_reads, *([self.gallery_reads] if negatives else [])}
         noise = samples["noise"] if self.training and self.feature_dropout else None
         seen = self.image_features(names, *images["reference"], noise=noise)
-        reference = seen.get(self.reference_reads)
-        target = self.image_features([self.gallery_reads], *images["target"], noise=noise, side=1)[self.gallery_reads]
-        cached = {key: samples[key] for key in ("words", "word_mask", "sentence")} if "words" in samples else None
-        text = self.text_features(samples["text_input"], cached)
+        reference = {name: seen[name] for name in self.reference_reads}
+        target = self.image_features(self.target_reads, *images["target"], noise=noise, side=1)
+        text = self.text_features(samples["text_input"], cached_text(samples))
         concept_words = list(samples["concept_words"])
         query = Query(reference, text, concept_words)
         if self.training and self.batch_loss.partial_weight is None:
-            lost = drawn(self.query_dropout, torch.rand(len(target), device=self.device))
+            lost = drawn(self.query_dropout, torch.rand(len(concept_words), device=self.device))
             query = without(query, *lost, *self._stand_ins())
         return Pairs(
             query.reference, query.text, query.concept_words, target, seen[self.gallery_reads] if negatives else None

@@ -77,7 +77,8 @@ class CirBaseline(CirModel):
         """A batch of TripletDataset samples -> loss = loss_matching, scalars; `by_pair`: as in CirModel."""
         negatives = self.matching_loss.reference_negatives
         given = self.read_pairs(samples, negatives)
-        encoded = by_side(query=self.compose(given), target=self.represent(given.target))  # [B,D] each
+        target = self.represent(given.target[self.gallery_reads])
+        encoded = by_side(query=self.compose(given), target=target)  # [B,D] each
         if negatives:
             encoded |= by_side(reference=self.represent(given.negative))
         encoded |= self.partial(given, samples)
@@ -85,7 +86,7 @@ class CirBaseline(CirModel):
 
     def compose(self, query: Query) -> dict[str, Tensor]:
         """Queries -> {"fused": [Q,D]}, or the four vectors of ARTEMIS."""
-        inputs = {**query.text} if query.reference is None else {self.reference_reads: query.reference, **query.text}
+        inputs = {**query.reference, **query.text}
         return {"fused": self.composer(**inputs)} if self.composer is not None else self.matching(**inputs)
 
     def represent(self, features: Tensor) -> dict[str, Tensor]:

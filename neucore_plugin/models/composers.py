@@ -168,8 +168,8 @@ class CrossAttention(nn.Module):
 class Artemis(Matching):
     """ARTEMIS fuses nothing: a target t is compared with the text m and, as m directs it, with the reference r:
 
-    s(r, m, t) = cos(Tr(m), A_EM(m) * t) + cos(A_IS(m) * r, A_IS(m) * t), A = softmax(MLP(m)). Both are what `Matching`
-    calls the explicit term, a vector against the weighted target; Tr is its `transform`, A_EM its `attention`.
+    s(r, m, t) = cos(Tr(m), A_EM(m) * t) + cos(A_IS(m) * r, A_IS(m) * t), A = softmax(MLP(m)): two terms of `Matching`,
+    whose `transform` is Tr, `attention` A_EM and `implicit_attention` A_IS.
     The text m is brought to unit length first, as the authors' encoders give it: the attentions' sharpness hangs on it.
     The lengths of r and t do not matter.
 
@@ -183,56 +183,16 @@ class Artemis(Matching):
     def __init__(self, *, dim: int, temperature: float, learn_temperature: bool) -> None:
         super().__init__(
             dim=dim,
-            terms=["explicit"],
+            terms=["explicit", "implicit"],
             temperature=temperature,
             learn_temperature=learn_temperature,
             released=False,
         )
-        self.implicit_attention = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))  # A_IS
         self.register_buffer("text_length", torch.ones(()))  # stored: weights trained on texts of any length lack it
 
     def forward(self, pooled: Tensor, sentence: Tensor) -> dict[str, Tensor]:
         """Both [Q,D] -> encoding of a query, four of [Q,D]."""
-        sentence = F.normalize(sentence, dim=-1) * self.text_length
-        weights = self.implicit_attention(sentence).softmax(dim=-1)
-        return {
-            "text": self.transform(sentence),
-            "attention": self.attention(sentence).softmax(dim=-1),
-            "image": weights * pooled,
-            "image_attention": weights,
-        }
-
-    def score(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
-        """Scores [Q,G], in matrix products; [Q,G,D] is never built."""
-        explicit, implicit = self.halves(query)
-        return super().score(explicit, gallery, chunk) + super().score(implicit, gallery, chunk)
-
-    def score_terms(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Both terms by themselves, {"explicit", "implicit"}, [Q,G] each; see `Matching.score_terms`."""
-        explicit, implicit = (self._one_term(half, gallery) for half in self.halves(query))
-        return {"explicit": explicit, "implicit": implicit}
-
-    def _one_term(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> Tensor:
-        return self._score_block(super().query_factors(query), super().gallery_factors(gallery))
-
-    def query_factors(self, query: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Raises ConfigError: two explicit terms are no single one."""
-        raise ConfigError(
-            "artemis: its score is a sum of two weighted comparisons, so it cannot be computed outside the model; use "
-            "the exact search of the index itself, or another model"
-        )
-
-    def gallery_factors(self, gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Raises ConfigError, as `query_factors`."""
-        return self.query_factors(gallery)
-
-    @staticmethod
-    def halves(query: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The query of each term, under the names of `Matching`, which takes its number of rows from `fused`."""
-        return [
-            {"fused": query[name], "text": query[name], "attention": query[weights]}
-            for name, weights in (("text", "attention"), ("image", "image_attention"))
-        ]
+        return self.weighted(F.normalize(sentence, dim=-1) * self.text_length, pooled)
 
 
 COMPOSERS: dict[str, type[nn.Module]] = {

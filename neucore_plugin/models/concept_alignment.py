@@ -112,6 +112,7 @@ class ConceptAlignment(nn.Module):
             cost); "union" pools their separate encodings, P([E(f^r) ; E(f^t)]).
         released: the authors' form. It knows "joint" alone, and has no segment vectors; in ours, a learned one is added
             to the tokens of each image, to tell reference from target.
+        background: whether there is a background pooling.
 
     >>> alignment = ConceptAlignment(
     ...     dim=8, word_dim=6, depth=1, heads=2, mlp_ratio=2.0, dropout=0.0, bag="union", released=False)
@@ -134,6 +135,7 @@ class ConceptAlignment(nn.Module):
         dropout: float,
         bag: str,
         released: bool,
+        background: bool = True,
     ):
         super().__init__()
         if bag not in BAGS:
@@ -144,7 +146,9 @@ class ConceptAlignment(nn.Module):
         self.encoder = ConceptEncoder(
             dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, class_token=released
         )
-        self.fg_pool, self.bg_pool = (MILPooling(dim=dim, hidden=max(dim // 2, 1)) for _ in range(2))
+        self.fg_pool, self.bg_pool = (
+            MILPooling(dim=dim, hidden=max(dim // 2, 1)) if used else None for used in (True, background)
+        )
         self.classifier = ConceptClassifier(word_dim=word_dim, dim=dim)
         self.segments = None if released else nn.Parameter(0.02 * torch.randn(2, dim))
 
@@ -160,11 +164,12 @@ class ConceptAlignment(nn.Module):
         return r, t, self.classifier(pooled, vocabulary)
 
     def encode(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Images by themselves, [B,N,D] -> raw and tokens, the input and E of it, [B,N,D]; fg, bg [B,D]; fg_weights."""
+        """Images by themselves, [B,N,D] -> raw and tokens, the input and E of it, [B,N,D]; fg and, where there is one, bg [B,D]; fg_weights
+        [B,N]."""
         encoded = self.encoder(tokens)
         fg, weights = self.fg_pool(encoded)
-        bg, _ = self.bg_pool(encoded)
-        return {"raw": tokens, "tokens": encoded, "fg": fg, "bg": bg, "fg_weights": weights}
+        result = {"raw": tokens, "tokens": encoded, "fg": fg, "fg_weights": weights}
+        return result if self.bg_pool is None else {**result, "bg": self.bg_pool(encoded)[0]}
 
     def pool_bag(self, reference: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What `encode` gave of both -> the bag's vector [B,D], and weights [B,2N] of its tokens, reference first."""

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -22,14 +24,16 @@ class EmbeddedConcepts(NamedTuple):
 class Query:
     """Queries, projected; a learned stand-in is in the place of what they lack."""
 
-    reference: Tensor | None  # tokens [B,N,D] or pooled [B,D], as the model reads it; None where it reads no image
-    text: Mapping[str, Tensor]  # of words [B,L,D] with word_mask [B,L], and sentence [B,D], what the model reads
+    reference: Mapping[str, Tensor]  # of tokens [B,N,D] and pooled [B,D], what the model reads
+    # Of words [B,L,D] with word_mask [B,L], and sentence [B,D], what the model reads; of one that reads clauses the
+    # sentence of each [B,C,D], and which clause a word is of, `clause` [B,L].
+    text: Mapping[str, Tensor]
     concept_words: Sequence[Sequence[str]] | EmbeddedConcepts  # lemmas of each query
 
     def of(self, rows: Tensor) -> "Query":
         """Those of some rows [n]."""
         return Query(
-            None if self.reference is None else self.reference[rows],
+            {name: value[rows] for name, value in self.reference.items()},
             {name: value[rows] for name, value in self.text.items()},
             [self.concept_words[row] for row in rows.tolist()],
         )
@@ -39,7 +43,7 @@ class Query:
 class Pairs(Query):
     """Training queries with their targets."""
 
-    target: Tensor  # as gallery images are read
+    target: Mapping[str, Tensor]  # as gallery images are read, and what else the training reads of them
     negative: Tensor | None = None  # the references, read as gallery images are
 
 
@@ -47,7 +51,23 @@ def projection(width: int, dim: int, normalised: bool | None) -> nn.Module:
     """Features of an encoder -> width D; None: as they are."""
     if normalised is None:
         return nn.Identity()
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim)) if normalised else nn.Linear(width, dim)
+    return Projection(nn.LayerNorm(width), nn.Linear(width, dim)) if normalised else nn.Linear(width, dim)
+
+
+class Projection(nn.Sequential):
+    """LayerNorm and a linear layer, with dropout of the normalised channels between: all in one product."""
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """x [B,...,C], kept [B,C] or [1,C], what each channel is multiplied by -> [B,...,D]."""
+        if kept is None:
+            return super().forward(x)
+        norm, linear = self
+        normal = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+        bias = F.linear(norm.bias * kept, linear.weight, linear.bias)  # [B or 1,D]
+        if len(kept) == 1:
+            return F.linear(normal, linear.weight * (norm.weight * kept), bias[0])
+        rows = len(kept), *[1] * (x.ndim - 2), -1
+        return F.linear(normal.mul_(kept.view(rows)), linear.weight * norm.weight) + bias.view(rows)
 
 
 def drawn(query_dropout: Mapping[str, float], draw: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,19 +91,21 @@ def partial_rows(query_dropout: Mapping[str, float], noise: Tensor) -> tuple[Ten
     return rows, no_image[rows]
 
 
-def dropped(features: Tensor, share: float, noise: Tensor, slot: int) -> Tensor:
-    """Dropout of an encoder's features [B,...,C]: image i's follows from noise[i] [B] and `slot` alone.
+def kept_channels(channels: int, share: float, noise: Tensor, slot: int) -> Tensor:
+    """What dropout multiplies the channels of an encoder's features by, [B,C]: image i's follow from noise[i] [B] and
+    `slot` alone.
 
     A channel is lost in all tokens of an image: an entry of one alone is still told by its neighbours, and the draws
     would cost more than the layers. noise may be [1]: all images lose the same. slot: below 8; features of one sample
     that are to lose different channels have different ones.
     """
-    kept = torch.empty(len(noise), features.shape[-1], dtype=torch.bool)  # [B or 1, C]
-    generator = torch.Generator()
-    for row, seed in zip(kept, noise.tolist(), strict=True):
-        row.bernoulli_(1 - share, generator=generator.manual_seed(seed % 2**60 * 8 + slot))
-    kept = kept.view(len(noise), *[1] * (features.ndim - 2), features.shape[-1])
-    return features * kept.to(features.device, features.dtype).div_(1 - share)
+    seeds = noise.cpu().numpy().astype(np.uint64)[:, None] * np.uint64(8) + np.uint64(slot)
+    state = seeds * np.uint64(0x5851F42D4C957F2D) + np.arange(1, channels + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    # What SplitMix64 ends with (Steele et al., OOPSLA 2014): a generator seeded anew for each row takes far longer.
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+    kept = torch.from_numpy((state >> np.uint64(40)).astype(np.int32)) >= share * 2**24
+    return kept.float().div_(1 - share)
 
 
 def with_stand_ins(
@@ -99,8 +121,10 @@ def with_stand_ins(
         stand_in = torch.where(first[:, None], word, torch.zeros_like(word))  # [L,D]
         result["words"] = torch.where(absent[:, None, None], stand_in, words)
         result["word_mask"] = (absent[:, None] & first) | (~absent[:, None] & mask)  # onnxruntime lacks a bool `where`
+    if "clause" in text:  # of a stand-in the first: it stands in the first place
+        result["clause"] = text["clause"] if text["clause"].shape[1] else text["clause"].new_zeros(len(absent), 1)
     if "sentence" in text:
-        result["sentence"] = torch.where(absent[:, None], sentence, text["sentence"])
+        result["sentence"] = torch.where(absent.view(-1, *[1] * (text["sentence"].ndim - 1)), sentence, text["sentence"])
     return result
 
 
@@ -113,8 +137,9 @@ def without(
     sentence: Tensor | None,
 ) -> Query:
     """Queries of which some, `no_image` and `no_text` [B], have the stand-ins [D] in place of image or text."""
-    reference = query.reference
-    if reference is not None:
-        reference = torch.where(no_image.view(-1, *[1] * (reference.ndim - 1)), image, reference)
+    reference = {
+        name: torch.where(no_image.view(-1, *[1] * (value.ndim - 1)), image, value)
+        for name, value in query.reference.items()
+    }
     words = [() if gone else words for words, gone in zip(query.concept_words, no_text.tolist(), strict=True)]
     return Query(reference, with_stand_ins(query.text, no_text, word, sentence), words)

@@ -1,9 +1,9 @@
-"""Matching of queries and gallery images: three terms in matrix products; the tensor [Q,G,D] is never built.
+"""Matching of queries and gallery images: terms in matrix products; the tensor [Q,G,D] is never built.
 
 Source: Zhao & Xu, "NEUCORE: Neural Concept Reasoning for Composed Image Retrieval", PMLR 243 (arXiv 2310.01358);
 Delmas et al., "ARTEMIS", ICLR 2022. The equations and their tests: docs/equations.md.
 
-Q queries, G gallery images, D width; q and g of them at a time.
+Q queries, G gallery images, C clauses of a query, T weighted terms, D width; q and g of them at a time.
 """
 
 import math
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.layers import check_positive, check_shape
 
-TERMS = ("fused", "explicit", "background")
-EXPLICIT = ("weighted", "squares")  # the factors of the explicit term
+TERMS = ("fused", "explicit", "background", "implicit")
 MAX_TEMPERATURE = math.log(100.0)
 GALLERY_BLOCK = 4096  # rows of the gallery prepared at a time: bounds the memory beside the result
 VECTOR_BLOCK = 256  # the same for one query, for each thread: a block and its squares stay in a core's own cache
@@ -40,29 +39,33 @@ def _full(x: Tensor) -> Tensor:
 
 
 class Matching(nn.Module):
-    """Scores query encodings against gallery encodings, by the sum of up to three terms:
+    """Scores query encodings against gallery encodings, by the sum of some of these terms:
 
-    S(q, t) = cos(f, t_fg)                                "fused"
-            + (u / |u|) . (a * t_fg) / |a * t_fg|         "explicit", u = W m + b, a = softmax(MLP(m))
-            + cos(r_bg, t_bg)                             "background"
+    S(q, t) = cos(f, t_fg)                                     "fused"
+            + sum_c (u_c / |u_c|) . (a_c * t_fg) / |a_c * t_fg|  "explicit", u_c = W m_c + b, a_c = softmax(MLP(m_c))
+            + cos(r_bg, t_bg)                                  "background"
+            + cos(b * r_fg, b * t_fg)                          "implicit", b = softmax(mean_c MLP'(m_c))
 
-    f is the fused vector, m the sentence; a term with a zero vector in it is 0. In products, the explicit term is
-    ((u / |u|) * a) . t_fg / sqrt((a * a) . (t_fg * t_fg)).
+    f is the fused vector, m_c the sentence, or of a caption in clauses each one's; r the reference. A term with a zero
+    vector in it is 0. "background" says that all stays, "implicit" what the text does not speak of. In products, a
+    weighted term of a vector v and weights w, be it explicit (u_c, a_c) or implicit (b * r_fg, b), is
+    ((v / |v|) * w) . t_fg / sqrt((w * w) . (t_fg * t_fg)).
 
     Args:
-        dim: D. terms: which of the three are summed; leaving one out is an ablation.
+        dim: D. terms: which are summed; leaving one out is an ablation.
         temperature: natural logarithm of the factor on scores in the loss. learn_temperature: whether it is trained.
         released: the authors' form, whose factor is not bounded; ours never exceeds 100.
 
-    >>> matching = Matching(dim=8, terms=TERMS, temperature=2.65926, learn_temperature=True, released=False)
+    >>> terms = ["fused", "explicit", "background"]
+    >>> matching = Matching(dim=8, terms=terms, temperature=2.65926, learn_temperature=True, released=False)
     >>> fused, sentence, reference_bg = torch.randn(3, 2, 8)
     >>> query = matching.query(fused, sentence, reference_bg)
     >>> gallery = matching.gallery(fg=torch.randn(100, 8), bg=torch.randn(100, 8))
     >>> matching.score(query, gallery).shape
     torch.Size([2, 100])
 
-    Source: Zhao & Xu 2023, progressive fusion (f against t_fg); the other two terms: the released code; the explicit
-    term: ARTEMIS, text-explicit matching.
+    Source: Zhao & Xu 2023, progressive fusion (f against t_fg); explicit and background terms: the released code;
+    explicit and implicit: ARTEMIS, where they are two attentions of one sentence.
     """
 
     def __init__(self, *, dim: int, terms: Sequence[str], temperature: float, learn_temperature: bool, released: bool):
@@ -82,6 +85,8 @@ class Matching(nn.Module):
         if "explicit" in terms:
             self.transform = nn.Linear(dim, dim)  # u
             self.attention = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))  # a, before the softmax
+        if "implicit" in terms:
+            self.implicit_attention = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))  # b, before it
         value = torch.tensor([float(temperature)])
         if learn_temperature:
             self.temperature = nn.Parameter(value)
@@ -92,20 +97,43 @@ class Matching(nn.Module):
         """exp(temperature) [1]: what the loss multiplies scores by."""
         return self.temperature.clamp(max=self.max_temperature).exp()
 
-    def query(self, fused: Tensor, sentence: Tensor, reference_bg: Tensor) -> dict[str, Tensor]:
-        """All [Q,D] -> encoding: fused, background; with the explicit term also text (u) and attention (a)."""
+    def query(
+        self, fused: Tensor, sentence: Tensor, reference: Tensor, present: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """-> encoding: fused; with the explicit term text (u) and attention (a), with the background term background,
+        with the implicit term image (b * r_fg) and image_attention (b).
+
+        fused [Q,D]; sentence [Q,D], or of clauses [Q,C,D] with `present` [Q,C], which of them there are; reference
+        [Q,D]: r_bg, or for the implicit term r_fg.
+        """
         check_shape("fused vectors [Q,D]", fused, None, self.dim)
-        check_shape("sentence vectors [Q,D]", sentence, fused.shape[0], self.dim)
-        check_shape("reference backgrounds [Q,D]", reference_bg, fused.shape[0], self.dim)
-        encoding = {"fused": fused, "background": reference_bg}
+        clauses = [] if present is None else [present.shape[1]]
+        check_shape("sentence vectors [Q,D] or [Q,C,D]", sentence, fused.shape[0], *clauses, self.dim)
+        check_shape("reference vectors [Q,D]", reference, fused.shape[0], self.dim)
+        return {"fused": fused, **self.weighted(sentence, reference, present)}
+
+    def weighted(self, sentence: Tensor, reference: Tensor, present: Tensor | None = None) -> dict[str, Tensor]:
+        """What `query` gives but for fused."""
+        encoding = {} if "implicit" in self.terms else {"background": reference}
         if "explicit" in self.terms:
             encoding["text"] = self.transform(sentence)
             encoding["attention"] = self.attention(sentence).softmax(dim=-1)
+            if present is not None:
+                encoding["text"] = encoding["text"].masked_fill(~present[..., None], 0.0)
+                encoding["attention"] = encoding["attention"].masked_fill(~present[..., None], 0.0)
+        if "implicit" in self.terms:
+            logits = self.implicit_attention(sentence)
+            if present is not None:
+                logits = logits.masked_fill(~present[..., None], 0.0).sum(1) / present.sum(1, keepdim=True).clamp_min(1)
+            encoding["image_attention"] = logits.softmax(dim=-1)
+            encoding["image"] = encoding["image_attention"] * reference
         return encoding
 
-    def gallery(self, fg: Tensor, bg: Tensor) -> dict[str, Tensor]:
-        """Both [G,D] -> encoding: fg, bg."""
+    def gallery(self, fg: Tensor, bg: Tensor | None = None) -> dict[str, Tensor]:
+        """Both [G,D] -> encoding: fg, and bg where given, for the background term."""
         check_shape("gallery foregrounds [G,D]", fg, None, self.dim)
+        if bg is None:
+            return {"fg": fg}
         check_shape("gallery backgrounds [G,D]", bg, fg.shape[0], self.dim)
         return {"fg": fg, "bg": bg}
 
@@ -120,61 +148,80 @@ class Matching(nn.Module):
         inputs = [*query.values(), *gallery.values()]
         with torch.autocast(inputs[0].device.type, enabled=False):  # bf16 products would blur the ranking
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-                return self._score_block(self._query_side(query), self._gallery_side(gallery))
+                return self._score_block(self._query_side(query, spare=True), self._gallery_side(gallery))
             return self._score_in_place(query, gallery, chunk)
 
     def score_terms(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each term of the score by itself, {term: [Q,G]}: their sum is `score`. For few images: nothing is chunked."""
+        names = [name for name, _, _ in self._weighted(query)]
         query, gallery = self.query_factors(query), self.gallery_factors(gallery)
-        found, place = {}, 0
+        cosines, found = iter(range(0, 2 * self.dim, self.dim)), {}
         with torch.autocast(next(iter(query.values())).device.type, enabled=False):
             for term in self.terms:
-                if term == "explicit":
-                    sides = ({key: side[key] for key in EXPLICIT} for side in (query, gallery))
-                    found[term] = self._score_block(*sides)
-                else:
-                    columns = slice(place, place := place + self.dim)
+                if term in ("fused", "background"):
+                    columns = slice(start := next(cosines), start + self.dim)
                     found[term] = query["cosines"][:, columns] @ gallery["cosines"][:, columns].T
+                else:
+                    own = [place for place, name in enumerate(names) if name == term]
+                    side = {key: query[key][:, own] for key in ("weighted", "squares")}
+                    found[term] = self._score_block(side, gallery)
         return found
 
     def query_factors(self, query: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Query encodings -> factors of the score, for whoever computes it elsewhere (a vector database):
 
-        S = cosines . cosines^T + (weighted . weighted^T) / sqrt(squares . squares^T)
+        S = cosines . cosines^T + sum_t (weighted_t . weighted^T) / sqrt(squares_t . squares^T)
 
-        with those of `gallery_factors`: cosines [Q, D or 2D]; with the explicit term weighted (u/|u|) * a and squares
-        a * a, both [Q,D]. Where the product of the squares is 0, its fraction counts as 0.
+        with those of `gallery_factors`: cosines [Q, D or 2D]; weighted (v/|v|) * w and squares w * w of the T weighted
+        terms, both [Q,T,D]. Where the product of the squares is 0, its fraction counts as 0.
         """
         return self._query_side(self._entries(query, self._query_keys(), "query", "Q"))
 
     def gallery_factors(self, gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gallery encodings -> their side of `query_factors`: weighted is t_fg, squares t_fg * t_fg."""
+        """Gallery encodings -> their side of `query_factors`: weighted is t_fg, squares t_fg * t_fg, both [G,D]."""
         return self._gallery_side(self._entries(gallery, self._gallery_keys(), "gallery", "G"))
 
     def _query_keys(self) -> list[str]:
-        needed = ["fused", *(["background"] if "background" in self.terms else [])]
-        return [*needed, *(["text", "attention"] if "explicit" in self.terms else [])]
+        of = {"fused": ["fused"], "background": ["background"]}
+        of |= {"explicit": ["text", "attention"], "implicit": ["image", "image_attention"]}
+        return [key for term in self.terms for key in of[term]]
 
     def _gallery_keys(self) -> list[str]:
-        return ["fg", *(["bg"] if "background" in self.terms else [])]
+        keys = ["fg"] if set(self.terms) != {"background"} else []
+        return [*keys, *(["bg"] if "background" in self.terms else [])]
 
     def _entries(self, given: Mapping[str, Tensor], keys: Sequence[str], side: str, rows: str) -> dict[str, Tensor]:
         """The entries that the terms need, their shapes checked; each has as many rows as the first."""
         if missing := [key for key in keys if key not in given]:
             raise ValueError(f"encodings lack {', '.join(missing)}; make them with query() and gallery()")
         for key in keys:
-            check_shape(f"{side} {key} [{rows},D]", given[key], given[keys[0]].shape[0], self.dim)
+            clauses = [None] if key in ("text", "attention") and given[key].ndim == 3 else []
+            check_shape(f"{side} {key} [{rows},D]", given[key], given[keys[0]].shape[0], *clauses, self.dim)
         return {key: given[key] for key in keys}
 
-    def _query_side(self, query: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Factors of the products: cosines [q, D or 2D]; weighted (u/|u|) * a and squares a * a, both [q,D]."""
+    def _weighted(self, query: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
+        """The weighted terms of queries: name, vector v [q,D], weights w [q,D]; the explicit one once a clause."""
+        found = []
+        if "explicit" in self.terms:
+            sides = (query[key].unbind(1) if query[key].ndim == 3 else [query[key]] for key in ("text", "attention"))
+            found += [("explicit", *clause) for clause in zip(*sides, strict=True)]
+        if "implicit" in self.terms:
+            found.append(("implicit", query["image"], query["image_attention"]))
+        return found
+
+    def _query_side(self, query: dict[str, Tensor], spare: bool = False) -> dict[str, Tensor]:
+        """Factors of the products: cosines [q, D or 2D]; weighted and squares, both [q,T,D]; `spare`: without weighted
+        terms that none of the queries has."""
         side = {}
         cosines = [name for name in ("fused", "background") if name in self.terms]
         if cosines:
             side["cosines"] = torch.cat([_unit(_full(query[name])) for name in cosines], dim=-1)
-        if "explicit" in self.terms:
-            attention = _full(query["attention"])
-            side["weighted"], side["squares"] = _unit(_full(query["text"])) * attention, attention.square()
+        pairs = [(vector, weights) for _, vector, weights in self._weighted(query)]
+        if spare and len(pairs) > 1:
+            pairs = [pair for pair in pairs if bool(pair[1].any())] or pairs[:1]
+        if pairs:
+            side["weighted"] = torch.stack([_unit(_full(vector)) * _full(weights) for vector, weights in pairs], dim=1)
+            side["squares"] = torch.stack([_full(weights).square() for _, weights in pairs], dim=1)
         return side
 
     def _gallery_side(self, gallery: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,24 +230,25 @@ class Matching(nn.Module):
         cosines = [key for term, key in (("fused", "fg"), ("background", "bg")) if term in self.terms]
         if cosines:
             side["cosines"] = torch.cat([_unit(_full(gallery[key])) for key in cosines], dim=-1)
-        if "explicit" in self.terms:
+        if {"explicit", "implicit"} & set(self.terms):
             fg = _full(gallery["fg"])
             side["weighted"], side["squares"] = fg, fg.square()
         return side
 
     @staticmethod
     def _score_block(query: dict[str, Tensor], gallery: dict[str, Tensor]) -> Tensor:
-        products = {key: query[key] @ gallery[key].T for key in query}  # each [q,g]
-        if "weighted" not in products:
-            return products["cosines"]
-        explicit = products["weighted"] * _inverse_length(products["squares"])
-        return products["cosines"] + explicit if "cosines" in products else explicit
+        total = query["cosines"] @ gallery["cosines"].T if "cosines" in query else None  # [q,g]
+        for weighted, squares in zip(*(query[key].unbind(1) for key in ("weighted", "squares") if key in query)):
+            term = (weighted @ gallery["weighted"].T) * _inverse_length(squares @ gallery["squares"].T)
+            total = term if total is None else total + term
+        return total
 
     @torch.no_grad()
     def _score_in_place(self, query: dict[str, Tensor], gallery: dict[str, Tensor], chunk: int) -> Tensor:
-        queries, images = query["fused"].shape[0], gallery["fg"].shape[0]
-        dtype = torch.promote_types(_full(query["fused"][:0]).dtype, _full(gallery["fg"][:0]).dtype)
-        out = torch.empty(queries, images, dtype=dtype, device=gallery["fg"].device)
+        first, image = (next(iter(side.values())) for side in (query, gallery))
+        queries, images = first.shape[0], image.shape[0]
+        dtype = torch.promote_types(_full(first[:0]).dtype, _full(image[:0]).dtype)
+        out = torch.empty(queries, images, dtype=dtype, device=image.device)
         if queries == 1:
             for g in range(0, images, VECTOR_SPAN):
                 span = {key: value[g : g + VECTOR_SPAN] for key, value in gallery.items()}
@@ -209,14 +257,14 @@ class Matching(nn.Module):
         for g in range(0, images, GALLERY_BLOCK):
             side = self._gallery_side({key: value[g : g + GALLERY_BLOCK] for key, value in gallery.items()})
             for q in range(0, queries, chunk):
-                factors = self._query_side({key: value[q : q + chunk] for key, value in query.items()})
+                factors = self._query_side({key: value[q : q + chunk] for key, value in query.items()}, spare=True)
                 total = None
                 if "cosines" in factors:
                     total = factors["cosines"] @ side["cosines"].T
-                if "weighted" in factors:
-                    inverse = (factors["squares"] @ side["squares"].T).clamp_(min=TINY).rsqrt_()
-                    explicit = (factors["weighted"] @ side["weighted"].T).mul_(inverse)
-                    total = explicit if total is None else total.add_(explicit)
+                for weighted, squares in zip(*(factors[key].unbind(1) for key in ("weighted", "squares") if key in factors)):
+                    inverse = (squares @ side["squares"].T).clamp_(min=TINY).rsqrt_()
+                    term = (weighted @ side["weighted"].T).mul_(inverse)
+                    total = term if total is None else total.add_(term)
                 out[q : q + chunk, g : g + GALLERY_BLOCK] = total
         return out
 
@@ -226,16 +274,17 @@ class Matching(nn.Module):
         from memory once; all else happens in buffers that are made once.
         """
         asked: dict[str, list[tuple[Tensor, Tensor | None]]] = {}  # of each entry of the gallery (v, w), None for 1
-        for term in self.terms:
-            if term == "explicit":
-                attention = _full(query["attention"][0]).to(out)
-                pair = (_unit(_full(query["text"][0]).to(out)) * attention, attention.square())
-            else:
-                pair = (_unit(_full(query[term][0]).to(out)), None)
-            asked.setdefault("bg" if term == "background" else "fg", []).append(pair)
+        for term, key in (("fused", "fg"), ("background", "bg")):
+            if term in self.terms:
+                asked.setdefault(key, []).append((_unit(_full(query[term][0]).to(out)), None))
+        for _, vector, weights in self._weighted(query):
+            weights = _full(weights[0]).to(out)
+            if bool(weights.any()):
+                pair = (_unit(_full(vector[0]).to(out)) * weights, weights.square())
+                asked.setdefault("fg", []).append(pair)
         step = VECTOR_BLOCK * torch.get_num_threads() if out.device.type == "cpu" else VECTOR_SPAN
         read, squares = out.new_empty(2, min(step, len(out)), self.dim)
-        ones, products = out.new_ones(self.dim), out.new_empty(len(self.terms), 2, len(out))
+        ones, products = out.new_ones(self.dim), out.new_empty(sum(map(len, asked.values())), 2, len(out))
         for start in range(0, len(out), step):
             place = 0
             for key, pairs in asked.items():

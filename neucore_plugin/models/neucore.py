@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.concepts import ConceptVocabulary
@@ -24,7 +24,8 @@ from neucore_plugin.models.building import shared_settings
 from neucore_plugin.models.concept_alignment import ConceptAlignment
 from neucore_plugin.models.concept_loss import ConceptLoss
 from neucore_plugin.models.concept_maps import concept_maps
-from neucore_plugin.models.inputs import EmbeddedConcepts, Query
+from neucore_plugin.models.clause_fusion import ClauseFusion
+from neucore_plugin.models.inputs import EmbeddedConcepts, Pairs, Query
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.progressive_fusion import ProgressiveFusion
 
@@ -44,6 +45,11 @@ class NeucoreModel(CirModel):
     head_parts = "alignment, fusion and matching"
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types("neucore")
 
+    reads: ClassVar[dict[str, Any]] = {
+        "query_reads": ("tokens", "words", "sentence", "concepts"),
+        "gallery_reads": "tokens",
+    }
+
     def __init__(
         self,
         *,
@@ -56,13 +62,15 @@ class NeucoreModel(CirModel):
         released: bool,
         **shared: Any,
     ) -> None:
-        reads = {"query_reads": ("tokens", "words", "sentence", "concepts"), "gallery_reads": "tokens"}
+        reads = {**self.reads, "clauses": fusion.get("clauses", 1)}
+        if not fusion.get("concepts", True):
+            reads["query_reads"] = tuple(name for name in reads["query_reads"] if name != "concepts")
         super().__init__(backbone=backbone, embed_dim=embed_dim, projected=not released, **reads, **shared)
         self.released = released
         self.alignment = ConceptAlignment(
             dim=embed_dim, word_dim=backbone.text.word_width, released=released, **alignment
         )
-        self.fusion = ProgressiveFusion(dim=embed_dim, released=released, **fusion)
+        self.fusion = self._fusion(dim=embed_dim, released=released, **fusion)
         self.matching = Matching(dim=embed_dim, released=released, **matching)
         self.concept_loss = ConceptLoss(**concept_loss)
         self.words_live = getattr(backbone.text, "words_live", False)
@@ -71,29 +79,33 @@ class NeucoreModel(CirModel):
 
     @classmethod
     def from_section(cls, backbone: Backbone, vocabulary: ConceptVocabulary, config: dict[str, Any]) -> "NeucoreModel":
-        """Build from a complete `model` section."""
-        loss = config["loss"]
+        """Build from a complete `model` section; of the form in clauses a `ClausewiseNeucore`."""
+        loss, alignment, fusion = config["loss"], dict(config["concept_alignment"]), dict(config["fusion"])
+        if config["form"] == "clauses":
+            cls, alignment["background"] = ClausewiseNeucore, False
+        else:
+            del fusion["clauses"], fusion["concepts"]
         return cls(
             backbone=backbone,
             vocabulary=vocabulary,
-            alignment=config["concept_alignment"],
-            fusion=config["fusion"],
+            alignment=alignment,
+            fusion=fusion,
             concept_loss={"weight": loss["concept_weight"], "alpha": loss["focal_alpha"], "gamma": loss["focal_gamma"]},
             released=config["form"] == "released",
             **shared_settings(config),
         )
+
+    def _fusion(self, **settings: Any) -> nn.Module:
+        return ProgressiveFusion(**settings)
 
     def forward(self, samples: Mapping[str, Any], by_pair: bool = False) -> dict[str, Tensor]:
         """A batch of TripletDataset samples -> loss = loss_matching + loss_concept, scalars; `by_pair`: as in CirModel.
 
         The paper's figure 1, from left to right.
         """
-        if not len(self.vocabulary):
-            raise ConfigError(
-                "neucore: a model without a concept vocabulary cannot be trained; build it from a train split"
-            )
-        given = self.read_pairs(samples)  # reference and target [B,N,D], words [B,L,D], sentence [B,D]
-        r, t, logits = self.alignment(given.reference, given.target, self.concept_table())  # fg, bg [B,D]; [B,C]
+        given = self._pairs(samples)  # reference and target [B,N,D], words [B,L,D], sentence [B,D]
+        sides = (side["tokens"] for side in (given.reference, given.target))
+        r, t, logits = self.alignment(*sides, self.concept_table())  # fg, bg [B,D]; [B,C]
         concepts, concept_mask = self.query_concepts(given.concept_words)  # [B,K,D], [B,K]
         fused = self.fusion(r["tokens"], r["fg"], concepts, concept_mask, **given.text)["fused"]  # [B,D]
         query = self.matching.query(fused, given.text["sentence"], r["bg"])  # [B,D] each
@@ -103,9 +115,16 @@ class NeucoreModel(CirModel):
         encoded["loss_concept"] = self.concept_loss(logits, self.concept_labels(samples["concept_words"]))  # [B]
         return encoded if by_pair else self.losses(encoded, samples)  # of scores [B,G]
 
+    def _pairs(self, samples: Mapping[str, Any], negatives: bool = False) -> Pairs:
+        if not len(self.vocabulary):
+            raise ConfigError(
+                "neucore: a model without a concept vocabulary cannot be trained; build it from a train split"
+            )
+        return self.read_pairs(samples, negatives)
+
     def compose(self, query: Query) -> dict[str, Tensor]:
         """Queries -> fused, background and, with the explicit term, text and attention, [Q,D] each."""
-        r = self.alignment.encode(query.reference)
+        r = self.alignment.encode(query.reference["tokens"])
         concepts, concept_mask = self.query_concepts(query.concept_words)  # [Q,K,D], [Q,K]
         fused = self.fusion(r["tokens"], r["fg"], concepts, concept_mask, **query.text, alone=True)["fused"]  # [Q,D]
         return self.matching.query(fused, query.text["sentence"], r["bg"])
@@ -176,3 +195,52 @@ class NeucoreModel(CirModel):
             others = [word for word, row in zip(words, rows, strict=True) if row is None]
             found[unseen] = self.backbone.text.embed_words(others).to(found)
         return found
+
+
+class ClausewiseNeucore(NeucoreModel):
+    """The form in clauses: a gallery image is the projection of its pooled vector; a query begins as its reference's and
+    is changed by one clause of the caption after the other (`ClauseFusion`); matching asks for every clause's own words
+    ("explicit") and for what the text does not speak of ("implicit").
+
+    The concepts are aligned as in the other forms: one bag of both images' tokens, and the concept loss. With so cheap
+    a gallery all training images can be negatives, with gradient (`matching.negatives: gallery`).
+    """
+
+    reads: ClassVar[dict[str, Any]] = {
+        "query_reads": ("tokens", "pooled", "words", "sentence", "concepts"),
+        "gallery_reads": "pooled",
+        "pair_reads": ("tokens",),
+    }
+
+    def _fusion(self, **settings: Any) -> nn.Module:
+        return ClauseFusion(**settings)
+
+    def forward(self, samples: Mapping[str, Any], by_pair: bool = False) -> dict[str, Tensor]:
+        """As in NeucoreModel."""
+        negatives = self.matching_loss.reference_negatives
+        given = self._pairs(samples, negatives)
+        sides = (side["tokens"] for side in (given.reference, given.target))
+        r, _, logits = self.alignment(*sides, self.concept_table())
+        query = self._composed(given, r["tokens"])
+        encoded = by_side(query=query, target=self.represent(given.target["pooled"]))
+        if negatives:
+            encoded |= by_side(reference=self.represent(given.negative))
+        encoded |= self.partial(given, samples)
+        encoded["loss_concept"] = self.concept_loss(logits, self.concept_labels(samples["concept_words"]))
+        return encoded if by_pair else self.losses(encoded, samples)
+
+    def compose(self, query: Query) -> dict[str, Tensor]:
+        """Queries -> fused [Q,D] and what the terms need: text and attention [Q,C,D], image and image_attention."""
+        return self._composed(query, self.alignment.encode(query.reference["tokens"])["tokens"])
+
+    def _composed(self, query: Query, tokens: Tensor) -> dict[str, Tensor]:
+        pooled, text = query.reference["pooled"], dict(query.text)
+        # As many places in every batch: an encoding does not depend on its batch-mates.
+        text["sentence"] = nn.functional.pad(text["sentence"], (0, 0, 0, self.clauses - text["sentence"].shape[1]))
+        concepts = self.query_concepts(query.concept_words) if self.fusion.concepts else (None, None)
+        fused, present = self.fusion(tokens, pooled, *concepts, **text)
+        return self.matching.query(fused, text["sentence"], pooled, present)
+
+    def represent(self, features: Tensor) -> dict[str, Tensor]:
+        """Gallery images, pooled [G,D] -> {"fg": [G,D]}."""
+        return self.matching.gallery(features)

@@ -1,10 +1,10 @@
 """The score as one inner product, to first order: what an engine for nearest neighbours can look up.
 
-The score of `query_factors` and `gallery_factors` is cosines . cosines^T + (weighted . weighted^T) / sqrt(squares .
-squares^T). Its fraction has the same value for every length of a gallery vector, so that unit vectors do for it, and
-sqrt(squares . E[squares]) over the gallery stands for its denominator. What is left is linear in the image. Where the
-cosines begin with the unit vectors themselves (they do where a model sums the terms "fused" and "explicit"), the
-fraction adds to their columns; elsewhere the unit vectors are columns of their own.
+The score of `query_factors` and `gallery_factors` is cosines . cosines^T + sum_t (weighted_t . weighted^T) /
+sqrt(squares_t . squares^T). Its fractions have the same value for every length of a gallery vector, so that unit
+vectors do for them, and sqrt(squares_t . E[squares]) over the gallery stands for a denominator. What is left is linear in the image. Where the
+cosines begin with the unit vectors themselves (they do where a model sums the term "fused" and a weighted one), the
+fractions add to their columns; elsewhere the unit vectors are columns of their own.
 
 A first stage only says which images are worth scoring: their scores are exact.
 
@@ -29,8 +29,8 @@ Parts = Sequence[tuple[float, Factors]]  # a query: factors of one row each, and
 class FirstOrder:
     """How images and queries become vectors.
 
-    shared: the cosines begin with the unit vectors of `weighted`. squares: E of their squares [D], None without the
-    explicit term; count: over how many images.
+    shared: the cosines begin with the unit vectors of `weighted`. squares: E of their squares [D], None without a
+    weighted term; count: over how many images.
     """
 
     shared: bool
@@ -73,7 +73,8 @@ class FirstOrder:
             rows = {key: value[0].double().cpu() for key, value in factors.items()}
             row = rows.get("cosines")
             if self.squares is not None:
-                explicit = rows["weighted"] / (rows["squares"] @ self.squares).clamp(min=TINY).sqrt()
+                lengths = (rows["squares"] @ self.squares).clamp(min=TINY).sqrt()  # [T]
+                explicit = (rows["weighted"] / lengths[:, None]).sum(dim=0)
                 if row is None:
                     row = explicit
                 elif self.shared:

@@ -219,9 +219,12 @@ class QdrantCollection:
                 name = "nearest" if self._plain_is_cosines() else "cosines"
                 both.append(product(name, factors["cosines"][0].float(), 0.0))
             if "weighted" in factors:
-                over = product("weighted", factors["weighted"][0].float(), 0.0)
-                root = models.SqrtExpression(sqrt=product("squares", factors["squares"][0].float(), 0.0))
-                both.append(models.DivExpression(div=models.DivParams(left=over, right=root, by_zero_default=0.0)))
+                for weighted, squares in zip(factors["weighted"][0], factors["squares"][0], strict=True):
+                    if not bool(squares.any()):  # a clause that the caption does not have
+                        continue
+                    over = product("weighted", weighted.float(), 0.0)
+                    root = models.SqrtExpression(sqrt=product("squares", squares.float(), 0.0))
+                    both.append(models.DivExpression(div=models.DivParams(left=over, right=root, by_zero_default=0.0)))
             terms.append(models.MultExpression(mult=[weight, models.SumExpression(sum=both)]))
         return fetched, models.FormulaQuery(formula=models.SumExpression(sum=terms), defaults=defaults)
 

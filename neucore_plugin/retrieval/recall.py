@@ -56,13 +56,13 @@ def scores(parts: Sequence[Parts], gallery: Factors) -> Tensor:
     """The scores themselves, [Q,G], of Q queries against `gallery_factors` of G images."""
     owner = torch.tensor([number for number, query in enumerate(parts) for _ in query])
     weights = torch.tensor([weight for query in parts for weight, _ in query])
-    products = {
-        key: torch.cat([f[key].float() for query in parts for _, f in query]) @ gallery[key].T for key in gallery
-    }
-    each: Tensor | float = products.get("cosines", 0.0)
-    if "weighted" in products:
-        squared = products["squares"]
-        each = each + torch.where(squared > TINY, products["weighted"] * squared.clamp(min=TINY).rsqrt(), 0.0)
+    rows = {key: torch.cat([f[key].float() for query in parts for _, f in query]) for key in gallery}  # [P,D], [P,T,D]
+    each: Tensor | float = rows["cosines"] @ gallery["cosines"].T if "cosines" in rows else 0.0
+    if "weighted" in rows:
+        for weighted, squares in zip(rows["weighted"].unbind(1), rows["squares"].unbind(1), strict=True):
+            squared = squares @ gallery["squares"].T
+            term = weighted @ gallery["weighted"].T * squared.clamp(min=TINY).rsqrt()
+            each = each + torch.where(squared > TINY, term, 0.0)
     return torch.zeros(len(parts), each.shape[1]).index_add_(0, owner, each.cpu() * weights[:, None])
 
 
@@ -79,6 +79,7 @@ def near(gallery: Factors, seed: int = 0) -> list[Parts]:
         factors["cosines"] = blurred(gallery["cosines"])
     if "weighted" in gallery:
         attention = torch.randn(gallery["weighted"].shape, generator=made).softmax(dim=1)
-        factors["weighted"], factors["squares"] = unit(blurred(gallery["weighted"])) * attention, attention.square()
+        factors["weighted"] = (unit(blurred(gallery["weighted"])) * attention)[:, None]  # [G,1,D]
+        factors["squares"] = attention.square()[:, None]
     count = len(next(iter(factors.values())))
     return [[(1.0, {key: value[row : row + 1] for key, value in factors.items()})] for row in range(count)]
