@@ -99,8 +99,9 @@ class ComposedImageRetrievalTask(BaseTask):
         beyond = (cfg.model_cfg.get("matching") or {}).get("negatives", "batch") != "batch"
         gallery = TrainingGallery(train) if beyond and train and not self.run.evaluate else None
         model = self._new_model(cfg, train)
+        model.seed = int(self.run.seed)
         if gallery is not None:
-            model.use_gallery(gallery, int(self.run.seed))
+            model.use_gallery(gallery, model.seed)
         return model
 
     def _new_model(self, cfg: Any, train: Sequence[TripletDataset]) -> Any:

@@ -55,9 +55,9 @@ class FusionSchema(Section):
         description="semantic concepts attended from the words, one a step; of a mixture its kinds of instruction",
     )
     clauses: int = Field(
-        4, ge=1, description="of the form in clauses: how many a caption has at most, each a pass; 1: always one pass"
+        4, ge=1, description="of the form in clauses: how many a caption has at most, each a step; 1: always one step"
     )
-    concepts: bool = Field(False, description="of the form in clauses: the chain sees the query's concepts as tokens")
+    places: bool = Field(True, description="of the form in clauses: each clause attends the reference's tokens")
     layers: int = Field(1, ge=1, description="chains of all steps, one after the other")
     module_depth: int = Field(1, ge=1, description="pairs of attention and MLP in a step")
     heads: int = Field(4, ge=1, description="attention heads of a block")
@@ -95,10 +95,10 @@ class ContrastiveMatchingSchema(Section):
 
 
 class MatchingSchema(ContrastiveMatchingSchema):
-    terms: Annotated[list[Literal["fused", "explicit", "background", "implicit"]], NoneTwice] = Field(
+    terms: Annotated[list[Literal["fused", "explicit", "background", "implicit", "change"]], NoneTwice] = Field(
         ["fused", "explicit", "background"],
         min_length=1,
-        description="what the score is the sum of; the form in clauses has implicit in place of background",
+        description="what the score is the sum of; the form in clauses has implicit and change in place of background",
     )
 
 
@@ -220,8 +220,8 @@ class NeucoreSchema(ModelSchema):
     arch: Literal["neucore"] = Field(description="neucore")
     form: Literal["default", "clauses", "released"] = Field(
         "default",
-        description="default: the paper's, read closely; clauses: one pass a clause of the caption over a pooled "
-        "vector, with a gallery cheap enough for all images as negatives; released: as in the authors' code, with their "
+        description="default: the paper's, read closely; clauses: a pooled vector, changed by one clause of the caption "
+        "after the other, with a gallery cheap enough for all images as negatives; released: as in the authors' code, with their "
         "checkpoints' weights",
     )
     concept_alignment: ConceptAlignmentSchema = Field(
@@ -236,11 +236,9 @@ class NeucoreSchema(ModelSchema):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
         yield from self.heads_conflict("concept_alignment.heads", self.concept_alignment.heads)
-        allowed = ["fused", "explicit", "implicit" if self.form == "clauses" else "background"]
+        allowed = ["fused", "explicit", *(["implicit", "change"] if self.form == "clauses" else ["background"])]
         if unknown := [term for term in self.matching.terms if term not in allowed]:
             yield "matching.terms", f"got {unknown}; model.form {self.form} has {', '.join(allowed)}"
-        if self.form == "clauses" and self.fusion.attend_padding:
-            yield "fusion.attend_padding", "got true; model.form clauses reads each query as if alone"
         if self.form == "released":
             for key, given, needed in (
                 ("concept_alignment.bag", self.concept_alignment.bag, "joint"),

@@ -4,6 +4,7 @@ Both give factors of the score, so that whoever searches needs no more than prod
 lower product is 0):
 
 S = cosines . cosines^T + sum_T weighted_T . weighted^T / sqrt(squares_T . squares^T)
+  + (change . units^T - change . origin) / sqrt(2.001 - 2 origin . units^T)
 
 B images, Q queries, S side of a picture, L word pieces, K concepts, P word pieces of a concept, D width.
 """
@@ -392,4 +393,8 @@ def scores(query: Mapping[str, np.ndarray], gallery: Mapping[str, np.ndarray]) -
     if "weighted" in query:
         upper, lower = (np.einsum("qtd,gd->qtg", query[name], gallery[name]) for name in ("weighted", "squares"))
         total = total + (upper / np.sqrt(np.maximum(lower, 1e-24))).sum(axis=1)
+    if "change" in query:
+        at_reference = (query["change"] * query["origin"]).sum(axis=1, keepdims=True)
+        distance = 2.001 - 2 * query["origin"] @ gallery["units"].T
+        total = total + (query["change"] @ gallery["units"].T - at_reference) / np.sqrt(distance)
     return total

@@ -68,6 +68,10 @@ scores = query["cosines"][0] @ gallery["cosines"].T if "cosines" in query else n
 if "weighted" in query:
     upper, lower = (query[key][0] @ gallery[key].T for key in ("weighted", "squares"))
     scores = scores + (upper / np.sqrt(np.maximum(lower, 1e-24))).sum(axis=0)
+if "change" in query:
+    moved, away = (query[name][0] @ gallery["units"].T for name in ("change", "origin"))
+    there = query["change"][0] @ query["origin"][0]
+    scores = scores + (moved - there) / np.sqrt(2.001 - 2 * away)
 order = np.argsort(-scores, kind="stable")
 others = [n for n in order if not (asked.image and asked.image.samefile(asked.pictures / names[n]))]
 for rank, n in enumerate(others[: asked.k], start=1):

@@ -19,12 +19,13 @@ from neucore_plugin.clauses import cached_text, joined, padded
 from neucore_plugin.clauses import clauses as split_clauses
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError, first_few, nearest
+from neucore_plugin.common.randomness import mix
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary, ReleasedConceptExtractor
 from neucore_plugin.config.encoders import PIXELS
 from neucore_plugin.models import building
 from neucore_plugin.models.backbones import Backbone
 from neucore_plugin.models.backbones.tuning import named_groups
-from neucore_plugin.models.batch_loss import BatchLoss, by_side
+from neucore_plugin.models.batch_loss import BatchLoss, by_side, iteration_of
 from neucore_plugin.models.inputs import (
     Pairs,
     Projection,
@@ -135,7 +136,7 @@ class CirModel(BaseModel):
         self.config = copy.deepcopy(dict(config))
         for side, encoder in (self.config.get("backbone") or {}).items():
             encoder |= getattr(getattr(backbone, side), "resolved", {})
-        self.trained = False
+        self.trained, self.seed = False, 0  # the seed of the training
 
     @property
     def title(self) -> str:
@@ -272,13 +273,21 @@ class CirModel(BaseModel):
         noise [B], or [1] for all rows together: what dropout in training follows from; None: there is none. side: a
         sample's images, 0, 1, ..., lose different features.
         """
+        return self._projected(self._raw(names, pixels, tokens, pooled), noise, side)
+
+    def _raw(
+        self, names: Iterable[str], pixels: Tensor | None, tokens: Tensor | None, pooled: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What the image encoder gives, or a cache has of it."""
         names, found = sorted(names), {"tokens": tokens, "pooled": pooled}
         if any(found[name] is None for name in names):
             if pixels is None:
                 raise ValueError(f"give an image as pixels, or its cached {' and '.join(names)}")
             found = self.backbone.image(pixels.to(self.device))
+        return {name: found[name].to(self.device) for name in names}
+
+    def _projected(self, read: Mapping[str, Tensor], noise: Tensor | None, side: int = 0) -> dict[str, Tensor]:
         layers = {"tokens": self.image_projection, "pooled": self.pooled_projection}
-        read = {name: found[name].to(self.device) for name in names}
         if not (self.training and self.feature_dropout and noise is not None):
             return {name: layers[name](value) for name, value in read.items()}
         found = {}
@@ -299,19 +308,27 @@ class CirModel(BaseModel):
     def text_features(self, texts: Sequence[str], features: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """texts, or cached backbone features -> words [B,L,D], word_mask [B,L], sentence [B,D]: what queries read.
 
-        Of a model that reads clauses: sentence [B,C,D], and the number of each word's clause, clause [B,L].
+        Of a model that reads clauses: sentence [B,C,D], and which of the C there are, present [B,C]; C is always the
+        most that there can be, lest an encoding depend on its batch-mates.
         """
         if self.word_projection is None and self.sentence_projection is None:
             return {}
         if features is None:
             features = self._read(texts)
         mask = features["word_mask"].to(self.device)
-        result = {"clause": features["clause"].to(self.device)} if "clause" in features else {}
+        result = {}
+        if "clause" in features:
+            numbers = torch.arange(self.clauses, device=self.device)[:, None]
+            own = mask[:, None] & (features["clause"].to(self.device)[:, None] == numbers)  # [B,C,L]
+            result["present"] = own.any(2)
         if self.word_projection is not None:
             words = self.word_projection(features["words"].to(self.device)) * mask[..., None]
             result |= {"words": words, "word_mask": mask}
         if self.sentence_projection is not None:
-            result["sentence"] = self.sentence_projection(features["sentence"].to(self.device))
+            sentence = features["sentence"].to(self.device)
+            if "clause" in features:
+                sentence = nn.functional.pad(sentence, (0, 0, 0, self.clauses - sentence.shape[1]))
+            result["sentence"] = self.sentence_projection(sentence)
         return with_stand_ins(result, ~mask.any(1), self.absent_word, self.absent_sentence)
 
     def _read(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -364,20 +381,28 @@ class CirModel(BaseModel):
             side: [samples.get(f"{side}_{key}") for key in ("image", "tokens", "pooled")]
             for side in ("reference", "target")
         }
-        names = {*self.reference_reads, *([self.gallery_reads] if negatives else [])}
+        # Queries lose features each by itself, gallery images all the same ones, the further negatives among them: what
+        # tells two of them apart is never the dropout.
         noise = samples["noise"] if self.training and self.feature_dropout else None
-        seen = self.image_features(names, *images["reference"], noise=noise)
-        reference = {name: seen[name] for name in self.reference_reads}
-        target = self.image_features(self.target_reads, *images["target"], noise=noise, side=1)
+        shared = None if noise is None else self.shared_noise(samples)
+        names, own = {*self.reference_reads, *([self.gallery_reads] if negatives else [])}, self.gallery_reads
+        seen, shown = self._raw(names, *images["reference"]), self._raw(self.target_reads, *images["target"])
+        reference = {}
+        for name in self.reference_reads:
+            reference |= self._projected({name: seen[name]}, noise if name == "pooled" else shared)
+        negative = self._projected({own: seen[own]}, shared)[own] if negatives else None
+        target = self._projected(shown, shared)
         text = self.text_features(samples["text_input"], cached_text(samples))
         concept_words = list(samples["concept_words"])
         query = Query(reference, text, concept_words)
         if self.training and self.batch_loss.partial_weight is None:
             lost = drawn(self.query_dropout, torch.rand(len(concept_words), device=self.device))
             query = without(query, *lost, *self._stand_ins())
-        return Pairs(
-            query.reference, query.text, query.concept_words, target, seen[self.gallery_reads] if negatives else None
-        )
+        return Pairs(query.reference, query.text, query.concept_words, target, negative)
+
+    def shared_noise(self, samples: Mapping[str, Any]) -> Tensor:
+        """[1], what the dropout of a step's gallery images follows from: the seed and the number of the step."""
+        return torch.tensor([mix(self.seed, iteration_of(samples), 2) >> 1])
 
     def partial(self, given: Query, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """For `losses`: some queries of a batch once more, without image or text, composed: {"partial.*": [E,D]}.
@@ -407,7 +432,7 @@ class CirModel(BaseModel):
 
     def losses(self, encoded: Mapping[str, Tensor], samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """The losses of a batch from what `encode_pairs` gave; see `BatchLoss`."""
-        return self.batch_loss(encoded, samples, self.matching, self.training)
+        return self.batch_loss(encoded, samples, self.matching, self.training, self.shared_noise(samples))
 
     def use_gallery(self, images: TrainingImages, seed: int) -> None:
         """Take the negatives beyond the batch from these training images, as `matching.negatives` asks for them."""

@@ -42,13 +42,19 @@ class BatchLoss:
         self.negatives: Negatives | None = None
 
     def __call__(
-        self, encoded: Mapping[str, Tensor], samples: Mapping[str, Any], matching: Matching, training: bool
+        self,
+        encoded: Mapping[str, Tensor],
+        samples: Mapping[str, Any],
+        matching: Matching,
+        training: bool,
+        shared_noise: Tensor,
     ) -> Rows:
         """{"query.*", "target.*", "reference.*", "loss_*"} of B rows each, "partial.*" of E rows -> losses, scalars.
 
         Each query is compared with the targets of all processes; rows of "loss_*" are averaged; `loss` is the sum of
         all. With several processes the gallery of the loss is that of the whole global batch, gathered with its
-        gradient, so that N processes of B pairs equal one of N x B. In training further negatives follow.
+        gradient, so that N processes of B pairs equal one of N x B. In training further negatives follow, with the
+        dropout of `shared_noise` [1], as all gallery images of the step have it.
         """
         sides = ["target", "reference"] if self.rules.reference_negatives else ["target"]
         query, partial, target = (
@@ -65,9 +71,9 @@ class BatchLoss:
         partial_right = self._partial_right(samples) if partial else []
         further: tuple[Tensor | None, ...] = (None, None, None)
         if training and self.wanted != "batch":
-            negatives, iteration = self._begun(samples, count)
+            negatives = self._begun(samples, count)
             asked = (query, right if self.rules.mask_duplicates else [()] * count), (partial, partial_right)
-            further = log_sums(matching.score, factor, negatives.blocks(keys, iteration), *asked)
+            further = log_sums(matching.score, factor, negatives.blocks(keys, shared_noise), *asked)
             negatives.keep(keys, gallery, told.get("noise"))
         if len(keys) < 2 and (further[0] is None or not further[0].shape[1]):
             raise ConfigError(
@@ -89,18 +95,23 @@ class BatchLoss:
         keys = {True: samples["text_keys"], False: samples["reference_keys"]}
         return [keys[lost][row] for row, lost in zip(rows, no_image, strict=True)]
 
-    def _begun(self, samples: Mapping[str, Any], count: int) -> tuple[Negatives, int]:
-        """The negatives at the place of the training that the runner notes in the batch; number of the iteration."""
+    def _begun(self, samples: Mapping[str, Any], count: int) -> Negatives:
+        """The negatives at the place of the training that the runner notes in the batch."""
         if self.negatives is None:
             raise ConfigError(
                 f"model.matching.negatives is {self.wanted}, but the model knows no training images. The task "
                 "composed_image_retrieval names them; in a loop of your own call use_gallery(), or set it to batch"
             )
-        epoch, length, number = (int(samples.get(name, 0)) for name in ("epoch", "num_iters_per_epoch", "iters"))
-        iteration = epoch * length + number
-        self.negatives.begin(epoch, iteration)
+        iteration = iteration_of(samples)
+        self.negatives.begin(int(samples.get("epoch", 0)), iteration)
         self.negatives.refresh(iteration, count, self._exchange)
-        return self.negatives, iteration
+        return self.negatives
+
+
+def iteration_of(samples: Mapping[str, Any]) -> int:
+    """The number of a batch in its training, as the runner notes it; 0 where none does."""
+    epoch, length, number = (int(samples.get(name, 0)) for name in ("epoch", "num_iters_per_epoch", "iters"))
+    return epoch * length + number
 
 
 def columns(rows: Mapping[str, Tensor]) -> Rows:

@@ -1,92 +1,82 @@
 """Fusion clause by clause: the image's vector, changed by one clause of the caption after the other.
 
-B batch, N reference tokens, L words, C clauses, K concepts of a query, D width. Masks are true where something is valid.
+B batch, N reference tokens, C clauses, D width. Masks are true where something is valid.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neucore_plugin.models.layers import check_positive, check_shape
-from neucore_plugin.models.progressive_fusion import ProgressiveFusion
 
 
 class ClauseFusion(nn.Module):
-    """Progressive fusion whose result is again an image's vector, so that the next clause can begin from it:
+    """A chain of blocks of one architecture, each instantiated by a clause and what it attends in the reference:
 
-    f_0 = p,  f_c = sigmoid(MLP([f_{c-1} ; m_c])) * f_{c-1} + w F(E(f^r), f_{c-1}, concepts, words of c, m_c),
+    a = softmax_n( x_n . K m_c / sqrt(D) ),  r_c = sum_n a_n x_n,  h = [m_c ; r_c],
+    f_0 = p,  f_c = sigmoid(G [f_{c-1} ; h]) * f_{c-1} + w R [f_{c-1} ; h],  d = sum_c T [p ; h],
 
-    p the reference's pooled vector, m_c the sentence of clause c, F the chain of `ProgressiveFusion`, its blocks
-    instantiated by what is attended in the words of c; all clauses share it. Trained on captions of one change it
-    composes those of two. A caption of one clause passes once.
+    p the reference's pooled vector, x_n its tokens as the concept alignment has them, m_c the sentence of clause c; G, R
+    and T are MLPs that all clauses share. Each f_c is a vector like an image's, so that the next clause can begin from
+    it: trained on captions of one change, it composes those of two. d is the change that is asked for, by itself.
 
     Args:
-        dim: D. clauses: C at most. concepts: whether the chain also sees the query's concepts as tokens.
-        chain: the other keyword arguments of ProgressiveFusion.
+        dim: D. places: whether a clause attends the tokens; without it r_c is left out.
 
-    >>> fusion = ClauseFusion(
-    ...     dim=8, clauses=2, concepts=True, mode="progressive", steps=1, layers=1, module_depth=1, heads=2, head_dim=4,
-    ...     mlp_ratio=2.0, dropout=0.0, released=False, gumbel=False, generator_linears=2, instruction_linears=2,
-    ...     attend_padding=False)
-    >>> tokens, pooled, concepts = torch.randn(3, 16, 8), torch.randn(3, 8), torch.randn(3, 5, 8)
-    >>> words, sentence = torch.randn(3, 7, 8), torch.randn(3, 2, 8)
-    >>> clause = torch.tensor([[0, 0, 0, 0, 1, 1, 1]]).expand(3, -1)
-    >>> here = {"words": words, "word_mask": torch.ones(3, 7, dtype=torch.bool), "sentence": sentence, "clause": clause}
-    >>> fused, present = fusion(tokens, pooled, concepts, torch.ones(3, 5, dtype=torch.bool), **here)
-    >>> fused.shape, present.tolist()
-    (torch.Size([3, 8]), [[True, True], [True, True], [True, True]])
+    >>> fusion = ClauseFusion(dim=8, places=True)
+    >>> tokens, pooled, sentence = torch.randn(3, 16, 8), torch.randn(3, 8), torch.randn(3, 2, 8)
+    >>> present = torch.tensor([[True, True], [True, False], [True, True]])
+    >>> fused, change = fusion(tokens, pooled, sentence, present)
+    >>> fused.shape, change.shape
+    (torch.Size([3, 8]), torch.Size([3, 8]))
 
-    Source: the chain: Zhao & Xu 2023; the gate: TIRG (Vo et al., CVPR 2019), without its norms.
+    Source: progressive fusion, Zhao & Xu 2023, one step a clause; its block: the gated residual of TIRG (Vo et al., CVPR
+    2019) without norms; r_c and d: ours.
     """
 
-    def __init__(self, *, dim: int, clauses: int, concepts: bool, **chain: Any):
+    def __init__(self, *, dim: int, places: bool):
         super().__init__()
-        check_positive(dim=dim, clauses=clauses)
-        self.clauses, self.concepts = clauses, concepts
-        self.chain = ProgressiveFusion(dim=dim, **chain)
-        self.gate = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
-        self.weight = nn.Parameter(torch.ones(()))
+        check_positive(dim=dim)
+        self.dim, inputs = dim, (3 if places else 2) * dim
+        self.key = nn.Linear(dim, dim) if places else None  # K
 
-    def forward(
-        self,
-        tokens: Tensor,
-        pooled: Tensor,
-        concepts: Tensor | None,
-        concept_mask: Tensor | None,
-        words: Tensor,
-        word_mask: Tensor,
-        sentence: Tensor,
-        clause: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """-> fused [B,D], and which clauses each query has [B,C].
+        def mlp(*widths: int) -> nn.Sequential:
+            layers = [nn.Linear(*pair) for pair in zip((inputs, *widths), (*widths, dim), strict=True)]
+            return nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
 
-        tokens [B,N,D], pooled [B,D], concepts [B,K,D] and concept_mask [B,K], which may be None without `concepts`, words [B,L,D], word_mask [B,L], sentence
-        [B,C,D], clause [B,L], the number of each word's clause.
-        """
-        check_shape("sentence vectors [B,C,D]", sentence, len(pooled), None, pooled.shape[1])
-        check_shape("clauses of the words [B,L]", clause, *word_mask.shape)
-        if not self.concepts:
-            concepts, concept_mask = tokens[:, :0], pooled[:, :0].bool()
-        count = sentence.shape[1]
-        own = [word_mask & (clause == number) for number in range(count)]  # each [B,L]
-        present = torch.stack([mask.any(1) for mask in own], dim=1)
-        fused = pooled
-        for number, mask in enumerate(own):
-            here = present[:, number]
+        self.gate, self.residual, self.change = mlp(2 * dim), mlp(2 * dim, 2 * dim), mlp(dim)  # G, R, T
+        self.weight = nn.Parameter(torch.ones(()))  # w
+
+    def forward(self, tokens: Tensor, pooled: Tensor, sentence: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [B,N,D], pooled [B,D], sentence [B,C,D], present [B,C], which clauses there are -> fused and change,
+        both [B,D]."""
+        check_shape("pooled vectors [B,D]", pooled, None, self.dim)
+        check_shape("image tokens [B,N,D]", tokens, len(pooled), None, self.dim)
+        check_shape("sentence vectors [B,C,D]", sentence, len(pooled), None, self.dim)
+        check_shape("clauses that there are [B,C]", present, *sentence.shape[:2])
+        fused, change = pooled, torch.zeros_like(pooled)
+        for number, here in enumerate(present.unbind(1)):
             # Most captions have one clause: the others' work is for their rows alone. A traced graph has no such choice.
-            rows = None if torch.compiler.is_exporting() or bool(here.all()) else here.nonzero().flatten()
-            if rows is not None and not len(rows):
+            whole = torch.compiler.is_exporting() or bool(here.all())
+            if not whole and not bool(here.any()):
                 continue
-            given = (tokens, fused, concepts, concept_mask, words, mask, sentence[:, number])
-            changed = self._changed(*(given if rows is None else [value[rows] for value in given]))
-            if rows is None:
-                fused = torch.where(here[:, None], changed, fused)
+            rows = slice(None) if whole else here.nonzero().flatten()
+            f, asked = self._step(tokens[rows], pooled[rows], fused[rows], sentence[rows, number])
+            if whole:
+                fused, change = torch.where(here[:, None], f, fused), change + asked * here[:, None]
             else:
-                fused = fused.index_copy(0, rows, changed.to(fused.dtype))
-        return fused, present
+                fused = fused.index_copy(0, rows, f.to(fused.dtype))
+                change = change.index_add(0, rows, asked.to(change.dtype))
+        return fused, change
 
-    def _changed(self, tokens: Tensor, fused: Tensor, concepts: Tensor, concept_mask: Tensor, *text: Tensor) -> Tensor:
-        added = self.chain(tokens, fused, concepts, concept_mask, *text)["fused"]
-        kept = self.gate(torch.cat([fused, text[-1]], dim=-1)).sigmoid()
-        return kept * fused + self.weight * added
+    def looks_at(self, tokens: Tensor, sentence: Tensor) -> Tensor:
+        """What a clause attends: tokens [B,N,D], sentence [B,D] -> a [B,N]."""
+        return (torch.einsum("bnd,bd->bn", tokens, self.key(sentence)) / self.dim**0.5).softmax(dim=-1)
+
+    def _step(self, tokens: Tensor, pooled: Tensor, fused: Tensor, sentence: Tensor) -> tuple[Tensor, Tensor]:
+        given = [sentence]
+        if self.key is not None:
+            given.append(torch.einsum("bn,bnd->bd", self.looks_at(tokens, sentence), tokens))
+        h = torch.cat([fused, *given], dim=-1)
+        return self.gate(h).sigmoid() * fused + self.weight * self.residual(h), self.change(
+            torch.cat([pooled, *given], dim=-1)
+        )

@@ -6,13 +6,10 @@ or words.
 Q queries, G gallery images, N image tokens, L words, D width.
 """
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.layers import EncoderBlock
 from neucore_plugin.models.matching import Matching
 

@@ -25,8 +25,8 @@ class Query:
     """Queries, projected; a learned stand-in is in the place of what they lack."""
 
     reference: Mapping[str, Tensor]  # of tokens [B,N,D] and pooled [B,D], what the model reads
-    # Of words [B,L,D] with word_mask [B,L], and sentence [B,D], what the model reads; of one that reads clauses the
-    # sentence of each [B,C,D], and which clause a word is of, `clause` [B,L].
+    # Of words [B,L,D] with word_mask [B,L], and sentence [B,D], what the model reads; of one that reads clauses
+    # sentence [B,C,D] of each, and which there are, `present` [B,C].
     text: Mapping[str, Tensor]
     concept_words: Sequence[Sequence[str]] | EmbeddedConcepts  # lemmas of each query
 
@@ -62,10 +62,14 @@ class Projection(nn.Sequential):
         if kept is None:
             return super().forward(x)
         norm, linear = self
-        normal = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
         bias = F.linear(norm.bias * kept, linear.weight, linear.bias)  # [B or 1,D]
-        if len(kept) == 1:
-            return F.linear(normal, linear.weight * (norm.weight * kept), bias[0])
+        if len(kept) == 1:  # no normalised copy of x is made: x, a cached feature map, is by far the largest here
+            weight = linear.weight * (norm.weight * kept)  # [D,C]
+            mean = x.mean(-1, keepdim=True)
+            variance = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] - mean.square()
+            centred = F.linear(x, weight) - mean * weight.sum(1)
+            return centred * (variance + norm.eps).rsqrt() + bias[0]
+        normal = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
         rows = len(kept), *[1] * (x.ndim - 2), -1
         return F.linear(normal.mul_(kept.view(rows)), linear.weight * norm.weight) + bias.view(rows)
 
@@ -100,7 +104,9 @@ def kept_channels(channels: int, share: float, noise: Tensor, slot: int) -> Tens
     that are to lose different channels have different ones.
     """
     seeds = noise.cpu().numpy().astype(np.uint64)[:, None] * np.uint64(8) + np.uint64(slot)
-    state = seeds * np.uint64(0x5851F42D4C957F2D) + np.arange(1, channels + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    state = seeds * np.uint64(0x5851F42D4C957F2D) + np.arange(1, channels + 1, dtype=np.uint64) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
     # What SplitMix64 ends with (Steele et al., OOPSLA 2014): a generator seeded anew for each row takes far longer.
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
@@ -121,10 +127,13 @@ def with_stand_ins(
         stand_in = torch.where(first[:, None], word, torch.zeros_like(word))  # [L,D]
         result["words"] = torch.where(absent[:, None, None], stand_in, words)
         result["word_mask"] = (absent[:, None] & first) | (~absent[:, None] & mask)  # onnxruntime lacks a bool `where`
-    if "clause" in text:  # of a stand-in the first: it stands in the first place
-        result["clause"] = text["clause"] if text["clause"].shape[1] else text["clause"].new_zeros(len(absent), 1)
+    if "present" in text:
+        first = torch.arange(text["present"].shape[1], device=absent.device) == 0  # [C]
+        result["present"] = (absent[:, None] & first) | (~absent[:, None] & text["present"])
     if "sentence" in text:
-        result["sentence"] = torch.where(absent.view(-1, *[1] * (text["sentence"].ndim - 1)), sentence, text["sentence"])
+        result["sentence"] = torch.where(
+            absent.view(-1, *[1] * (text["sentence"].ndim - 1)), sentence, text["sentence"]
+        )
     return result
 
 

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.layers import check_positive, check_shape
 
-TERMS = ("fused", "explicit", "background", "implicit")
+TERMS = ("fused", "explicit", "background", "implicit", "change")
 MAX_TEMPERATURE = math.log(100.0)
 GALLERY_BLOCK = 4096  # rows of the gallery prepared at a time: bounds the memory beside the result
 VECTOR_BLOCK = 256  # the same for one query, for each thread: a block and its squares stay in a core's own cache
 VECTOR_SPAN = 16384  # rows whose products are joined to scores at a time
 TINY = 1e-24  # squared length below which a vector counts as zero
+NEAREST = (
+    1e-3  # added to squared distances from the reference: images that are all but the same are no division by zero
+)
 
 
 def _inverse_length(squared: Tensor) -> Tensor:
@@ -45,11 +48,15 @@ class Matching(nn.Module):
             + sum_c (u_c / |u_c|) . (a_c * t_fg) / |a_c * t_fg|  "explicit", u_c = W m_c + b, a_c = softmax(MLP(m_c))
             + cos(r_bg, t_bg)                                  "background"
             + cos(b * r_fg, b * t_fg)                          "implicit", b = softmax(mean_c MLP'(m_c))
+            + cos(d, t_fg/|t_fg| - r_fg/|r_fg|)                "change", nearly: see below
 
-    f is the fused vector, m_c the sentence, or of a caption in clauses each one's; r the reference. A term with a zero
-    vector in it is 0. "background" says that all stays, "implicit" what the text does not speak of. In products, a
+    f is the fused vector, d the change that the query asks for, m_c the sentence, or of a caption in clauses each one's;
+    r the reference. A term with a zero vector in it is 0. "background" says that all stays, "implicit" what the text
+    does not speak of; "change" looks at what is different alone, so that it does not matter what the reference shows. In
+    products, a
     weighted term of a vector v and weights w, be it explicit (u_c, a_c) or implicit (b * r_fg, b), is
-    ((v / |v|) * w) . t_fg / sqrt((w * w) . (t_fg * t_fg)).
+    ((v / |v|) * w) . t_fg / sqrt((w * w) . (t_fg * t_fg)), and "change" of unit vectors d, t, r is
+    (d . t - d . r) / sqrt(2 - 2 r . t + 0.001).
 
     Args:
         dim: D. terms: which are summed; leaving one out is an ablation.
@@ -65,7 +72,7 @@ class Matching(nn.Module):
     torch.Size([2, 100])
 
     Source: Zhao & Xu 2023, progressive fusion (f against t_fg); explicit and background terms: the released code;
-    explicit and implicit: ARTEMIS, where they are two attentions of one sentence.
+    explicit and implicit: ARTEMIS, where they are two attentions of one sentence; change: ours.
     """
 
     def __init__(self, *, dim: int, terms: Sequence[str], temperature: float, learn_temperature: bool, released: bool):
@@ -98,19 +105,30 @@ class Matching(nn.Module):
         return self.temperature.clamp(max=self.max_temperature).exp()
 
     def query(
-        self, fused: Tensor, sentence: Tensor, reference: Tensor, present: Tensor | None = None
+        self,
+        fused: Tensor,
+        sentence: Tensor,
+        reference: Tensor,
+        present: Tensor | None = None,
+        change: Tensor | None = None,
+        origin: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """-> encoding: fused; with the explicit term text (u) and attention (a), with the background term background,
-        with the implicit term image (b * r_fg) and image_attention (b).
+        with the implicit term image (b * r_fg) and image_attention (b), with the change term change (d) and origin.
 
         fused [Q,D]; sentence [Q,D], or of clauses [Q,C,D] with `present` [Q,C], which of them there are; reference
-        [Q,D]: r_bg, or for the implicit term r_fg.
+        [Q,D]: r_bg, or for the implicit term r_fg; change [Q,D]; origin [Q,D]: r_fg as gallery images are encoded.
         """
         check_shape("fused vectors [Q,D]", fused, None, self.dim)
         clauses = [] if present is None else [present.shape[1]]
         check_shape("sentence vectors [Q,D] or [Q,C,D]", sentence, fused.shape[0], *clauses, self.dim)
         check_shape("reference vectors [Q,D]", reference, fused.shape[0], self.dim)
-        return {"fused": fused, **self.weighted(sentence, reference, present)}
+        encoding = {"fused": fused, **self.weighted(sentence, reference, present)}
+        if "change" in self.terms:
+            check_shape("change vectors [Q,D]", change, fused.shape[0], self.dim)
+            check_shape("origins [Q,D]", origin, fused.shape[0], self.dim)
+            encoding |= {"change": change, "origin": origin}
+        return encoding
 
     def weighted(self, sentence: Tensor, reference: Tensor, present: Tensor | None = None) -> dict[str, Tensor]:
         """What `query` gives but for fused."""
@@ -161,6 +179,8 @@ class Matching(nn.Module):
                 if term in ("fused", "background"):
                     columns = slice(start := next(cosines), start + self.dim)
                     found[term] = query["cosines"][:, columns] @ gallery["cosines"][:, columns].T
+                elif term == "change":
+                    found[term] = self._change(query, gallery)
                 else:
                     own = [place for place, name in enumerate(names) if name == term]
                     side = {key: query[key][:, own] for key in ("weighted", "squares")}
@@ -171,19 +191,23 @@ class Matching(nn.Module):
         """Query encodings -> factors of the score, for whoever computes it elsewhere (a vector database):
 
         S = cosines . cosines^T + sum_t (weighted_t . weighted^T) / sqrt(squares_t . squares^T)
+          + (change . units^T - change . origin) / sqrt(2 - 2 origin . units^T + NEAREST)
 
         with those of `gallery_factors`: cosines [Q, D or 2D]; weighted (v/|v|) * w and squares w * w of the T weighted
-        terms, both [Q,T,D]. Where the product of the squares is 0, its fraction counts as 0.
+        terms, both [Q,T,D]; change and origin [Q,D], unit vectors. Where the product of the squares is 0, its fraction
+        counts as 0.
         """
         return self._query_side(self._entries(query, self._query_keys(), "query", "Q"))
 
     def gallery_factors(self, gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gallery encodings -> their side of `query_factors`: weighted is t_fg, squares t_fg * t_fg, both [G,D]."""
+        """Gallery encodings -> their side of `query_factors`: weighted is t_fg, squares t_fg * t_fg, units t_fg / |t_fg|,
+        [G,D] each."""
         return self._gallery_side(self._entries(gallery, self._gallery_keys(), "gallery", "G"))
 
     def _query_keys(self) -> list[str]:
         of = {"fused": ["fused"], "background": ["background"]}
         of |= {"explicit": ["text", "attention"], "implicit": ["image", "image_attention"]}
+        of |= {"change": ["change", "origin"]}
         return [key for term in self.terms for key in of[term]]
 
     def _gallery_keys(self) -> list[str]:
@@ -222,6 +246,8 @@ class Matching(nn.Module):
         if pairs:
             side["weighted"] = torch.stack([_unit(_full(vector)) * _full(weights) for vector, weights in pairs], dim=1)
             side["squares"] = torch.stack([_full(weights).square() for _, weights in pairs], dim=1)
+        if "change" in self.terms:
+            side |= {name: _unit(_full(query[name])) for name in ("change", "origin")}
         return side
 
     def _gallery_side(self, gallery: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -233,13 +259,25 @@ class Matching(nn.Module):
         if {"explicit", "implicit"} & set(self.terms):
             fg = _full(gallery["fg"])
             side["weighted"], side["squares"] = fg, fg.square()
+        if "change" in self.terms:
+            # The first cosines are these unit vectors where there is a fused term.
+            side["units"] = side["cosines"][:, : self.dim] if "fused" in self.terms else _unit(_full(gallery["fg"]))
         return side
+
+    @staticmethod
+    def _change(query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> Tensor:
+        at_reference = (query["change"] * query["origin"]).sum(1, keepdim=True)  # [q,1]
+        distance = 2 + NEAREST - 2 * (query["origin"] @ gallery["units"].T)
+        return (query["change"] @ gallery["units"].T - at_reference) * distance.rsqrt()
 
     @staticmethod
     def _score_block(query: dict[str, Tensor], gallery: dict[str, Tensor]) -> Tensor:
         total = query["cosines"] @ gallery["cosines"].T if "cosines" in query else None  # [q,g]
         for weighted, squares in zip(*(query[key].unbind(1) for key in ("weighted", "squares") if key in query)):
             term = (weighted @ gallery["weighted"].T) * _inverse_length(squares @ gallery["squares"].T)
+            total = term if total is None else total + term
+        if "change" in query:
+            term = Matching._change(query, gallery)
             total = term if total is None else total + term
         return total
 
@@ -261,9 +299,16 @@ class Matching(nn.Module):
                 total = None
                 if "cosines" in factors:
                     total = factors["cosines"] @ side["cosines"].T
-                for weighted, squares in zip(*(factors[key].unbind(1) for key in ("weighted", "squares") if key in factors)):
+                for weighted, squares in zip(
+                    *(factors[key].unbind(1) for key in ("weighted", "squares") if key in factors)
+                ):
                     inverse = (squares @ side["squares"].T).clamp_(min=TINY).rsqrt_()
                     term = (weighted @ side["weighted"].T).mul_(inverse)
+                    total = term if total is None else total.add_(term)
+                if "change" in factors:
+                    at_reference = (factors["change"] * factors["origin"]).sum(1, keepdim=True)
+                    inverse = (factors["origin"] @ side["units"].T).mul_(-2).add_(2 + NEAREST).rsqrt_()
+                    term = (factors["change"] @ side["units"].T).sub_(at_reference).mul_(inverse)
                     total = term if total is None else total.add_(term)
                 out[q : q + chunk, g : g + GALLERY_BLOCK] = total
         return out
@@ -274,7 +319,7 @@ class Matching(nn.Module):
         from memory once; all else happens in buffers that are made once.
         """
         asked: dict[str, list[tuple[Tensor, Tensor | None]]] = {}  # of each entry of the gallery (v, w), None for 1
-        for term, key in (("fused", "fg"), ("background", "bg")):
+        for term, key in (("background", "bg"), ("fused", "fg")):
             if term in self.terms:
                 asked.setdefault(key, []).append((_unit(_full(query[term][0]).to(out)), None))
         for _, vector, weights in self._weighted(query):
@@ -282,6 +327,11 @@ class Matching(nn.Module):
             if bool(weights.any()):
                 pair = (_unit(_full(vector[0]).to(out)) * weights, weights.square())
                 asked.setdefault("fg", []).append(pair)
+        at_reference = None
+        if "change" in self.terms:  # two cosines, which come last
+            change, origin = (_unit(_full(query[name][0]).to(out)) for name in ("change", "origin"))
+            asked.setdefault("fg", []).extend([(change, None), (origin, None)])
+            at_reference = change @ origin
         step = VECTOR_BLOCK * torch.get_num_threads() if out.device.type == "cpu" else VECTOR_SPAN
         read, squares = out.new_empty(2, min(step, len(out)), self.dim)
         ones, products = out.new_ones(self.dim), out.new_empty(sum(map(len, asked.values())), 2, len(out))
@@ -301,4 +351,9 @@ class Matching(nn.Module):
                         torch.mv(squared, ones if weights is None else weights, out=lengths)
                 for (vector, _), numerators in zip(pairs, found[:, 0], strict=True):
                     torch.mv(rows, vector, out=numerators)
-        torch.sum(products[:, 0].mul_(products[:, 1].clamp_(min=TINY).rsqrt_()), dim=0, out=out)
+        found = products[:, 0].mul_(products[:, 1].clamp_(min=TINY).rsqrt_())
+        if at_reference is None:
+            torch.sum(found, dim=0, out=out)
+            return
+        torch.sum(found[:-2], dim=0, out=out)
+        out.addcmul_(found[-2].sub_(at_reference), found[-1].mul_(-2).add_(2 + NEAREST).rsqrt_())

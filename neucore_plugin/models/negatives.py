@@ -123,16 +123,19 @@ class Negatives:
             self._kept[name][places.to(rows.device)] = rows[chosen.to(rows.device)].to(self._kept[name].dtype)
         self._filled[places] = True
 
-    def blocks(self, taken: Tensor, iteration: int) -> Iterator[Block]:
-        """The images but for those of the keys `taken`, which the batch shows itself; at most BLOCK at a time."""
+    def blocks(self, taken: Tensor, noise: Tensor) -> Iterator[Block]:
+        """The images but for those of the keys `taken`, which the batch shows itself; at most BLOCK at a time.
+
+        noise [1]: what the dropout of all of them follows from.
+        """
         keys = self.gallery.keys[self._rows]
         places = (~torch.isin(keys, taken.cpu()) & (self._filled | self.live)).nonzero().flatten()
-        for number, part in enumerate(places.split(BLOCK)):
+        for part in places.split(BLOCK):
             if not len(part):
                 continue
             if self.live:
-                rows, noise = self._rows[part], torch.tensor([mix(self.seed, iteration, 2, number) >> 1])
-                yield keys[part], lambda rows=rows, noise=noise: self.encode(rows, noise)
+                rows = self._rows[part]
+                yield keys[part], lambda rows=rows: self.encode(rows, noise)
             else:
                 kept = {name: value[part.to(value.device)] for name, value in self._kept.items()}
                 yield keys[part], lambda kept=kept: kept

@@ -21,10 +21,10 @@ from neucore_plugin.models.backbones import Backbone
 from neucore_plugin.models.base import CirModel
 from neucore_plugin.models.batch_loss import by_side
 from neucore_plugin.models.building import shared_settings
+from neucore_plugin.models.clause_fusion import ClauseFusion
 from neucore_plugin.models.concept_alignment import ConceptAlignment
 from neucore_plugin.models.concept_loss import ConceptLoss
 from neucore_plugin.models.concept_maps import concept_maps
-from neucore_plugin.models.clause_fusion import ClauseFusion
 from neucore_plugin.models.inputs import EmbeddedConcepts, Pairs, Query
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.progressive_fusion import ProgressiveFusion
@@ -63,8 +63,6 @@ class NeucoreModel(CirModel):
         **shared: Any,
     ) -> None:
         reads = {**self.reads, "clauses": fusion.get("clauses", 1)}
-        if not fusion.get("concepts", True):
-            reads["query_reads"] = tuple(name for name in reads["query_reads"] if name != "concepts")
         super().__init__(backbone=backbone, embed_dim=embed_dim, projected=not released, **reads, **shared)
         self.released = released
         self.alignment = ConceptAlignment(
@@ -84,7 +82,7 @@ class NeucoreModel(CirModel):
         if config["form"] == "clauses":
             cls, alignment["background"] = ClausewiseNeucore, False
         else:
-            del fusion["clauses"], fusion["concepts"]
+            del fusion["clauses"], fusion["places"]
         return cls(
             backbone=backbone,
             vocabulary=vocabulary,
@@ -200,46 +198,45 @@ class NeucoreModel(CirModel):
 class ClausewiseNeucore(NeucoreModel):
     """The form in clauses: a gallery image is the projection of its pooled vector; a query begins as its reference's and
     is changed by one clause of the caption after the other (`ClauseFusion`); matching asks for every clause's own words
-    ("explicit") and for what the text does not speak of ("implicit").
+    ("explicit"), for what the text does not speak of ("implicit") and for the difference itself ("change").
 
-    The concepts are aligned as in the other forms: one bag of both images' tokens, and the concept loss. With so cheap
-    a gallery all training images can be negatives, with gradient (`matching.negatives: gallery`).
+    The concepts are aligned as in the other forms: one bag of both images' tokens, and the concept loss; a clause attends
+    the reference's tokens as they come from it. With so cheap a gallery all training images can be negatives, with
+    gradient (`matching.negatives: gallery`).
     """
 
     reads: ClassVar[dict[str, Any]] = {
-        "query_reads": ("tokens", "pooled", "words", "sentence", "concepts"),
+        "query_reads": ("tokens", "pooled", "sentence"),
         "gallery_reads": "pooled",
         "pair_reads": ("tokens",),
     }
 
-    def _fusion(self, **settings: Any) -> nn.Module:
-        return ClauseFusion(**settings)
+    def _fusion(self, *, dim: int, places: bool, clauses: int, **_: Any) -> nn.Module:
+        return ClauseFusion(dim=dim, places=places)
 
     def forward(self, samples: Mapping[str, Any], by_pair: bool = False) -> dict[str, Tensor]:
         """As in NeucoreModel."""
-        negatives = self.matching_loss.reference_negatives
-        given = self._pairs(samples, negatives)
+        given = self._pairs(samples, negatives=True)
         sides = (side["tokens"] for side in (given.reference, given.target))
         r, _, logits = self.alignment(*sides, self.concept_table())
-        query = self._composed(given, r["tokens"])
+        query = self._composed(given, r["tokens"], given.negative)
         encoded = by_side(query=query, target=self.represent(given.target["pooled"]))
-        if negatives:
+        if self.matching_loss.reference_negatives:
             encoded |= by_side(reference=self.represent(given.negative))
         encoded |= self.partial(given, samples)
         encoded["loss_concept"] = self.concept_loss(logits, self.concept_labels(samples["concept_words"]))
         return encoded if by_pair else self.losses(encoded, samples)
 
     def compose(self, query: Query) -> dict[str, Tensor]:
-        """Queries -> fused [Q,D] and what the terms need: text and attention [Q,C,D], image and image_attention."""
-        return self._composed(query, self.alignment.encode(query.reference["tokens"])["tokens"])
+        """Queries -> what the terms need, [Q,D] each, text and attention [Q,C,D]; see `Matching.query`."""
+        tokens = self.alignment.encode(query.reference["tokens"])["tokens"]
+        return self._composed(query, tokens, query.reference["pooled"])
 
-    def _composed(self, query: Query, tokens: Tensor) -> dict[str, Tensor]:
-        pooled, text = query.reference["pooled"], dict(query.text)
-        # As many places in every batch: an encoding does not depend on its batch-mates.
-        text["sentence"] = nn.functional.pad(text["sentence"], (0, 0, 0, self.clauses - text["sentence"].shape[1]))
-        concepts = self.query_concepts(query.concept_words) if self.fusion.concepts else (None, None)
-        fused, present = self.fusion(tokens, pooled, *concepts, **text)
-        return self.matching.query(fused, text["sentence"], pooled, present)
+    def _composed(self, query: Query, tokens: Tensor, origin: Tensor) -> dict[str, Tensor]:
+        """origin [Q,D]: the references, as gallery images are encoded."""
+        pooled, sentence, present = query.reference["pooled"], query.text["sentence"], query.text["present"]
+        fused, change = self.fusion(tokens, pooled, sentence, present)
+        return self.matching.query(fused, sentence, pooled, present, change, origin)
 
     def represent(self, features: Tensor) -> dict[str, Tensor]:
         """Gallery images, pooled [G,D] -> {"fg": [G,D]}."""

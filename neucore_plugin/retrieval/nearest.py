@@ -1,7 +1,8 @@
 """The score as one inner product, to first order: what an engine for nearest neighbours can look up.
 
 The score of `query_factors` and `gallery_factors` is cosines . cosines^T + sum_t (weighted_t . weighted^T) /
-sqrt(squares_t . squares^T). Its fractions have the same value for every length of a gallery vector, so that unit
+sqrt(squares_t . squares^T), and where a model has it the change, whose images are taken as equally far from the
+reference. Its fractions have the same value for every length of a gallery vector, so that unit
 vectors do for them, and sqrt(squares_t . E[squares]) over the gallery stands for a denominator. What is left is linear in the image. Where the
 cosines begin with the unit vectors themselves (they do where a model sums the term "fused" and a weighted one), the
 fractions add to their columns; elsewhere the unit vectors are columns of their own.
@@ -21,6 +22,7 @@ from torch import Tensor
 from neucore_plugin.common.errors import ConfigError, DataError
 
 TINY = 1e-24  # squared length below which a vector counts as zero
+NEAREST = 1e-3  # added to the squared distance from the reference in the change term
 Factors = Mapping[str, Tensor]
 Parts = Sequence[tuple[float, Factors]]  # a query: factors of one row each, and the sign and weight they count with
 
@@ -75,6 +77,8 @@ class FirstOrder:
             if self.squares is not None:
                 lengths = (rows["squares"] @ self.squares).clamp(min=TINY).sqrt()  # [T]
                 explicit = (rows["weighted"] / lengths[:, None]).sum(dim=0)
+                if "change" in rows:  # as of images at a distance of 1 from the reference
+                    explicit = explicit + rows["change"]
                 if row is None:
                     row = explicit
                 elif self.shared:

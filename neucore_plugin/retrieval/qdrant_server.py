@@ -26,7 +26,7 @@ from neucore_plugin.common.shard_image import ShardImage
 from neucore_plugin.retrieval import filters, queries
 from neucore_plugin.retrieval.encoding import evaluating, fingerprint_of
 from neucore_plugin.retrieval.index import Hit
-from neucore_plugin.retrieval.nearest import FirstOrder, Parts, check_factors, finite
+from neucore_plugin.retrieval.nearest import NEAREST, FirstOrder, Parts, check_factors, finite
 from neucore_plugin.retrieval.qdrant_filters import condition, payload_key
 from neucore_plugin.retrieval.sources import File, canonical, relative
 
@@ -77,6 +77,7 @@ class QdrantCollection:
         squares = noted["squares"]
         squares = None if squares is None else torch.tensor(squares, dtype=torch.float64)
         self.order = FirstOrder(noted["shared"], squares, noted["count"])
+        self.width = settings.params.vectors["nearest"].size
         self.beside = sorted(set(settings.params.vectors) - {"nearest"})
         self.model_fingerprint, self.root, self.index = noted["model"], noted["root"], noted["index"]
         given = fingerprint_of(model)
@@ -225,6 +226,23 @@ class QdrantCollection:
                     over = product("weighted", weighted.float(), 0.0)
                     root = models.SqrtExpression(sqrt=product("squares", squares.float(), 0.0))
                     both.append(models.DivExpression(div=models.DivParams(left=over, right=root, by_zero_default=0.0)))
+            if "change" in factors:
+                change, origin = (factors[name][0].float() for name in ("change", "origin"))
+                # The unit vectors stand at the beginning of what is looked up, or by themselves.
+                beyond = (0, self.width - len(change)) if self.order.shared else (0, 0)
+                units = [torch.nn.functional.pad(row, beyond) for row in (change, origin)]
+                name = "nearest" if self.order.shared else "units"
+                over, near = (product(name, row, 0.0) for row in units)
+                distance = models.SumExpression(sum=[2.0 + NEAREST, models.MultExpression(mult=[-2.0, near])])
+                both.append(
+                    models.DivExpression(
+                        div=models.DivParams(
+                            left=models.SumExpression(sum=[over, -float(change @ origin)]),
+                            right=models.SqrtExpression(sqrt=distance),
+                            by_zero_default=0.0,
+                        )
+                    )
+                )
             terms.append(models.MultExpression(mult=[weight, models.SumExpression(sum=both)]))
         return fetched, models.FormulaQuery(formula=models.SumExpression(sum=terms), defaults=defaults)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neucore_plugin.retrieval import queries
 from neucore_plugin.retrieval.encoding import evaluating
-from neucore_plugin.retrieval.nearest import TINY, Factors, Parts, unit
+from neucore_plugin.retrieval.nearest import NEAREST, TINY, Factors, Parts, unit
 from neucore_plugin.retrieval.qdrant_edge import CANDIDATES, EdgeCache, opened
 
 _STEP = 16384  # images scored at a time
@@ -56,13 +56,18 @@ def scores(parts: Sequence[Parts], gallery: Factors) -> Tensor:
     """The scores themselves, [Q,G], of Q queries against `gallery_factors` of G images."""
     owner = torch.tensor([number for number, query in enumerate(parts) for _ in query])
     weights = torch.tensor([weight for query in parts for weight, _ in query])
-    rows = {key: torch.cat([f[key].float() for query in parts for _, f in query]) for key in gallery}  # [P,D], [P,T,D]
+    flat = [factors for query in parts for _, factors in query]
+    rows = {key: torch.cat([factors[key].float() for factors in flat]) for key in flat[0]}  # [P,D], [P,T,D]
     each: Tensor | float = rows["cosines"] @ gallery["cosines"].T if "cosines" in rows else 0.0
     if "weighted" in rows:
         for weighted, squares in zip(rows["weighted"].unbind(1), rows["squares"].unbind(1), strict=True):
             squared = squares @ gallery["squares"].T
             term = weighted @ gallery["weighted"].T * squared.clamp(min=TINY).rsqrt()
             each = each + torch.where(squared > TINY, term, 0.0)
+    if "change" in rows:
+        at_reference = (rows["change"] * rows["origin"]).sum(dim=1, keepdim=True)
+        distance = 2 + NEAREST - 2 * rows["origin"] @ gallery["units"].T
+        each = each + (rows["change"] @ gallery["units"].T - at_reference) * distance.rsqrt()
     return torch.zeros(len(parts), each.shape[1]).index_add_(0, owner, each.cpu() * weights[:, None])
 
 
@@ -81,5 +86,8 @@ def near(gallery: Factors, seed: int = 0) -> list[Parts]:
         attention = torch.randn(gallery["weighted"].shape, generator=made).softmax(dim=1)
         factors["weighted"] = (unit(blurred(gallery["weighted"])) * attention)[:, None]  # [G,1,D]
         factors["squares"] = attention.square()[:, None]
+    if "units" in gallery:
+        factors["change"] = unit(torch.randn(gallery["units"].shape, generator=made))
+        factors["origin"] = unit(blurred(gallery["units"]))
     count = len(next(iter(factors.values())))
     return [[(1.0, {key: value[row : row + 1] for key, value in factors.items()})] for row in range(count)]
