@@ -221,8 +221,8 @@ class NeucoreSchema(ModelSchema):
     form: Literal["default", "clauses", "released"] = Field(
         "default",
         description="default: the paper's, read closely; clauses: a pooled vector, changed by one clause of the "
-        "caption after the other, with a gallery cheap enough for all images as negatives; released: as in the authors' "
-        "code, with their checkpoints' weights",
+        "caption after the other, with a gallery cheap enough for all images as negatives; released: as in the "
+        "authors' code, with their checkpoints' weights",
     )
     concept_alignment: ConceptAlignmentSchema = Field(
         default_factory=ConceptAlignmentSchema, description="concepts found in reference and target image"

@@ -15,9 +15,9 @@ class ClauseFusion(nn.Module):
     a = softmax_n( x_n . K m_c / sqrt(D) ),  r_c = sum_n a_n x_n,  h = [m_c ; r_c],
     f_0 = p,  f_c = sigmoid(G [f_{c-1} ; h]) * f_{c-1} + w R [f_{c-1} ; h],  d = sum_c T [p ; h],
 
-    p the reference's pooled vector, x_n its tokens as the concept alignment has them, m_c the sentence of clause c; G, R
-    and T are MLPs that all clauses share. Each f_c is a vector like an image's, so that the next clause can begin from
-    it: trained on captions of one change, it composes those of two. d is the change that is asked for, by itself.
+    p the reference's pooled vector, x_n its tokens as the concept alignment has them, m_c the sentence of clause c; G,
+    R and T are MLPs that all clauses share. Each f_c is a vector like an image's, so that the next clause can begin
+    from it: trained on captions of one change, it composes those of two. d is the change that is asked for, by itself.
 
     Args:
         dim: D. places: whether a clause attends the tokens; without it r_c is left out.
@@ -29,8 +29,8 @@ class ClauseFusion(nn.Module):
     >>> fused.shape, change.shape
     (torch.Size([3, 8]), torch.Size([3, 8]))
 
-    Source: progressive fusion, Zhao & Xu 2023, one step a clause; its block: the gated residual of TIRG (Vo et al., CVPR
-    2019) without norms; r_c and d: ours.
+    Source: progressive fusion, Zhao & Xu 2023, one step a clause; its block: the gated residual of TIRG (Vo et al.,
+    CVPR 2019) without norms; r_c and d: ours.
     """
 
     def __init__(self, *, dim: int, places: bool):
@@ -55,7 +55,7 @@ class ClauseFusion(nn.Module):
         check_shape("clauses that there are [B,C]", present, *sentence.shape[:2])
         fused, change = pooled, torch.zeros_like(pooled)
         for number, here in enumerate(present.unbind(1)):
-            # Most captions have one clause: the others' work is for their rows alone. A traced graph has no such choice.
+            # Most captions have one clause: what follows is for the others' rows alone. A traced graph cannot choose.
             whole = torch.compiler.is_exporting() or bool(here.all())
             if not whole and not bool(here.any()):
                 continue
@@ -77,6 +77,5 @@ class ClauseFusion(nn.Module):
         if self.key is not None:
             given.append(torch.einsum("bn,bnd->bd", self.looks_at(tokens, sentence), tokens))
         h = torch.cat([fused, *given], dim=-1)
-        return self.gate(h).sigmoid() * fused + self.weight * self.residual(h), self.change(
-            torch.cat([pooled, *given], dim=-1)
-        )
+        step = self.gate(h).sigmoid() * fused + self.weight * self.residual(h)
+        return step, self.change(torch.cat([pooled, *given], dim=-1))

@@ -164,8 +164,8 @@ class ConceptAlignment(nn.Module):
         return r, t, self.classifier(pooled, vocabulary)
 
     def encode(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Images by themselves, [B,N,D] -> raw and tokens, the input and E of it, [B,N,D]; fg and, where there is one, bg [B,D]; fg_weights
-        [B,N]."""
+        """Images by themselves, [B,N,D] -> raw and tokens, the input and E of it, [B,N,D]; fg and, where there is one,
+        bg [B,D]; fg_weights [B,N]."""
         encoded = self.encoder(tokens)
         fg, weights = self.fg_pool(encoded)
         result = {"raw": tokens, "tokens": encoded, "fg": fg, "fg_weights": weights}

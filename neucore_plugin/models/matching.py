@@ -50,10 +50,9 @@ class Matching(nn.Module):
             + cos(b * r_fg, b * t_fg)                          "implicit", b = softmax(mean_c MLP'(m_c))
             + cos(d, t_fg/|t_fg| - r_fg/|r_fg|)                "change", nearly: see below
 
-    f is the fused vector, d the change that the query asks for, m_c the sentence, or of a caption in clauses each one's;
-    r the reference. A term with a zero vector in it is 0. "background" says that all stays, "implicit" what the text
-    does not speak of; "change" looks at what is different alone, so that it does not matter what the reference shows. In
-    products, a
+    f is the fused vector, d the change that the query asks for, m_c the sentence, or of a caption in clauses each
+    one's; r the reference. A term with a zero vector in it is 0. "background" says that all stays, "implicit" what the
+    text does not speak of; "change" looks at what is different alone, whatever the reference shows. In products, a
     weighted term of a vector v and weights w, be it explicit (u_c, a_c) or implicit (b * r_fg, b), is
     ((v / |v|) * w) . t_fg / sqrt((w * w) . (t_fg * t_fg)), and "change" of unit vectors d, t, r is
     (d . t - d . r) / sqrt(2 - 2 r . t + 0.001).
@@ -200,8 +199,8 @@ class Matching(nn.Module):
         return self._query_side(self._entries(query, self._query_keys(), "query", "Q"))
 
     def gallery_factors(self, gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gallery encodings -> their side of `query_factors`: weighted is t_fg, squares t_fg * t_fg, units t_fg / |t_fg|,
-        [G,D] each."""
+        """Gallery encodings -> their side of `query_factors`, [G,D] each: weighted is t_fg, squares t_fg * t_fg, units
+        t_fg / |t_fg|."""
         return self._gallery_side(self._entries(gallery, self._gallery_keys(), "gallery", "G"))
 
     def _query_keys(self) -> list[str]:
@@ -265,6 +264,13 @@ class Matching(nn.Module):
         return side
 
     @staticmethod
+    def _pairs(query: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """weighted and squares [q,D] of each weighted term."""
+        if "weighted" not in query:
+            return []
+        return list(zip(query["weighted"].unbind(1), query["squares"].unbind(1), strict=True))
+
+    @staticmethod
     def _change(query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> Tensor:
         at_reference = (query["change"] * query["origin"]).sum(1, keepdim=True)  # [q,1]
         distance = 2 + NEAREST - 2 * (query["origin"] @ gallery["units"].T)
@@ -273,7 +279,7 @@ class Matching(nn.Module):
     @staticmethod
     def _score_block(query: dict[str, Tensor], gallery: dict[str, Tensor]) -> Tensor:
         total = query["cosines"] @ gallery["cosines"].T if "cosines" in query else None  # [q,g]
-        for weighted, squares in zip(*(query[key].unbind(1) for key in ("weighted", "squares") if key in query)):
+        for weighted, squares in Matching._pairs(query):
             term = (weighted @ gallery["weighted"].T) * _inverse_length(squares @ gallery["squares"].T)
             total = term if total is None else total + term
         if "change" in query:
@@ -299,9 +305,7 @@ class Matching(nn.Module):
                 total = None
                 if "cosines" in factors:
                     total = factors["cosines"] @ side["cosines"].T
-                for weighted, squares in zip(
-                    *(factors[key].unbind(1) for key in ("weighted", "squares") if key in factors)
-                ):
+                for weighted, squares in self._pairs(factors):
                     inverse = (squares @ side["squares"].T).clamp_(min=TINY).rsqrt_()
                     term = (weighted @ side["weighted"].T).mul_(inverse)
                     total = term if total is None else total.add_(term)

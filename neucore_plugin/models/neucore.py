@@ -196,13 +196,13 @@ class NeucoreModel(CirModel):
 
 
 class ClausewiseNeucore(NeucoreModel):
-    """The form in clauses: a gallery image is the projection of its pooled vector; a query begins as its reference's and
-    is changed by one clause of the caption after the other (`ClauseFusion`); matching asks for every clause's own words
-    ("explicit"), for what the text does not speak of ("implicit") and for the difference itself ("change").
+    """The form in clauses: a gallery image is the projection of its pooled vector; a query begins as its reference's
+    and is changed by one clause of the caption after the other (`ClauseFusion`); matching asks for every clause's own
+    words ("explicit"), for what the text does not speak of ("implicit") and for the difference itself ("change").
 
-    The concepts are aligned as in the other forms: one bag of both images' tokens, and the concept loss; a clause attends
-    the reference's tokens as they come from it. With so cheap a gallery all training images can be negatives, with
-    gradient (`matching.negatives: gallery`).
+    The concepts are aligned as in the other forms: one bag of both images' tokens, and the concept loss; a clause
+    attends the reference's tokens as they come from it. With so cheap a gallery all training images can be negatives,
+    with gradient (`matching.negatives: gallery`).
     """
 
     reads: ClassVar[dict[str, Any]] = {

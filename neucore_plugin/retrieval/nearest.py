@@ -2,8 +2,8 @@
 
 The score of `query_factors` and `gallery_factors` is cosines . cosines^T + sum_t (weighted_t . weighted^T) /
 sqrt(squares_t . squares^T), and where a model has it the change, whose images are taken as equally far from the
-reference. Its fractions have the same value for every length of a gallery vector, so that unit
-vectors do for them, and sqrt(squares_t . E[squares]) over the gallery stands for a denominator. What is left is linear in the image. Where the
+reference. Its fractions have the same value for every length of a gallery vector, so that unit vectors do for them, and
+sqrt(squares_t . E[squares]) over the gallery stands for a denominator. What is left is linear in the image. Where the
 cosines begin with the unit vectors themselves (they do where a model sums the term "fused" and a weighted one), the
 fractions add to their columns; elsewhere the unit vectors are columns of their own.
 
