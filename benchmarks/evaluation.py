@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from machine import Row, peak, product_rate
 
 from neucore_plugin.models.concept_alignment import ConceptAlignment
-from neucore_plugin.models.matching import TERMS, Matching
+from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.progressive_fusion import ProgressiveFusion
 
 WIDTH, WORD_WIDTH, TOKENS, TYPES, DEPTH = 512, 300, 49, 3, 1
@@ -48,7 +48,13 @@ class Released(torch.nn.Module):
             instruction_linears=2,
             attend_padding=False,
         )
-        self.matching = Matching(dim=WIDTH, terms=TERMS, temperature=0.0, learn_temperature=False, released=True)
+        self.matching = Matching(
+            dim=WIDTH,
+            terms=("fused", "explicit", "background"),
+            temperature=0.0,
+            learn_temperature=False,
+            released=True,
+        )
         self.embeddings = torch.nn.Embedding(vocabulary, WORD_WIDTH)
 
 

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from machine import Row, bandwidth, own_process, peak, table
 from torch import Tensor
 
-from neucore_plugin.models.matching import TERMS, Matching
+from neucore_plugin.models.matching import Matching
 from neucore_plugin.retrieval import GalleryIndex, units
 from neucore_plugin.retrieval.nearest import FirstOrder
 from neucore_plugin.retrieval.qdrant_edge import CANDIDATES, EdgeCache
@@ -60,7 +60,8 @@ class Scorer:
 
     def __init__(self, width: int):
         settings = {"temperature": 0.0, "learn_temperature": False, "released": False}
-        self.matching = Matching(dim=width, terms=TERMS, **settings).requires_grad_(False)
+        terms = ("fused", "explicit", "background")
+        self.matching = Matching(dim=width, terms=terms, **settings).requires_grad_(False)
         self.score = self.matching.score
         self.query_factors, self.gallery_factors = self.matching.query_factors, self.matching.gallery_factors
 

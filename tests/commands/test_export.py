@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from neucore_plugin import cli, load_model
+from neucore_plugin.clauses import clauses
 from neucore_plugin.export import graphs
 from neucore_plugin.export.card import markdown
 from neucore_plugin.retrieval import GalleryIndex
@@ -108,7 +109,14 @@ def test_markdown_keeps_plain_names_as_they_are():
 # ---- ONNX ------------------------------------------------------------------------------------------------------------
 
 
-SEARCHES = [("1", "make it blue"), ("1", "a longer red dress, and square"), ("1", ""), ("", "the long blue dress")]
+SEARCHES = [
+    ("1", "make it blue"),
+    ("1", "a longer red dress, and square"),
+    ("1", ""),
+    ("", "the long blue dress"),
+    ("1", " Red AND\u3000blue;With Dots ,and\ttwo, zeppelins and \uff24\uff25"),  # more clauses than are read apart
+    ("", ", ;"),
+]
 
 
 def small(kind):
@@ -184,6 +192,16 @@ def test_the_script_needs_neither_torch_nor_this_package(exported, searched, pic
         searched(folder, tmp_path)
 
 
+def pieces_by_hand(model, pieces, texts):
+    """[texts, L], or of a model that reads clauses [texts, C, L]."""
+    if model.clauses == 1:
+        return graphs.numbers(pieces, texts)
+    parts = [clauses(model.caption_processor(text), model.clauses) for text in texts]
+    rows = [[pieces.encode(part).ids for part in (*one, *[""] * (model.clauses - len(one)))] for one in parts]
+    longest, end = max(len(row) for one in rows for row in one), graphs.padding_of(model.backbone.text)
+    return np.array([[row + [end] * (longest - len(row)) for row in one] for one in rows], dtype=np.int64)
+
+
 def hold(model, images, queries):
     """Assert that two graphs, {input: array} -> {output: array}, give the model's scores of any number of each."""
     pieces = graphs.word_pieces(model.backbone.text)
@@ -194,7 +212,7 @@ def hold(model, images, queries):
         "make it blue and longer " * 20,
         "",
         "the same \u0000dress but square, with two ze\ufb01bras",
-        "[PAD] 日",
+        "[PAD] 日 and it, red; with dots, blue",
     ]
     has_image, words = np.array([True, False, True, True, False]), model.extract_concepts(texts)
     with torch.inference_mode():
@@ -210,7 +228,7 @@ def hold(model, images, queries):
         given = {
             "pixels": pixels[first:last],
             "has_image": has_image[first:last],
-            "pieces": graphs.numbers(pieces, texts[first:last]),
+            "pieces": pieces_by_hand(model, pieces, texts[first:last]),
             "concepts": graphs.numbers(pieces, flat).reshape(last - first, longest, -1),
         }
         found = graphs.scores(queries(given), images({"pixels": pixels[:count]}))

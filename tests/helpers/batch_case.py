@@ -60,23 +60,25 @@ TEXTS = ("make it blue", "the same but longer, in red", "square", "", "a zeppeli
 
 
 @lru_cache
-def _neucore(train_text: bool, **matching: bool) -> NeucoreModel:
+def _neucore(kind: str, train_text: bool, **matching: bool) -> NeucoreModel:
     text = {"name": "minilm_l6", **({"freeze": False, "train_blocks": 1} if train_text else {})}
     still = {"image": 0.0, "text": 0.0}
-    model = tiny.build(backbone={**tiny.BACKBONE, "text": text}, matching=matching, query_dropout=still)
+    model = tiny.build(kind, backbone={**tiny.BACKBONE, "text": text}, matching=matching, query_dropout=still)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
 
 
-def neucore(dtype: torch.dtype = torch.float64, train_text: bool = False, **matching: bool) -> NeucoreModel:
+def neucore(
+    dtype: torch.dtype = torch.float64, train_text: bool = False, kind: str = "neucore", **matching: bool
+) -> NeucoreModel:
     """On the embedded encoders, without anything random in it; `matching`: settings of its loss."""
-    return copy.deepcopy(_neucore(train_text, **matching)).to(dtype)
+    return copy.deepcopy(_neucore(kind, train_text, **matching)).to(dtype)
 
 
 def neucore_pairs(count: int, dtype: torch.dtype = torch.float64) -> dict:
-    """Image tokens as from a cache. Targets come twice, answers are several, references are others' targets."""
+    """Image features as from a cache. Targets come twice, answers are several, references are others' targets."""
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randn(2, count, 4, 1280, generator=generator).to(dtype)
     keys = torch.arange(count)
@@ -84,6 +86,8 @@ def neucore_pairs(count: int, dtype: torch.dtype = torch.float64) -> dict:
     return {
         "reference_tokens": tokens[0],
         "target_tokens": tokens[1],
+        "reference_pooled": tokens[0].mean(1),
+        "target_pooled": tokens[1].mean(1),
         "text_input": [TEXTS[number % len(TEXTS)] for number in range(count)],
         "concept_words": [tuple(known[number % len(TEXTS)]) for number in range(count)],
         "reference_key": (keys + 3) % count,
@@ -123,11 +127,10 @@ def beyond(kind: str, negatives: str | int = "gallery") -> torch.nn.Module:
 
 def beyond_pairs(count: int, dtype: torch.dtype = torch.float64) -> dict:
     found = neucore_pairs(count, dtype)
-    pooled = {f"{side}_pooled": found[f"{side}_tokens"].mean(1) for side in ("reference", "target")}
     answers = [(*right, 12) for right in found["right_keys"]]
     noise = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(8))
     place = {"epoch": 1, "num_iters_per_epoch": 9, "iters": 4}
-    return {**found, **pooled, **place, "noise": noise, "text_keys": answers, "reference_keys": answers}
+    return {**found, **place, "noise": noise, "text_keys": answers, "reference_keys": answers}
 
 
 MODELS = {"toy": (Toy, toy_pairs), "neucore": (neucore, neucore_pairs), "beyond": (beyond, beyond_pairs)}

@@ -3,10 +3,15 @@
 import numpy as np
 import torch
 
-from neucore_plugin.models.matching import TERMS, Matching
+from neucore_plugin.clauses import clauses
+from neucore_plugin.models.composers import Artemis
+from neucore_plugin.models.matching import Matching
 from neucore_plugin.retrieval import GalleryIndex
 
 D = 16
+TERMS = ("fused", "explicit", "background")
+CLAUSES = ("fused", "explicit", "implicit")  # up to three clauses a text
+ARTEMIS = ("explicit", "implicit")
 
 
 class FactorModel:
@@ -18,8 +23,12 @@ class FactorModel:
         self.name = name
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            settings = {"temperature": 1.0, "learn_temperature": False, "released": False}
-            self.matching = Matching(dim=D, terms=list(terms), **settings).requires_grad_(False)
+            settings = {"temperature": 1.0, "learn_temperature": False}
+            if tuple(terms) == ARTEMIS:
+                made = Artemis(dim=D, **settings)
+            else:
+                made = Matching(dim=D, terms=list(terms), released=False, **settings)
+            self.matching = made.requires_grad_(False)
             self.see, self.read = torch.randn(48, 2 * D), torch.randn(26, D)
         self.score = self.matching.score
         self.query_factors, self.gallery_factors = self.matching.query_factors, self.matching.gallery_factors
@@ -37,12 +46,22 @@ class FactorModel:
     def encode_query(self, pixels, texts):
         rows = len(texts if pixels is None else pixels)
         seen = torch.zeros(rows, 2 * D) if pixels is None else pixels @ self.see
-        said = torch.zeros(rows, D)
+        said = torch.zeros(rows, 3, D)
         for row, text in enumerate(texts or ()):
-            for letter in text:
-                said[row] += self.read[ord(letter) % 26]
+            for number, part in enumerate(clauses(text, 3)):
+                for letter in part:
+                    said[row, number] += self.read[ord(letter) % 26]
         fused, background = seen.chunk(2, dim=1)
-        return self.matching.query(fused + said, said, background)
+        return self.compose(fused, said, background)
+
+    def compose(self, fused, said, background):
+        """Of a reference [Q,D] each, of a text's clauses [Q,C,D], 0 where there is none."""
+        whole = said.sum(1)
+        if isinstance(self.matching, Artemis):
+            return self.matching(pooled=fused, sentence=whole)
+        if "implicit" in self.matching.terms:
+            return self.matching.query(fused + whole, said, fused, said.any(-1))
+        return self.matching.query(fused + whole, whole, background)
 
 
 def random_index(folder, model, count=600, seed=0, copies=3):

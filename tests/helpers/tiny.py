@@ -11,7 +11,6 @@ from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.models.base import CirModel
 from neucore_plugin.models.baseline import CirBaseline
 from neucore_plugin.models.composers import COMPOSERS
-from neucore_plugin.models.matching import TERMS
 from neucore_plugin.models.neucore import NeucoreModel
 from neucore_plugin.weights import checkpoint
 
@@ -24,20 +23,24 @@ CONCEPTS = [("blue",), ("dress", "long", "red"), ("square",)]
 BACKBONE = {"image": {"name": "efficientnet_lite0", "image_size": 64, "grid": 2}}
 NEUCORE = {
     "arch": "neucore",
+    "model_type": "embedded_paper",
     "backbone": BACKBONE,
     "embed_dim": 32,
     "concept_alignment": {"depth": 1, "heads": 2},
     "fusion": {"steps": 2, "heads": 2, "head_dim": 16},
 }
+CLAUSES = {**NEUCORE, "model_type": "embedded", "fusion": {"steps": 1, "heads": 2, "head_dim": 16}}
 BASELINE = {"arch": "cir_baseline", "backbone": BACKBONE, "embed_dim": 32, "cross_attention": {"depth": 2, "heads": 2}}
-KINDS = ("neucore", *COMPOSERS)
+KINDS = ("neucore", "clauses", *COMPOSERS)
 
 
 def build(kind: str = "neucore", **changes: Any) -> CirModel:
-    """NEUCORE, or a baseline by its method, on the embedded encoders; sections given replace those above."""
+    """NEUCORE as in the paper or in clauses, or a baseline by its method, on the embedded encoders; sections given
+    replace those above."""
     torch.manual_seed(0)
-    if kind == "neucore":
-        return NeucoreModel.from_config({**NEUCORE, **changes}, vocabulary=ConceptVocabulary(WORDS))
+    if kind in ("neucore", "clauses"):
+        section = {"neucore": NEUCORE, "clauses": CLAUSES}[kind]
+        return NeucoreModel.from_config({**section, **changes}, vocabulary=ConceptVocabulary(WORDS))
     return CirBaseline.from_config({**BASELINE, "method": kind, **changes}, vocabulary=ConceptVocabulary(WORDS))
 
 
@@ -59,7 +62,12 @@ FUSION = {
     "attend_padding": False,
     "instruction_linears": 2,
 }
-MATCHING = {"terms": TERMS, "temperature": 2.65926, "learn_temperature": True, "released": False}
+MATCHING = {
+    "terms": ("fused", "explicit", "background"),
+    "temperature": 2.65926,
+    "learn_temperature": True,
+    "released": False,
+}
 COMPOSER = {
     "combiner": {"dropout": 0.5},
     "cross_attention": {"depth": 2, "heads": 2, "mlp_ratio": 2.0, "dropout": 0.0},

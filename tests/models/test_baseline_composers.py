@@ -7,7 +7,6 @@ import reference
 import tiny
 import torch
 
-from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.composers import COMPOSERS
 
 D = 6
@@ -152,9 +151,10 @@ def test_artemis_is_its_formula(artemis):
             other = reference.explicit_score(seen, implicit, target)
             assert terms["implicit"][q, g].item() == pytest.approx(other, rel=1e-9, abs=1e-12)
             assert terms["explicit"][q, g].item() == pytest.approx(expected - other, rel=1e-9, abs=1e-12)
-    for factors in (made.query_factors, made.gallery_factors):
-        with pytest.raises(ConfigError, match="sum of two weighted comparisons"):
-            factors({"fg": t})
+    asked, images = made.query_factors(made(pooled=r, sentence=m)), made.gallery_factors({"fg": t})
+    assert "cosines" not in asked and asked["weighted"].shape == (4, 2, D)
+    upper, lower = (torch.einsum("qtd,gd->qtg", asked[key], images[key]) for key in ("weighted", "squares"))
+    torch.testing.assert_close((upper / lower.clamp(min=1e-24).sqrt()).sum(1), scores)
 
 
 @pytest.mark.parametrize("factor", [0.01, 1.0, 30.0])

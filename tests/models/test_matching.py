@@ -16,7 +16,7 @@ from neucore_plugin.models import matching as module
 from neucore_plugin.models.matching import TERMS, Matching
 
 Q, G, D = 5, 7, 6
-SUBSETS = [list(c) for size in (1, 2, 3) for c in itertools.combinations(TERMS, size)]
+SUBSETS = [list(c) for size in (1, 2, 3, 4) for c in itertools.combinations(TERMS, size)]
 
 
 def build(**settings: object) -> Matching:
@@ -25,7 +25,8 @@ def build(**settings: object) -> Matching:
 
 def encodings(queries: int = Q, images: int = G) -> tuple[dict, dict]:
     query = {"fused": rand(queries, D), "text": rand(queries, D), "background": rand(queries, D)}
-    query["attention"] = rand(queries, D).softmax(dim=-1)
+    query |= {name: rand(queries, D).softmax(dim=-1) for name in ("attention", "image_attention")}
+    query["image"] = query["image_attention"] * rand(queries, D)
     return query, {"fg": rand(images, D), "bg": rand(images, D)}
 
 
@@ -39,6 +40,9 @@ def loops(query: dict, gallery: dict, terms: list[str]) -> torch.Tensor:
                 "fused": reference.cosine(query["fused"][q].tolist(), fg),
                 "explicit": reference.explicit_score(query["text"][q].tolist(), query["attention"][q].tolist(), fg),
                 "background": reference.cosine(query["background"][q].tolist(), bg),
+                "implicit": reference.explicit_score(
+                    query["image"][q].tolist(), query["image_attention"][q].tolist(), fg
+                ),
             }
             row.append(sum(parts[term] for term in terms))
         rows.append(row)
@@ -71,11 +75,12 @@ def test_each_term_and_the_factors_equal_loops(terms: list[str]) -> None:
     assert set(asked) == set(images)
     total = torch.zeros(Q, G, dtype=torch.float64)
     for q, g in itertools.product(range(Q), range(G)):
-        products = {key: sum(a * b for a, b in zip(asked[key][q], images[key][g], strict=True)) for key in asked}
+        products = {key: (asked[key][q] * images[key][g]).sum(-1) for key in asked}  # a number, or one a weighted term
         if "cosines" in products:
             total[q, g] += products["cosines"]
-        if products.get("squares", 0) > 0:
-            total[q, g] += products["weighted"] / math.sqrt(products["squares"])
+        for weighted, squares in zip(products.get("weighted", ()), products.get("squares", ()), strict=True):
+            if squares > 0:
+                total[q, g] += weighted / math.sqrt(squares)
     torch.testing.assert_close(total, loops(query, gallery, terms))
 
 
@@ -107,11 +112,11 @@ def test_closed_forms() -> None:
 
 
 def test_scores_do_not_depend_on_lengths_and_stay_within_the_number_of_terms() -> None:
-    matching, (query, gallery) = build(), encodings()
+    matching, (query, gallery) = build(terms=TERMS), encodings()
     scores = matching.score(query, gallery)
-    longer = {key: value * (1 if key == "attention" else 37.0) for key, value in query.items()}
+    longer = {key: value * (1 if key.endswith("attention") else 37.0) for key, value in query.items()}
     torch.testing.assert_close(matching.score(longer, {key: 0.01 * value for key, value in gallery.items()}), scores)
-    assert scores.abs().max() <= 3
+    assert scores.abs().max() <= 4
     itself = {**query, "background": gallery["bg"][:Q], "fused": gallery["fg"][:Q]}
     torch.testing.assert_close(
         build(terms=["fused", "background"]).score(itself, gallery).diag(), torch.full((Q,), 2.0).double()
@@ -135,20 +140,20 @@ def test_text_and_attention_of_a_query() -> None:
 
 
 def test_gradients_of_scores() -> None:
-    matching, (query, gallery) = build(), encodings(3, 3)
+    matching, (query, gallery) = build(terms=TERMS), encodings(3, 3)
     values = [v.requires_grad_() for v in (*query.values(), *gallery.values())]
 
     def sides(tensors: tuple[torch.Tensor, ...]) -> tuple[dict, dict]:
-        return dict(zip(query, tensors[:4], strict=True)), dict(zip(gallery, tensors[4:], strict=True))
+        return dict(zip(query, tensors[:6], strict=True)), dict(zip(gallery, tensors[6:], strict=True))
 
     assert torch.autograd.gradcheck(lambda *t: matching.score(*sides(t)), values)
 
 
 @pytest.mark.parametrize("zero", ["query", "gallery", "both"])
 def test_zero_vectors_have_score_and_gradient_zero(zero: str) -> None:
-    matching, sides = build(), dict(zip(("query", "gallery"), encodings(), strict=True))
+    matching, sides = build(terms=TERMS), dict(zip(("query", "gallery"), encodings(), strict=True))
     for name in sides if zero == "both" else [zero]:
-        sides[name] = {k: v if k == "attention" else torch.zeros_like(v) for k, v in sides[name].items()}
+        sides[name] = {k: v if k.endswith("attention") else torch.zeros_like(v) for k, v in sides[name].items()}
     query, gallery = ({k: v.requires_grad_() for k, v in side.items()} for side in sides.values())
     scores = matching.score(query, gallery)
     scores.sum().backward()
@@ -162,7 +167,7 @@ def test_zero_vectors_have_score_and_gradient_zero(zero: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    matching = Matching(dim=D, **tiny.MATCHING)
+    matching = Matching(dim=D, **{**tiny.MATCHING, "terms": TERMS})
     query, gallery = ({k: v.to(dtype) for k, v in side.items()} for side in encodings())
     exact = matching.score(*({k: v.double() for k, v in side.items()} for side in (query, gallery)))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -210,7 +215,7 @@ def test_the_factor_is_learned_and_bounded() -> None:
 
 
 BAD_SETTINGS = {
-    "unknown": ({"terms": ["fused", "implicit"]}, r"\['fused', 'implicit'\].*of: fused, explicit, background"),
+    "unknown": ({"terms": ["fused", "other"]}, r"\['fused', 'other'\].*of: fused, explicit, background, implicit"),
     "empty": ({"terms": []}, "one or more"),
     "twice": ({"terms": ["fused", "fused"]}, "each once"),
     "temperature": ({"temperature": 14.0}, r"logarithm of the factor on scores, at most log\(100\)"),
@@ -229,10 +234,10 @@ BAD = {
     "fused": (lambda m, q, g: m.score({**q, "fused": rand(Q, 7)}, g), r"query fused \[Q,D\] has shape \[5, 7\]"),
     "text": (lambda m, q, g: m.score({**q, "text": rand(6, D)}, g), r"query text .* \[6, 6\], expected \[5, 6\]"),
     "bg": (lambda m, q, g: m.score(q, {**g, "bg": rand(8, D)}), r"gallery bg .* \[8, 6\], expected \[7, 6\]"),
-    "keys": (lambda m, q, g: m.score({"fused": q["fused"]}, g), "lack background, text, attention; make them with"),
+    "keys": (lambda m, q, g: m.score({"fused": q["fused"]}, g), "lack text, attention, background; make them with"),
     "bg missing": (lambda m, q, g: m.score(q, {"fg": g["fg"]}), "lack bg"),
     "chunk": (lambda m, q, g: m.score(q, g, chunk=0), "chunk is 0"),
-    "factors": (lambda m, q, g: m.query_factors({"fused": q["fused"]}), "lack background, text, attention"),
+    "factors": (lambda m, q, g: m.query_factors({"fused": q["fused"]}), "lack text, attention, background"),
     "terms": (lambda m, q, g: m.score_terms(q, {**g, "bg": rand(8, D)}), r"gallery bg .* \[8, 6\], expected \[7, 6\]"),
     "sentence": (lambda m, q, g: m.query(rand(Q, D), rand(6, D), rand(Q, D)), r"sentence vectors .* \[6, 6\]"),
     "gallery": (lambda m, q, g: m.gallery(rand(G, D), rand(G)), r"gallery backgrounds .* \[7\]"),

@@ -40,7 +40,7 @@ def test_load_model_without_a_type_warns_that_the_head_is_untrained():
 
     with pytest.warns(UserWarning, match="alignment, fusion and matching have random weights"):
         model = load_model("neucore", is_eval=True)
-    assert type(model) is NeucoreModel and not model.training
+    assert isinstance(model, NeucoreModel) and not model.training
     assert "neucore" in dict(model_zoo) and "embedded" in dict(model_zoo)["neucore"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models import negatives as module
-from neucore_plugin.models.inputs import dropped, partial_rows
+from neucore_plugin.models.inputs import Projection, kept_channels, partial_rows
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.matching_loss import partial_loss, right_columns
 from neucore_plugin.models.negatives import Negatives, log_sums
@@ -105,21 +105,22 @@ def looped(model, samples: dict, images: Images, chosen: list[int], masked: bool
     return {"loss_matching": total, "loss_partial": partial}
 
 
-@pytest.mark.parametrize("block", [module.BLOCK, 3])
+@pytest.mark.parametrize(("kind", "block"), [("artemis", module.BLOCK), ("artemis", 3), ("clauses", 3)])
 @pytest.mark.parametrize(
     ("masked", "references", "wanted"), [(True, True, "gallery"), (False, False, "gallery"), (True, False, 4)]
 )
-def test_equals_loops(monkeypatch, masked, references, wanted, block):
+def test_equals_loops(monkeypatch, masked, references, wanted, kind, block):
     """Cheap gallery vectors, with queries that lack a part; in one block and in several."""
     monkeypatch.setattr(module, "BLOCK", block)
     images = Images()
-    model, samples = build("artemis", wanted, masked=masked, references=references, images=images), pairs(images)
+    model, samples = build(kind, wanted, masked=masked, references=references, images=images), pairs(images)
     found = model(samples)
     chosen = model.batch_loss.negatives._rows.tolist()
     assert len(chosen) == (IMAGES if wanted == "gallery" else 4)
     expected = looped(model, samples, images, chosen, masked, references)
     assert {name: found[name].item() for name in expected} == pytest.approx(expected, rel=1e-6)
-    assert found["loss"].item() == pytest.approx(sum(expected.values()), rel=1e-6)
+    whole = sum(expected.values()) + (found["loss_concept"].item() if kind == "clauses" else 0.0)
+    assert found["loss"].item() == pytest.approx(whole, rel=1e-6)
 
 
 def test_the_whole_queries_do_not_feel_the_others():
@@ -140,7 +141,7 @@ def test_every_method_takes_part(kind):
     """Those that read one half of a query as well, for which one of the further queries is a whole one."""
     images = Images()
     found = build(kind, images=images)(pairs(images))
-    assert found["loss"].item() == pytest.approx(found["loss_matching"].item() + found["loss_partial"].item())
+    assert found["loss"].item() == pytest.approx(sum(v.item() for name, v in found.items() if name != "loss"))
     assert found["loss_partial"].item() > 0
 
 
@@ -315,15 +316,62 @@ def test_neucore_keeps_what_it_saw():
 
 
 def test_dropout_of_features_follows_from_each_samples_noise():
-    features, noise = torch.ones(3, 4, 500), torch.tensor([5, 6, 2**61 + 7])
-    whole = dropped(features, 0.25, noise, 0)
+    noise = torch.tensor([5, 6, 2**61 + 7])
+    whole = kept_channels(500, 0.25, noise, 0)
     assert whole.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert whole.eq(0).float().mean().item() == pytest.approx(0.25, abs=0.04)
-    assert torch.equal(dropped(features[1:2], 0.25, noise[1:2], 0), whole[1:2])  # whatever the batch-mates
-    assert not torch.equal(dropped(features, 0.25, noise, 1), whole) and not torch.equal(whole[0], whole[1])
-    assert torch.equal(whole, whole[:, :1].expand(-1, 4, -1))  # a channel is lost in all tokens
-    together = dropped(features, 0.25, noise[:1], 0)
-    assert torch.equal(together, whole[:1].expand(3, -1, -1))
+    assert torch.equal(kept_channels(500, 0.25, noise[1:2], 0), whole[1:2])  # whatever the batch-mates
+    assert torch.equal(kept_channels(300, 0.25, noise, 0), whole[:, :300])
+
+
+def test_dropout_of_features_is_independent_in_rows_slots_and_channels():
+    """Shares, and how often two of them lose the same: of 0.3 each 0.09, within five standard deviations."""
+    noise = torch.cat([torch.arange(64), torch.randint(2**62, (64,)), 2**61 + torch.arange(64)])
+    lost = torch.stack([kept_channels(512, 0.3, noise, slot).eq(0) for slot in range(8)]).float()  # [8,192,512]
+    assert lost.mean().item() == pytest.approx(0.3, abs=5 * (0.21 / lost.numel()) ** 0.5)
+    for axis in range(3):
+        assert lost.mean(axis).sub(0.3).abs().max() < 6 * (0.21 / lost.shape[axis]) ** 0.5
+        for shift in (1, 2, 3):
+            both = (lost * lost.roll(shift, axis)).mean().item()
+            assert both == pytest.approx(0.09, abs=5 * (0.09 * 0.91 / lost.numel()) ** 0.5), (axis, shift)
+    assert kept_channels(7, 0.0, noise, 3).eq(1).all() and kept_channels(0, 0.5, noise, 0).shape == (192, 0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_projection_is_its_parts_one_after_the_other(rows):
+    """LayerNorm, dropout of channels, linear; a row of what is kept each, or one for all; with gradient in all."""
+    made = Projection(torch.nn.LayerNorm(6), torch.nn.Linear(6, 4)).double()
+    for part in made.parameters():
+        torch.nn.init.normal_(part)
+    for shape in ((3, 6), (3, 5, 6)):
+        x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        kept = kept_channels(6, 0.5, torch.arange(rows), 1)
+        found, wanted = made(x, kept.double()), []
+        for row in range(3):
+            scale = kept[row if rows == 3 else 0].double()
+            wanted.append(made[1](made[0](x[row]) * scale))
+        torch.testing.assert_close(found, torch.stack(wanted))
+        weights, given = torch.randn_like(found), (x, *made.parameters())
+        mine, true = (torch.autograd.grad((y * weights).sum(), given) for y in (found, torch.stack(wanted)))
+        for one, other in zip(mine, true, strict=True):
+            torch.testing.assert_close(one, other)
+        torch.testing.assert_close(made(x), made[1](made[0](x)))
+
+
+def test_channels_are_lost_in_all_tokens_of_an_image_and_others_in_its_partner():
+    model, seen = build("clauses", "batch", mode="replace").float(), []
+    model.feature_dropout = 0.5
+    tokens, noise = torch.randn(2, 4, 1280), torch.tensor([3, 4])
+    model.image_projection[1].register_forward_pre_hook(lambda *_: pytest.fail("the product is one with the dropout"))
+    for side in (0, 1):
+        with torch.no_grad():
+            found = model.image_features(["tokens"], None, tokens=tokens, noise=noise, side=side)["tokens"]
+            norm, linear = model.image_projection
+            kept = kept_channels(1280, 0.5, noise, 2 * side)[:, None]
+            wanted = F.linear(norm(tokens) * kept, linear.weight, linear.bias)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        seen.append(found)
+    assert not torch.allclose(*seen)
 
 
 def test_dropout_of_features_acts_in_training_alone_cached_or_not():

@@ -7,16 +7,25 @@ import sys
 
 import pytest
 import torch
-from factor_model import D, FactorModel, random_index
+from factor_model import ARTEMIS, CLAUSES, TERMS, D, FactorModel, random_index
 
 from neucore_plugin.common.errors import ConfigError, DataError
-from neucore_plugin.models.matching import TERMS
 from neucore_plugin.retrieval import GalleryIndex, qdrant_edge, recall
 from neucore_plugin.retrieval.nearest import FirstOrder
 from neucore_plugin.retrieval.qdrant_edge import EdgeCache
 
 edge = pytest.importorskip("qdrant_edge")
-SUBSETS = [TERMS, ("fused", "explicit"), ("explicit", "background"), ("explicit",), ("fused",), ("background",)]
+SUBSETS = [
+    TERMS,
+    CLAUSES,
+    ARTEMIS,
+    ("implicit",),
+    ("fused", "explicit"),
+    ("explicit", "background"),
+    ("explicit",),
+    ("fused",),
+    ("background",),
+]
 
 
 @pytest.fixture
@@ -55,17 +64,15 @@ def test_the_first_order_is_exact_where_attention_is_even(terms):
     """All components weigh the same: the denominator is then the same for all images, so nothing is estimated."""
     model = FactorModel(terms)
     gallery = model.encode_image(torch.randn(40, 48))
-    query = {**model.encode_query(torch.randn(1, 48), ["red"])}
-    if "attention" in query:
-        query["attention"] = torch.full((1, D), 1 / D)
+    query = {**model.encode_query(torch.randn(1, 48), ["red, longer"])}
+    query |= {key: torch.full_like(value, 1 / D) for key, value in query.items() if key.endswith("attention")}
     factors = model.gallery_factors(gallery)
     order = FirstOrder.of(factors)
     vectors = order.gallery(factors)
     scores = vectors @ order.query([(1.0, model.query_factors(query)), (-0.5, model.query_factors(query))])
     torch.testing.assert_close(scores, 0.5 * model.score(query, gallery)[0])
-    assert vectors.shape[1] == D * len({"fused": 1, "explicit": 1, "background": 2}.keys() & set(terms)) - D * (
-        {"fused", "explicit"} <= set(terms)
-    )
+    weighted = bool({"explicit", "implicit"} & set(terms))  # all weighted terms share columns, with "fused" too
+    assert vectors.shape[1] == D * (("fused" in terms or weighted) + ("background" in terms))
 
 
 def test_the_mean_is_over_all_blocks():

@@ -5,11 +5,10 @@ import os
 import numpy as np
 import pytest
 import torch
-from factor_model import FactorModel, random_index
+from factor_model import ARTEMIS, CLAUSES, TERMS, FactorModel, random_index
 from PIL import Image
 
 from neucore_plugin.common.errors import DataError
-from neucore_plugin.models.matching import TERMS
 from neucore_plugin.retrieval import GalleryIndex, qdrant_edge, qdrant_server
 from neucore_plugin.retrieval.qdrant_edge import EdgeCache
 from neucore_plugin.retrieval.queries import Query
@@ -31,6 +30,7 @@ QUERIES = {
     "image": Query(picture(1)),
     "text": Query(text="longer sleeves"),
     "both": Query(picture(2), "the same in red"),
+    "clauses": Query(picture(2), "the same in red, longer and with dots"),
     "dialogue": Query(picture(2), "the same in red", then=["but longer"]),
     "several references": Query(images=[picture(3), picture(4)], text="blue"),
     "negatives": Query(picture(5), without_texts=["zebra"], without_images=[picture(6)]),
@@ -46,7 +46,7 @@ QUERIES = {
 }
 
 
-@pytest.fixture(scope="module", params=[TERMS, ("explicit", "background")], ids="+".join)
+@pytest.fixture(scope="module", params=[TERMS, CLAUSES, ARTEMIS, ("explicit", "background")], ids="+".join)
 def gallery(request, tmp_path_factory):
     """A saved index with removed images, its model, and a client that holds the same."""
     place = tmp_path_factory.mktemp("stores")
@@ -100,7 +100,7 @@ def test_equal_scores_come_in_the_order_of_the_gallery(gallery, found):
     index = GalleryIndex.open(folder, model)
     wanted = {key: value[:1] for key, value in index.candidates(torch.tensor([0])).items()}
     model.encode_query, encode = (
-        lambda pixels, texts: model.matching.query(wanted["fg"], wanted["fg"], wanted["bg"]),
+        lambda pixels, texts: model.compose(wanted["fg"], wanted["fg"][:, None], wanted["bg"]),
         model.encode_query,
     )
     try:

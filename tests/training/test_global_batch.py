@@ -21,8 +21,10 @@ def test_parameters_that_are_idle_somewhere_or_everywhere(tmp_path):
 
 
 def test_neucore(tmp_path):
-    """Each rule of what makes a pair right or wrong; float32 with a trained text encoder; one pair a process."""
+    """Each rule of what makes a pair right or wrong; float32 with a trained text encoder; one pair a process; clauses,
+    of which one process has other numbers than the other."""
     calls = [("neucore", settings, 8) for settings in (*RULES, FLOAT32)] + [("neucore", PAIR, 2)]
+    calls += [("neucore", {"kind": "clauses", **rules}, count) for rules, count in ((RULES[0], 8), (PAIR, 2))]
     groups = list(zip(*in_group(tmp_path, case.steps, calls), strict=True))
     ones = case.steps(calls)
     for call, parts, one in zip(calls, groups, ones, strict=True):
@@ -39,16 +41,18 @@ def test_one_pair_alone_is_refused_unless_references_are_negatives():
 
 
 def test_negatives_beyond_the_batch_and_queries_without_a_part(tmp_path):
-    """Encodings made anew (ARTEMIS) or kept from the batch before (NEUCORE), of all images and of some; in chunks."""
+    """Encodings made anew (ARTEMIS, NEUCORE in clauses) or kept from the batch before (NEUCORE), of all images and of
+    some; in chunks."""
     settings = [
         {"kind": "artemis"},
         {"kind": "artemis", "negatives": 5},
         {"kind": "neucore", "negatives": 9},
+        {"kind": "clauses"},
     ]
-    calls = [("beyond", given, 8, chunk, 2) for given, chunk in zip(settings, (3, None, 3), strict=True)]
+    calls = [("beyond", given, 8, chunk, 2) for given, chunk in zip(settings, (3, None, 3, 2), strict=True)]
     groups = list(zip(*in_group(tmp_path, case.steps, calls), strict=True))
     ones = [case.step("beyond", given, 8, None, 2) for given in settings]
     for parts, one in zip(groups, ones, strict=True):
         case.assert_group_equals_one(list(parts), one)
         assert one["losses"]["loss_partial"] > 0
-    assert len({round(one["losses"]["loss_matching"], 6) for one in ones}) == 3  # each acts
+    assert len({round(one["losses"]["loss_matching"], 6) for one in ones}) == 4  # each acts

@@ -32,6 +32,7 @@ def test_equals_the_plain_step(chunk, accumulate):
         ({"reference_negatives": True}, 2, 1e-9),
         ({"reference_negatives": False}, 3, 1e-9),
         ({"dtype": torch.float32, "train_text": True}, 3, 1e-5),
+        ({"kind": "clauses", "train_text": True}, 3, 1e-9),
     ],
 )
 def test_equals_the_plain_step_of_neucore(settings, chunk, tolerance):
