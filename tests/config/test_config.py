@@ -137,21 +137,15 @@ def test_model_type_of_options_selects_the_default_file(tmp_path):
         (
             "model.matching.terms",
             ["background"],
-            "got ['background']; model.form clauses has fused, explicit, implicit",
+            "got ['background']; model.form clauses has fused, explicit, implicit, change",
         ),
         (
             "model.form",
             "default",
-            "matching.terms: got ['implicit']; model.form default has fused, explicit, background",
+            "matching.terms: got ['implicit', 'change']; model.form default has fused, explicit, background",
         ),
-        ("model.form", "released", "matching.terms: got ['implicit']; model.form released has fused, explicit, backgr"),
         ("model.form", "clause", 'model.form: got "clause"; allowed: one of clauses, default, released. Did you mean'),
         ("model.fusion.clauses", 0, "model.fusion.clauses: got 0; allowed: a whole number of at least 1"),
-        (
-            "model.fusion.attend_padding",
-            True,
-            "attend_padding: got true; model.form clauses reads each query as if alone",
-        ),
         ("model.concepts.pos", ["NOUNS"], "Did you mean 'NOUN'?"),
         ("model.concepts.pos", ["SPACE"], 'model.concepts.pos: got ["SPACE"]; allowed: one of ADJ, ADP'),
         ("model.concepts.pos", ["ADJ", 3], 'model.concepts.pos: got ["ADJ", 3]; allowed: a list of at least 1 names'),

@@ -10,7 +10,8 @@ from neucore_plugin.retrieval import GalleryIndex
 
 D = 16
 TERMS = ("fused", "explicit", "background")
-CLAUSES = ("fused", "explicit", "implicit")  # up to three clauses a text
+IMPLICIT = ("fused", "explicit", "implicit")  # up to three clauses a text
+CLAUSES = (*IMPLICIT, "change")
 ARTEMIS = ("explicit", "implicit")
 
 
@@ -60,7 +61,7 @@ class FactorModel:
         if isinstance(self.matching, Artemis):
             return self.matching(pooled=fused, sentence=whole)
         if "implicit" in self.matching.terms:
-            return self.matching.query(fused + whole, said, fused, said.any(-1))
+            return self.matching.query(fused + whole, said, fused, said.any(-1), whole, fused)
         return self.matching.query(fused + whole, whole, background)
 
 

@@ -29,7 +29,7 @@ NEUCORE = {
     "concept_alignment": {"depth": 1, "heads": 2},
     "fusion": {"steps": 2, "heads": 2, "head_dim": 16},
 }
-CLAUSES = {**NEUCORE, "model_type": "embedded", "fusion": {"steps": 1, "heads": 2, "head_dim": 16}}
+CLAUSES = {key: value for key, value in NEUCORE.items() if key != "fusion"} | {"model_type": "embedded"}
 BASELINE = {"arch": "cir_baseline", "backbone": BACKBONE, "embed_dim": 32, "cross_attention": {"depth": 2, "heads": 2}}
 KINDS = ("neucore", "clauses", *COMPOSERS)
 

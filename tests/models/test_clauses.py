@@ -24,14 +24,12 @@ from neucore_plugin.weights import checkpoint
 
 # ---- fusion --------------------------------------------------------------------------------------------------------
 
-B, N, K, L, C, D = 4, 3, 2, 6, 3, 6
-CLAUSE = torch.tensor([[0, 0, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0], [0, 2, 2, 0, 0, 0], [0] * 6])
-WORDS = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0] * 6], dtype=torch.bool)
+B, N, C, D = 4, 5, 3, 6
 PRESENT = [[True, True, True], [True, False, False], [True, False, True], [False, False, False]]
 
 
-def fusion(concepts: bool) -> ClauseFusion:
-    made = exact(ClauseFusion, dim=D, clauses=C, concepts=concepts, **{**tiny.FUSION, "steps": 2})
+def fusion(places: bool) -> ClauseFusion:
+    made = exact(ClauseFusion, dim=D, places=places)
     made.weight.data.fill_(0.7)
     return made
 
@@ -40,72 +38,52 @@ def fusion_inputs() -> dict[str, torch.Tensor]:
     return {
         "tokens": rand(B, N, D),
         "pooled": rand(B, D),
-        "concepts": rand(B, K, D),
-        "concept_mask": torch.tensor([[1, 1], [1, 0], [0, 0], [1, 1]], dtype=torch.bool),
-        "words": rand(B, L, D),
-        "word_mask": WORDS,
         "sentence": rand(B, C, D),
-        "clause": CLAUSE,
+        "present": torch.tensor(PRESENT),
     }
 
 
-@pytest.mark.parametrize("concepts", [True, False])
-def test_fusion_is_its_formula_one_query_and_one_clause_at_a_time(concepts):
-    made, given = fusion(concepts), fusion_inputs()
-    fused, present = made(**given)
-    assert present.tolist() == PRESENT
+@pytest.mark.parametrize("places", [True, False])
+def test_fusion_is_its_formula_one_query_and_one_clause_at_a_time(places):
+    made, given = fusion(places), fusion_inputs()
+    fused, change = made(**given)
     w = {name: value.tolist() for name, value in made.state_dict().items()}
     for row in range(B):
-        expected = given["pooled"][row : row + 1]
-        for number in range(C):
-            own = [place for place in range(L) if WORDS[row, place] and CLAUSE[row, place] == number]
-            if not own:
-                continue
-            sentence = given["sentence"][row, number]
-            count = int(given["concept_mask"][row].sum()) if concepts else 0
-            added = made.chain(
-                given["tokens"][row : row + 1],
-                expected,
-                given["concepts"][row : row + 1, :count],
-                torch.ones(1, count, dtype=torch.bool),
-                given["words"][row : row + 1, own],
-                torch.ones(1, len(own), dtype=torch.bool),
-                sentence[None],
-            )["fused"][0]
-            before = expected[0].tolist()
-            gate = reference.two_layers([*before, *sentence.tolist()], w, "gate.0", "gate.2")
-            rows = zip(gate, before, added.tolist(), strict=True)
-            expected = torch.tensor([[reference.sigmoid(g) * f + 0.7 * a for g, f, a in rows]], dtype=torch.float64)
-        torch.testing.assert_close(fused[row], expected[0])
-    assert torch.equal(fused[3], given["pooled"][3])  # asks for nothing
-
-
-@pytest.mark.parametrize("concepts", [True, False])
-def test_fusion_sees_concepts_where_it_says_so(concepts):
-    made, given = fusion(concepts), fusion_inputs()
-    fused, _ = made(**given)
-    other, _ = made(**{**given, "concepts": given["concepts"] + 1})
-    assert torch.equal(fused, other) is not concepts
-    if not concepts:
-        assert torch.equal(made(**{**given, "concepts": None, "concept_mask": None})[0], fused)
+        pooled, tokens = given["pooled"][row].tolist(), given["tokens"][row].tolist()
+        now, whole = pooled, [0.0] * D
+        for m in (given["sentence"][row, number].tolist() for number in range(C) if PRESENT[row][number]):
+            asked = list(m)
+            if places:
+                key = reference.linear(m, *reference.both(w, "key"))
+                logits = [sum(a * b for a, b in zip(token, key, strict=True)) / math.sqrt(D) for token in tokens]
+                weights = reference.softmax(logits)
+                looks = made.looks_at(given["tokens"][row : row + 1], torch.tensor([m], dtype=torch.float64))
+                assert looks[0].tolist() == pytest.approx(weights)
+                asked += reference.weighted_sum(weights, tokens, D)
+            gate = reference.two_layers([*now, *asked], w, "gate.0", "gate.2")
+            hidden = reference.two_layers([*now, *asked], w, "residual.0", "residual.2")
+            added = reference.linear(reference.relu(hidden), *reference.both(w, "residual.4"))
+            now = [reference.sigmoid(g) * f + 0.7 * r for g, f, r in zip(gate, now, added, strict=True)]
+            whole = reference.add(whole, reference.two_layers([*pooled, *asked], w, "change.0", "change.2"))
+        assert fused[row].tolist() == pytest.approx(now) and change[row].tolist() == pytest.approx(whole)
+    assert torch.equal(fused[3], given["pooled"][3]) and not change[3].any()  # asks for nothing
 
 
 def test_fusion_has_gradients_and_all_rows_at_once_give_the_same(monkeypatch):
-    made, given = fusion(False), fusion_inputs()
-    fused, _ = made(**given)
+    made, given = fusion(True), fusion_inputs()
+    found = made(**given)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # where no rows are chosen
-    torch.testing.assert_close(made(**given)[0], fused)
+    torch.testing.assert_close(made(**given), found)
     monkeypatch.undo()
-    names = ("tokens", "pooled", "words", "sentence")
-    values = [given[name][:3].requires_grad_() for name in names]
-    rest = {name: value[:3] for name, value in given.items() if name not in names}
-    assert torch.autograd.gradcheck(lambda *x: made(**dict(zip(names, x, strict=True)), **rest)[0], values)
+    values, present = [given[name].requires_grad_() for name in ("tokens", "pooled", "sentence")], given["present"]
+    assert torch.autograd.gradcheck(lambda *x: made(*x, present), values)
 
 
 # ---- matching ------------------------------------------------------------------------------------------------------
 
 Q, G = 4, 7
-TERMS = (["explicit"], ["implicit"], ["explicit", "implicit"], ["fused", "explicit"], ["fused", "explicit", "implicit"])
+TERMS = (["explicit"], ["implicit"], ["change"], ["explicit", "implicit"], ["fused", "explicit"], ["fused", "change"])
+TERMS += (["explicit", "change"], ["fused", "explicit", "implicit", "change"])
 
 
 def matching(terms: list[str]) -> Matching:
@@ -115,8 +93,9 @@ def matching(terms: list[str]) -> Matching:
 def asked(made: Matching) -> tuple[dict, dict, dict]:
     """Encodings of queries, their inputs, and a gallery with a zero vector and one that hides behind zeros."""
     given = {"fused": rand(Q, D), "sentence": rand(Q, C, D), "reference": rand(Q, D), "present": torch.tensor(PRESENT)}
+    given |= {"change": rand(Q, D), "origin": rand(Q, D)}
     fg = rand(G, D)
-    fg[2], given["reference"][1] = 0.0, 0.0
+    fg[2], given["reference"][1], given["change"][2], given["origin"][3] = 0.0, 0.0, 0.0, 3 * fg[1]
     return made.query(**given), given, {"fg": fg}
 
 
@@ -139,7 +118,17 @@ def loop(made: Matching, given: dict, gallery: dict, q: int, g: int) -> dict[str
         weights = reference.softmax(mean)
         kept = [a * b for a, b in zip(weights, given["reference"][q].tolist(), strict=True)]
         found["implicit"] = reference.explicit_score(kept, weights, target)
+    if "change" in made.terms:
+        d, r, t = (unit(vector) for vector in (given["change"][q].tolist(), given["origin"][q].tolist(), target))
+        difference = [b - a for a, b in zip(r, t, strict=True)]
+        length = math.sqrt(2 - 2 * sum(a * b for a, b in zip(r, t, strict=True)) + 1e-3)
+        found["change"] = sum(a * b for a, b in zip(d, difference, strict=True)) / length
     return found
+
+
+def unit(vector: list[float]) -> list[float]:
+    length = math.sqrt(sum(value * value for value in vector))
+    return [value / length if length else 0.0 for value in vector]
 
 
 @pytest.mark.parametrize("terms", TERMS, ids="+".join)
@@ -167,14 +156,18 @@ def test_scores_of_clauses_equal_loops(terms):
         tracked = {name: value.clone().requires_grad_() for name, value in query.items()}
         torch.testing.assert_close(made.score(tracked, gallery).detach(), total)
     factors, images = made.query_factors(query), made.gallery_factors(gallery)
-    count = C * ("explicit" in terms) + ("implicit" in terms)
-    assert factors["weighted"].shape == factors["squares"].shape == (Q, count, D)
+    if count := C * ("explicit" in terms) + ("implicit" in terms):
+        assert factors["weighted"].shape == factors["squares"].shape == (Q, count, D)
     for q in range(Q):
         for g in range(G):
             score = float(factors["cosines"][q] @ images["cosines"][g]) if "fused" in terms else 0.0
-            for upper, lower in zip(factors["weighted"][q], factors["squares"][q], strict=True):
+            pairs = zip(factors["weighted"][q], factors["squares"][q], strict=True) if count else ()
+            for upper, lower in pairs:
                 if (squared := float(lower @ images["squares"][g])) > 1e-24:
                     score += float(upper @ images["weighted"][g]) / math.sqrt(squared)
+            if "change" in terms:
+                moved, away = (float(factors[name][q] @ images["units"][g]) for name in ("change", "origin"))
+                score += (moved - float(factors["change"][q] @ factors["origin"][q])) / math.sqrt(2.001 - 2 * away)
             assert score == pytest.approx(total[q, g].item(), abs=1e-12)
 
 
@@ -219,7 +212,7 @@ def test_scores_of_clauses_in_half_precision(dtype):
         torch.testing.assert_close(scores.double(), whole[: len(scores)], atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("lost", ["text", "attention", "image", "image_attention"])
+@pytest.mark.parametrize("lost", ["text", "attention", "image", "image_attention", "change", "origin"])
 def test_encodings_that_lack_something_are_named(lost):
     made = matching(TERMS[-1])
     query, _, gallery = asked(made)
@@ -250,13 +243,11 @@ def pixels(built):
 
 
 @functools.cache
-def other(**changes) -> NeucoreModel:
-    """Of other settings, or with an encoder of texts in which nothing is read of "!!"."""
-    section = {**tiny.CLAUSES, "fusion": {**tiny.CLAUSES["fusion"], **changes}}
-    if "clauses" in changes or "concepts" in changes:
-        return NeucoreModel.from_config(section, vocabulary=ConceptVocabulary(tiny.WORDS)).eval()
+def other(**fusion) -> NeucoreModel:
+    """Of other settings; without any, with an encoder of texts in which nothing is read of "!!"."""
     text = {"name": "glove_bigru", "width": 32, "word_dim": 8, "captions": "default", "glove": None}
-    section["backbone"] = {**tiny.BACKBONE, "text": text}
+    changes = {"fusion": fusion} if fusion else {"backbone": {**tiny.BACKBONE, "text": text}}
+    section = {**tiny.CLAUSES, **changes}
     return NeucoreModel.from_config(section, ConceptVocabulary(tiny.WORDS), captions=tiny.TEXTS).eval()
 
 
@@ -284,8 +275,9 @@ def test_two_clauses_are_two_changes(model, pixels):
     query = model.image_features(["tokens", "pooled"], pixels)
     tokens, fused = model.alignment.encode(query["tokens"])["tokens"], query["pooled"]
     for part in ("make it blue", "longer"):
-        fused, present = model.fusion(tokens, fused, None, None, **model.text_features([part] * 3))
-        assert present.tolist() == [[True]] * 3
+        text = model.text_features([part] * 3)
+        assert text["present"].tolist() == [[True, False, False, False]] * 3
+        fused, _ = model.fusion(tokens, fused, text["sentence"], text["present"])
     both, first, second = (
         model.encode_query(pixels, [text] * 3) for text in ("make it blue, longer", "make it blue", "longer")
     )
@@ -309,13 +301,13 @@ def test_a_clause_of_which_nothing_is_read_is_none():
 @torch.no_grad()
 def test_a_caption_read_as_a_whole_is_one_clause(pixels):
     """`fusion.clauses: 1`."""
-    model, gallery = other(clauses=1), None
+    model = other(clauses=1)
     found = model.encode_query(pixels, tiny.TEXTS)
     assert found["text"].shape == (3, 1, 32)
-    tokens = model.alignment.encode(model.image_features(["tokens"], pixels)["tokens"])["tokens"]
-    text = model.text_features(tiny.TEXTS)
-    text |= {"sentence": text["sentence"][:, None], "clause": torch.zeros_like(text["word_mask"]).long()}
-    fused, _ = model.fusion(tokens, model.image_features(["pooled"], pixels)["pooled"], None, None, **text)
+    seen = model.image_features(["tokens", "pooled"], pixels)
+    sentence = model.sentence_projection(model.backbone.text(tiny.TEXTS)["sentence"])
+    tokens = model.alignment.encode(seen["tokens"])["tokens"]
+    fused, _ = model.fusion(tokens, seen["pooled"], sentence[:, None], torch.ones(3, 1, dtype=torch.bool))
     torch.testing.assert_close(found["fused"], fused, atol=1e-5, rtol=1e-4)
     gallery = model.encode_image(pixels)
     for row, text in enumerate(tiny.TEXTS):
@@ -323,16 +315,7 @@ def test_a_caption_read_as_a_whole_is_one_clause(pixels):
         torch.testing.assert_close(alone, model.score(found, gallery)[row : row + 1], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("concepts", [True, False])
-@torch.no_grad()
-def test_a_query_sees_its_concepts_where_the_config_says_so(concepts, pixels):
-    model = other(concepts=concepts)
-    one, two = (model.encode_query(pixels, tiny.TEXTS, concept_words=[words] * 3) for words in ((), ("red", "long")))
-    assert torch.equal(one["fused"], two["fused"]) is not concepts
-    assert any(model.concepts_read(tiny.TEXTS)) is concepts
-
-
-@pytest.mark.parametrize("settings", [{"clauses": 1}, {"concepts": True}], ids=str)
+@pytest.mark.parametrize("settings", [{"clauses": 1}, {"places": False}], ids=str)
 def test_no_parameter_is_idle_in_its_variants(settings, pixels):
     model, samples = copy.deepcopy(other(**settings)).train(), tiny.samples(pixels)
     model.query_dropout = {"image": 0.4, "text": 0.4}
@@ -399,7 +382,7 @@ def test_checkpoints_from_before_are_of_the_form_that_there_was(pixels, tmp_path
     stored = checkpoint.load(tiny.save(model, tmp_path / "new.pth"))
     section = stored["architecture"]["config"]
     section["model_type"] = "embedded"  # whose form was this
-    del section["form"], section["fusion"]["clauses"], section["fusion"]["concepts"]
+    del section["form"], section["fusion"]["clauses"], section["fusion"]["places"]
     checkpoint.save(stored, tmp_path / "old.pth")
     loaded = neucore_plugin.load_model(tmp_path / "old.pth")
     assert type(loaded) is NeucoreModel and loaded.clauses == 1

@@ -13,9 +13,10 @@ from tiny import rand
 
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models import matching as module
-from neucore_plugin.models.matching import TERMS, Matching
+from neucore_plugin.models.matching import Matching
 
 Q, G, D = 5, 7, 6
+TERMS = ("fused", "explicit", "background", "implicit")  # of a caption as a whole
 SUBSETS = [list(c) for size in (1, 2, 3, 4) for c in itertools.combinations(TERMS, size)]
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from factor_model import ARTEMIS, CLAUSES, TERMS, D, FactorModel, random_index
+from factor_model import ARTEMIS, IMPLICIT, TERMS, D, FactorModel, random_index
 
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.retrieval import GalleryIndex, qdrant_edge, recall
@@ -17,7 +17,7 @@ from neucore_plugin.retrieval.qdrant_edge import EdgeCache
 edge = pytest.importorskip("qdrant_edge")
 SUBSETS = [
     TERMS,
-    CLAUSES,
+    IMPLICIT,
     ARTEMIS,
     ("implicit",),
     ("fused", "explicit"),
