@@ -53,7 +53,7 @@ gallery = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
 parts = [asked.text]
 if "clauses" in RULES:  # the model reads each clause of the caption by itself
     text = PIECES.normalizer.normalize_str(asked.text).strip()
-    parts = [part for part in re.split(RULES["between"], text, maxsplit=RULES["clauses"] - 1) if part]
+    parts = [part for part in re.split(RULES["between"], text, maxsplit=RULES["clauses"] - 1) if part] or [text]
     parts += [""] * (RULES["clauses"] - len(parts))
 given = {"has_image": np.array([asked.image is not None]), "pieces": numbers(parts)}
 if "clauses" in RULES:

@@ -170,8 +170,8 @@ class Matching(nn.Module):
 
     def score_terms(self, query: Mapping[str, Tensor], gallery: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each term of the score by itself, {term: [Q,G]}: their sum is `score`. For few images: nothing is chunked."""
-        names = [name for name, _, _ in self._weighted(query)]
-        query, gallery = self.query_factors(query), self.gallery_factors(gallery)
+        given, gallery = self._entries(query, self._query_keys(), "query", "Q"), self.gallery_factors(gallery)
+        names, query = [name for name, _, _ in self._weighted(given)], self._query_side(given)
         cosines, found = iter(range(0, 2 * self.dim, self.dim)), {}
         with torch.autocast(next(iter(query.values())).device.type, enabled=False):
             for term in self.terms:
@@ -349,6 +349,7 @@ class Matching(nn.Module):
                 place += len(pairs)
                 if all(weights is None for _, weights in pairs):
                     torch.linalg.vector_norm(rows, dim=1, out=found[0, 1]).square_()
+                    found[1:, 1] = found[0, 1]
                 else:
                     squared = torch.mul(rows, rows, out=squares[: len(rows)])
                     for (_, weights), lengths in zip(pairs, found[:, 1], strict=True):

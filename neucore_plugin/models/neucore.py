@@ -234,7 +234,11 @@ class ClausewiseNeucore(NeucoreModel):
 
     def _composed(self, query: Query, tokens: Tensor, origin: Tensor) -> dict[str, Tensor]:
         """origin [Q,D]: the references, as gallery images are encoded."""
-        pooled, sentence, present = query.reference["pooled"], query.text["sentence"], query.text["present"]
+        pooled, sentence = query.reference["pooled"], query.text["sentence"]
+        if self.clauses > 1:
+            present = query.text["present"]
+        else:  # read as a whole
+            sentence, present = sentence[:, None], torch.ones_like(sentence[:, :1], dtype=torch.bool)
         fused, change = self.fusion(tokens, pooled, sentence, present)
         return self.matching.query(fused, sentence, pooled, present, change, origin)
 
