@@ -7,6 +7,8 @@
 #   sh run.sh setup                             the environment alone
 #   sh run.sh python                            prints the Python that it would be made with
 # NEUCORE_VENV names another folder than .venv; PYTHON another Python: a path, or a version such as 3.11 (3.10 to 3.14).
+# TORCH=cpu takes torch's CPU build, 5 GB smaller, where pip can get it; a machine without an NVIDIA GPU does so by itself
+# (TORCH=cuda: the other build).
 set -eu
 cd "$(dirname "$0")"
 VENV="${NEUCORE_VENV:-.venv}"
@@ -81,11 +83,62 @@ check_wish() {
 
 # The tested set of packages for the environment's Python: what the host asks for has no wheels for 3.12 and later.
 pins() {
-    if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+    if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null; then
         echo constraints-3.12.txt
     else
         echo constraints.txt
     fi
+}
+
+# The pinned version of a package, and that of the environment, nothing where it has none.
+pinned() { sed -n "s/^$1==//p" "$(pins)"; }
+installed() { "$VENV/bin/python" -c "from importlib.metadata import version; print(version('$1'))" 2>/dev/null || :; }
+
+# Whether pip, as it is set up here, can get the CPU build of a package. PyPI has none for Linux.
+offered() {
+    [ "$(installed "$1")" = "$(pinned "$1")+cpu" ] ||
+        "$VENV/bin/python" -m pip --disable-pip-version-check index versions "$1" 2>/dev/null |
+        tr -s ' (),' '\n' | grep -qxF "$(pinned "$1")+cpu"
+}
+
+has_gpu() { [ -e /proc/driver/nvidia/version ] || nvidia-smi -L 2>/dev/null | grep -q GPU; }
+
+# An environment keeps the build of torch that it has; another one that is asked for must not be passed over in silence.
+check_torch() {
+    case ${TORCH:-} in
+    '') return 0 ;;
+    cpu | cuda) ;;
+    *) fail "TORCH=$TORCH; allowed: cpu, cuda" ;;
+    esac
+    [ "$(uname -s)" = Linux ] || return 0
+    has=$(installed torch)
+    case $has in '') return 0 ;; *+cpu) kind=cpu ;; *) kind=cuda ;; esac
+    [ "$TORCH" = "$kind" ] ||
+        fail "$VENV has torch $has, TORCH asks for $TORCH; remove it, or name another: NEUCORE_VENV=.venv-$TORCH"
+}
+
+# Sets $torch, what pip is asked for beside the pinned set, and $size, what that costs. Only for Linux has torch CUDA.
+choose_torch() {
+    torch='' size='about 0.6 GB to fetch, 2 to 3 GB of disk'
+    [ "$(uname -s)" = Linux ] || return 0
+    build="$(pinned torch)+cpu torchvision==$(pinned torchvision)+cpu"
+    wish=${TORCH:-}
+    case "$wish $(installed torch)" in
+    ' '*+cpu) wish=cpu ;;
+    ' '?*) wish=there ;;
+    ' ') ! has_gpu || wish=there ;;  # pip's own choice
+    esac
+    if [ "$wish" != cuda ] && [ "$wish" != there ] && offered torch && offered torchvision; then
+        torch="torch==$build"
+        [ -n "$wish" ] || say "no NVIDIA GPU is here and pip can get torch's CPU build: taking it (else: TORCH=cuda)"
+        return 0
+    fi
+    [ "$wish" != cpu ] || fail "for TORCH=cpu pip finds no torch==$build. Name an index that has
+them (PIP_EXTRA_INDEX_URL; PyTorch's installation page says which) or a folder of their wheels (PIP_FIND_LINKS). The build
+with CUDA, TORCH=cuda, runs without a GPU as well"
+    [ "$wish" != cuda ] || torch="torch!=$(echo "$build" | sed 's/==/!=/')"
+    size='about 3.5 GB to fetch, 7 to 8 GB of disk'
+    [ -n "$wish" ] || size="$size (5 GB of it CUDA; no NVIDIA GPU is here: TORCH=cpu leaves it out where pip can get that build)"
 }
 
 # What the environment must have been made from; also the folder, which an editable install remembers.
@@ -121,6 +174,7 @@ PY
 
 setup() {
     check_wish
+    check_torch
     if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(wanted_stamp 2>/dev/null)" ]; then
         return 0
     fi
@@ -133,10 +187,12 @@ setup() {
         "$python" -m venv --clear "$VENV" || fail "$python could not make $VENV; see above"
     fi
     [ ! -f "$UNFINISHED" ] || repair
-    say "installing the tested set of packages into $VENV; the first time this takes minutes and some 7 GB"
+    choose_torch
+    say "installing the tested set of packages into $VENV; the first time: $size, minutes"
     rm -f "$STAMP"
     : >"$UNFINISHED"
-    "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$(pins)" -e '.[emoji,test]' &&
+    # shellcheck disable=SC2086  # $torch is words
+    "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$(pins)" -e '.[emoji,test]' $torch &&
         "$VENV/bin/python" -m neucore_plugin setup-host ||
         fail "the installation did not finish (see above); the same command continues it"
     wanted_stamp >"$STAMP.new"
@@ -185,7 +241,7 @@ docs)
     say "ready: site/index.html"
     ;;
 *)
-    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
     [ "$command" = help ] || fail "unknown command '$command'; allowed: emoji, demo, test, docs, setup, python"
     ;;
 esac

@@ -131,6 +131,8 @@ def run_script(tmp_path):
     home = tmp_path / "a checkout"
     home.mkdir()
     shutil.copy(ROOT / "run.sh", home)
+    for name in SETS:
+        (home / name).write_text("torch==2.14.1\ntorchvision==0.29.1\n")
 
     def script(path: str, lines: str) -> Path:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +180,84 @@ def test_run_script_does_not_pass_over_the_python_that_was_asked_for(run_script)
     for asked in ("3.12", str(made), ""):
         status, _, error = run("setup", NEUCORE_VENV="my env", PYTHON=asked)
         assert (status, error.splitlines()[-1]) == (0, "run.sh: ready: my env/bin/neucore --help")
+
+
+@pytest.fixture
+def torch_script(run_script, tmp_path):
+    """run.sh with a Python whose pip is the real one, where it is asked what there is: empty wheels in a folder.
+
+    A function of the wheels, of the torch that the environment has, and of variables: (rc, what pip was to install
+    beside the package, None where it was not called; what was said).
+    """
+    script, run = run_script
+    script("shims/nvidia-smi", 'echo "$GPUS"')  # none, unless a test says so
+
+    def setup(wheels: str, installed: str = "", **variables: str) -> tuple[int, str | None, str]:
+        folder, asked = tmp_path / "wheels", tmp_path / "asked"
+        for old in (folder, asked):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        folder.mkdir()
+        for wheel in wheels.split():
+            (folder / f"{wheel}-py3-none-any.whl").touch()
+        lines = [
+            'case "$*" in',
+            f"*importlib.metadata*) echo {installed} ;;",
+            f"*' index '*) exec '{sys.executable}' \"$@\" ;;",
+            f"*' install '*) printf '%s' \"$*\" >'{asked}' ;;",
+            "*sys.version_info*) ;;",
+            "-) echo stamp$RANDOM$$ ;;",  # never the same: what is there is always set up again
+            "esac",
+        ]
+        script("a checkout/.venv/bin/python", "\n".join(lines))
+        status, _, error = run(
+            "setup", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(folder), PIP_CONFIG_FILE=os.devnull, **variables
+        )
+        called = asked.read_text().partition("-e .[emoji,test]")[2].strip() if asked.exists() else None
+        return status, called, error
+
+    return setup
+
+
+CPU_WHEELS = "torch-2.14.1 torch-2.14.1+cpu torch-2.15.0+cpu torchvision-0.29.1 torchvision-0.29.1+cpu"
+CPU_BUILD = "torch==2.14.1+cpu torchvision==0.29.1+cpu"
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="torch has CUDA on Linux alone")
+
+
+@LINUX
+@pytest.mark.skipif(os.path.exists("/proc/driver/nvidia"), reason="for machines without a GPU")
+@pytest.mark.parametrize(
+    ("wheels", "installed", "wish", "asked", "said"),
+    [
+        (CPU_WHEELS, "", "", CPU_BUILD, "taking it (else: TORCH=cuda)"),
+        (CPU_WHEELS, "", "cpu", CPU_BUILD, "about 0.6 GB to fetch, 2 to 3 GB of disk"),
+        (
+            CPU_WHEELS,
+            "",
+            "cuda",
+            "torch!=2.14.1+cpu torchvision!=0.29.1+cpu",
+            "about 3.5 GB to fetch, 7 to 8 GB of disk",
+        ),
+        (CPU_WHEELS, "2.13.0+cpu", "", CPU_BUILD, "about 0.6 GB to fetch"),  # keeps to its build when pins move
+        (CPU_WHEELS, "2.13.0", "", "", "about 3.5 GB to fetch"),
+        ("torch-2.14.1 torch-2.15.0+cpu", "", "", "", "no NVIDIA GPU is here: TORCH=cpu leaves it out where pip can"),
+        ("torch-2.14.1 torch-2.14.1+cpu torchvision-0.29.1", "", "", "", "5 GB of it CUDA"),
+        ("", "2.13.0+cpu", "", None, "pip finds no torch==2.14.1+cpu torchvision==0.29.1+cpu"),
+        ("torch-2.14.1 torch-2.14.1+cu130", "", "cpu", None, "PIP_EXTRA_INDEX_URL"),
+        (CPU_WHEELS, "2.14.1", "cpu", None, ".venv has torch 2.14.1, TORCH asks for cpu; remove it, or name another"),
+        (CPU_WHEELS, "2.14.1+cpu", "cuda", None, "NEUCORE_VENV=.venv-cuda"),
+        (CPU_WHEELS, "", "gpu", None, "error: TORCH=gpu; allowed: cpu, cuda"),
+    ],
+)
+def test_run_script_takes_the_cpu_build_of_torch_where_pip_has_it(torch_script, wheels, installed, wish, asked, said):
+    status, called, error = torch_script(wheels, installed, TORCH=wish)
+    assert (status, called) == (2 if asked is None else 0, asked), error
+    assert said in error
+
+
+@LINUX
+def test_run_script_leaves_torch_to_pip_where_a_gpu_is(torch_script):
+    status, called, error = torch_script(CPU_WHEELS, GPUS="GPU 0: one")
+    assert (status, called) == (0, "") and "about 3.5 GB to fetch" in error and "no NVIDIA GPU" not in error
 
 
 def test_help_is_fast_and_light(tmp_path):
