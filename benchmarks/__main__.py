@@ -4,6 +4,7 @@
     python -m benchmarks --out mine.json                # full sizes; an hour and more
     python -m benchmarks --quick --compare mine.json    # how each ratio moved since; sizes must be the same
     python -m benchmarks --quick step scoring           # these alone
+    python -m benchmarks growth --plots growth          # how a training step grows, also as pictures in growth/
 
 Run it in the repository's root. Times are processor seconds, and so are ratios and shares: other work on the machine
 disturbs them least. "share" is what ours reaches of the rate of a large matrix product ("products"), or of what a sum
@@ -25,7 +26,7 @@ sys.path.insert(0, str(HERE))
 
 from machine import Row, own_process, table  # noqa: E402
 
-SCRIPTS = ("scoring", "search", "evaluation", "step", "grad_cache", "data", "backbones")
+SCRIPTS = ("scoring", "search", "evaluation", "step", "growth", "grad_cache", "data", "backbones")
 
 
 def shown(rows: list[Row], old: dict[str, Row]) -> str:
@@ -66,15 +67,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads of all forms (1)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there as well")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show how the ratios moved since")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the curves of 'growth' there, as SVG")
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.scripts if name not in SCRIPTS]:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(SCRIPTS)}")
+    names = given.scripts or list(SCRIPTS)
+    if given.plots and "growth" not in names:
+        parser.error("--plots draws the curves of the benchmark 'growth'; name it as well")
     old = read(given.compare) if given.compare else {}
     rows, failed = [], []
-    for name in given.scripts or SCRIPTS:
+    for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
+        wanted = f"{given.quick}, {str(given.plots)!r}" if given.plots and name == "growth" else given.quick
         code = f"import json, sys; sys.path.insert(0, {str(HERE)!r}); import {name}; from dataclasses import asdict; "
-        code += f"print(json.dumps([asdict(row) for row in {name}.rows({given.quick})]))"
+        code += f"print(json.dumps([asdict(row) for row in {name}.rows({wanted})]))"
         try:
             answer = own_process("-c", code, threads=given.threads)
             rows += [Row(**row) for row in json.loads(answer.splitlines()[-1])]
