@@ -50,8 +50,8 @@ class ClauseFusion(nn.Module):
         """tokens [B,N,D], pooled [B,D], sentence [B,C,D], present [B,C], which clauses there are -> fused and change,
         both [B,D]."""
         check_shape("pooled vectors [B,D]", pooled, None, self.dim)
-        check_shape("image tokens [B,N,D]", tokens, len(pooled), None, self.dim)
-        check_shape("sentence vectors [B,C,D]", sentence, len(pooled), None, self.dim)
+        check_shape("image tokens [B,N,D]", tokens, pooled.shape[0], None, self.dim)
+        check_shape("sentence vectors [B,C,D]", sentence, pooled.shape[0], None, self.dim)
         check_shape("clauses that there are [B,C]", present, *sentence.shape[:2])
         fused, change = pooled, torch.zeros_like(pooled)
         for number, here in enumerate(present.unbind(1)):
