@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch.utils.data import DataLoader
 
+from neucore_plugin.clauses import clauses
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError, DataError
 from neucore_plugin.common.files import features_dir
@@ -129,7 +131,7 @@ class ComposedImageRetrievalTask(BaseTask):
         model.image_processor = shown_as[-1].images.processor
         root, cache = features_dir(self.run.cache_dir), bool(self.run.cache_features) and not model.reads_pairs
         for dataset in everything:
-            dataset.clauses = model.clauses_of if model.clauses > 1 else None
+            dataset.clauses = partial(clauses, most=model.clauses) if model.clauses > 1 else None
             dataset.images.reads = model.image_reads
         encode_ahead(everything, model.backbone, model.device, root, distributed.on_main, cache, output_dir)
 

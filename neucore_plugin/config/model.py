@@ -238,7 +238,8 @@ class NeucoreSchema(ModelSchema):
         yield from self.heads_conflict("concept_alignment.heads", self.concept_alignment.heads)
         allowed = ["fused", "explicit", *(["implicit", "change"] if self.form == "clauses" else ["background"])]
         if unknown := [term for term in self.matching.terms if term not in allowed]:
-            yield "matching.terms", f"got {unknown}; model.form {self.form} has {', '.join(allowed)}"
+            other = "" if self.form == "clauses" else "; the type embedded_paper sets all that this form needs"
+            yield "matching.terms", f"got {unknown}; model.form {self.form} has {', '.join(allowed)}{other}"
         if self.form == "released":
             for key, given, needed in (
                 ("concept_alignment.bag", self.concept_alignment.bag, "joint"),

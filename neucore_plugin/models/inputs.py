@@ -84,7 +84,7 @@ def drawn(query_dropout: Mapping[str, float], draw: Tensor) -> tuple[Tensor, Ten
 
 
 def uniform(noise: Tensor) -> Tensor:
-    """The samples' noise [B] -> a draw from [0, 1) that follows from it; from other bits than `dropped` takes."""
+    """The samples' noise [B] -> a draw from [0, 1) that follows from it; unlike those of `kept_channels`."""
     return (noise >> 38).remainder(2**23).float() / 2**23
 
 

@@ -74,11 +74,11 @@ class FirstOrder:
         for weight, factors in parts:
             rows = {key: value[0].double().cpu() for key, value in factors.items()}
             row = rows.get("cosines")
+            if "change" in rows and row is not None:  # as of images at a distance of 1 from the reference
+                row = row + torch.nn.functional.pad(rows["change"], (0, len(row) - len(rows["change"])))
             if self.squares is not None:
                 lengths = (rows["squares"] @ self.squares).clamp(min=TINY).sqrt()  # [T]
                 explicit = (rows["weighted"] / lengths[:, None]).sum(dim=0)
-                if "change" in rows:  # as of images at a distance of 1 from the reference
-                    explicit = explicit + rows["change"]
                 if row is None:
                     row = explicit
                 elif self.shared:
