@@ -74,11 +74,12 @@ class FirstOrder:
         for weight, factors in parts:
             rows = {key: value[0].double().cpu() for key, value in factors.items()}
             row = rows.get("cosines")
-            if "change" in rows and row is not None:  # as of images at a distance of 1 from the reference
-                row = row + torch.nn.functional.pad(rows["change"], (0, len(row) - len(rows["change"])))
+            change = rows.get("change", 0.0)  # as of images at a distance of 1 from the reference
+            if self.squares is None and "change" in rows:  # the cosines are those of the unit vectors
+                row = row + torch.nn.functional.pad(change, (0, len(row) - len(change)))
             if self.squares is not None:
                 lengths = (rows["squares"] @ self.squares).clamp(min=TINY).sqrt()  # [T]
-                explicit = (rows["weighted"] / lengths[:, None]).sum(dim=0)
+                explicit = (rows["weighted"] / lengths[:, None]).sum(dim=0) + change
                 if row is None:
                     row = explicit
                 elif self.shared:
