@@ -232,6 +232,10 @@ class ClausewiseNeucore(NeucoreModel):
         tokens = self.alignment.encode(query.reference["tokens"])["tokens"]
         return self._composed(query, tokens, query.reference["pooled"])
 
+    def concepts_read(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+        """The concepts of relative captions, as the alignment has them; queries are composed without."""
+        return self.extract_concepts(texts)
+
     def _composed(self, query: Query, tokens: Tensor, origin: Tensor) -> dict[str, Tensor]:
         """origin [Q,D]: the references, as gallery images are encoded."""
         pooled, sentence = query.reference["pooled"], query.text["sentence"]
