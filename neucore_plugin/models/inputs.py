@@ -66,7 +66,8 @@ class Projection(nn.Sequential):
         if len(kept) == 1:  # no normalised copy of x is made: x, a cached feature map, is by far the largest here
             weight = linear.weight * (norm.weight * kept)  # [D,C]
             mean = x.mean(-1, keepdim=True)
-            variance = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] - mean.square()
+            squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+            variance = (squares - mean.square()).clamp_min(0)  # of a constant x rounding alone is left
             centred = F.linear(x, weight) - mean * weight.sum(1)
             return centred * (variance + norm.eps).rsqrt() + bias[0]
         normal = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)

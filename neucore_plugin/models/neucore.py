@@ -79,11 +79,12 @@ class NeucoreModel(CirModel):
     def from_section(cls, backbone: Backbone, vocabulary: ConceptVocabulary, config: dict[str, Any]) -> "NeucoreModel":
         """Build from a complete `model` section; of the form in clauses a `ClausewiseNeucore`."""
         loss, alignment, fusion = config["loss"], dict(config["concept_alignment"]), dict(config["fusion"])
-        if config["form"] == "clauses":
-            cls, alignment["background"] = ClausewiseNeucore, False
+        kind = ClausewiseNeucore if config["form"] == "clauses" else NeucoreModel
+        if kind is ClausewiseNeucore:
+            alignment["background"] = False
         else:
             del fusion["clauses"], fusion["places"]
-        return cls(
+        return kind(
             backbone=backbone,
             vocabulary=vocabulary,
             alignment=alignment,

@@ -108,6 +108,7 @@ def test_dropout_acts_at_four_places_of_an_executor_in_training_alone(monkeypatc
     monkeypatch.setattr(torch.nn.functional, "dropout", drop)
     for name in ("official_cirr", "official_fashioniq", "official_shoes"):
         fusion = {**model_defaults({"model_type": name})["fusion"], "module_depth": 1}
+        del fusion["clauses"], fusion["places"]  # of another form
         executor = ProgressiveFusion(dim=12, released=True, **fusion).executors[0][0]
         assert executor.attention[0].heads == 8 and executor.attention[0].proj.in_features == 512
         for training in (True, False):

@@ -28,9 +28,9 @@ class Stopped(Exception):
 def started(tiny_config, monkeypatch):
     """Train; stop before a batch. The last checkpoint."""
 
-    def start(name: str, run: dict, stop_at: int = -1) -> dict:
+    def start(name: str, run: dict, stop_at: int = -1, model_type: str = "embedded_paper") -> dict:
         def change(config: dict) -> None:
-            config["model"] |= MODEL
+            config["model"] |= {**MODEL, "model_type": model_type}
             places = {"output_dir": str(Path(config["run"]["output_dir"]) / name), "resume": "auto", "report": False}
             config["run"].update({"ema_decay": 0.9, "valid_splits": [], "test_splits": ["val"], **places, **run})
 
@@ -72,6 +72,15 @@ def test_continued_equals_uninterrupted(started, run):
     ):
         assert one.keys() == other.keys() and one
         assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_gallery_with_gradient_continues_as_well(started):
+    """The form in clauses keeps no encodings: its negatives follow from the seed and the step."""
+    whole = started("whole", ITERS, model_type="embedded")
+    started("parts", ITERS, stop_at=6, model_type="embedded")
+    parts = started("parts", ITERS, model_type="embedded")
+    assert whole["training"] is None and parts["model"].keys() == whole["model"].keys()
+    assert all(torch.equal(value, whole["model"][name]) for name, value in parts["model"].items())
 
 
 def test_a_stream_says_what_to_set_instead(tiny_config, monkeypatch):

@@ -1,0 +1,142 @@
+"""What a model reads of its backbone or of cached features: images and texts, projected to its width.
+
+B batch, N image tokens, L words, C clauses, D width.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neucore_plugin.clauses import clauses, joined, padded
+from neucore_plugin.common.errors import first_few
+from neucore_plugin.concepts import ConceptExtractor, ReleasedConceptExtractor
+from neucore_plugin.models.inputs import Projection, kept_channels, with_stand_ins
+
+log = logging.getLogger(__name__)
+
+
+class Reading:
+    """The part of `CirModel` that reads; its attributes are set there."""
+
+    backbone: Any
+    image_projection: nn.Module | None
+    pooled_projection: nn.Module | None
+    word_projection: nn.Module | None
+    sentence_projection: nn.Module | None
+    _extractor: ConceptExtractor | None
+
+    def image_features(
+        self,
+        names: Iterable[str],
+        pixels: Tensor | None,
+        tokens: Tensor | None = None,
+        pooled: Tensor | None = None,
+        noise: Tensor | None = None,
+        side: int = 0,
+    ) -> dict[str, Tensor]:
+        """pixels [B,3,H,W], or cached backbone outputs -> those of `names`, projected: tokens [B,N,D], pooled [B,D].
+
+        noise [B], or [1] for all rows together: what dropout in training follows from; None: there is none. side: a
+        sample's images, 0, 1, ..., lose different features.
+        """
+        return self._projected(self._raw(names, pixels, tokens, pooled), noise, side)
+
+    def _raw(
+        self, names: Iterable[str], pixels: Tensor | None, tokens: Tensor | None, pooled: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What the image encoder gives, or a cache has of it."""
+        names, found = sorted(names), {"tokens": tokens, "pooled": pooled}
+        if any(found[name] is None for name in names):
+            if pixels is None:
+                raise ValueError(f"give an image as pixels, or its cached {' and '.join(names)}")
+            found = self.backbone.image(pixels.to(self.device))
+        return {name: found[name].to(self.device) for name in names}
+
+    def _projected(self, read: Mapping[str, Tensor], noise: Tensor | None, side: int = 0) -> dict[str, Tensor]:
+        layers = {"tokens": self.image_projection, "pooled": self.pooled_projection}
+        if not (self.training and self.feature_dropout and noise is not None):
+            return {name: layers[name](value) for name, value in read.items()}
+        found = {}
+        for name, value in read.items():
+            slot = 2 * side + (name == "pooled")
+            kept = kept_channels(value.shape[-1], self.feature_dropout, noise, slot).to(value)
+            if isinstance(layers[name], Projection):
+                found[name] = layers[name](value, kept)
+            else:
+                found[name] = layers[name](value * kept.view(len(kept), *[1] * (value.ndim - 2), -1))
+        return found
+
+    def tokens_of(self, images: Tensor) -> Tensor:
+        """pixels [B,3,H,W], or cached tokens [B,N,Di] -> projected tokens [B,N,D]."""
+        given = {"pixels": images} if images.ndim == 4 else {"pixels": None, "tokens": images}
+        return self.image_features(["tokens"], **given)["tokens"]
+
+    def text_features(self, texts: Sequence[str], features: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """texts, or cached backbone features -> words [B,L,D], word_mask [B,L], sentence [B,D]: what queries read.
+
+        Of a model that reads clauses: sentence [B,C,D], and which of the C there are, present [B,C]; C is always the
+        most that there can be, lest an encoding depend on its batch-mates.
+        """
+        if self.word_projection is None and self.sentence_projection is None:
+            return {}
+        if features is None:
+            features = self._read(texts)
+        mask = features["word_mask"].to(self.device)
+        result = {}
+        if "clause" in features:
+            numbers = torch.arange(self.clauses, device=self.device)[:, None]
+            own = mask[:, None] & (features["clause"].to(self.device)[:, None] == numbers)  # [B,C,L]
+            result["present"] = own.any(2)
+        if self.word_projection is not None:
+            words = self.word_projection(features["words"].to(self.device)) * mask[..., None]
+            result |= {"words": words, "word_mask": mask}
+        if self.sentence_projection is not None:
+            sentence = features["sentence"].to(self.device)
+            if "clause" in features:
+                sentence = nn.functional.pad(sentence, (0, 0, 0, self.clauses - sentence.shape[1]))
+            result["sentence"] = self.sentence_projection(sentence)
+        return with_stand_ins(result, ~mask.any(1), self.absent_word, self.absent_sentence)
+
+    def _read(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoder gives of texts, as `padded` gives it."""
+        parts = [self.clauses_of(self.caption_processor(text)) for text in texts]
+        encoded = self.backbone.text([part for one in parts for part in one])
+        if self.clauses == 1:
+            return {"words": encoded["words"], "word_mask": encoded["mask"], "sentence": encoded["sentence"]}
+        rows = [
+            (words[mask.bool()], sentence)
+            for words, mask, sentence in zip(*(encoded[name] for name in ("words", "mask", "sentence")), strict=True)
+        ]
+        numbers = iter(rows)
+        return padded([joined([next(numbers) for _ in one]) for one in parts])
+
+    def clauses_of(self, caption: str) -> list[str]:
+        """What the text encoder reads of a caption: itself, or its clauses."""
+        return clauses(caption, self.clauses)
+
+    def tell_unknown(self, texts: Iterable[str]) -> None:
+        """One warning for all captions in which the text encoder reads nothing: they ask for no change."""
+        if self.word_projection is None and self.sentence_projection is None:
+            return
+        texts, known = list(dict.fromkeys(texts)), getattr(self.backbone.text, "known", str.strip)
+        unknown = [text for text in texts if not known(self.caption_processor(text))]
+        if unknown:
+            log.warning(
+                "%d of %d captions hold nothing that the text encoder knows, so they do not say what should be "
+                "different: %s; write them in other words",
+                *(len(unknown), len(texts), first_few(repr(text[:80]) for text in unknown)),
+            )
+
+    def concepts_read(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+        """The words of relative captions that `encode_query` takes as concepts: none of a model that reads none."""
+        return self.extract_concepts(texts) if "concepts" in self.query_reads else [()] * len(texts)
+
+    def extract_concepts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+        """Concepts of relative captions, as lemmas of the configured parts of speech."""
+        if self._extractor is None:
+            kind = ReleasedConceptExtractor if self.raw_captions else ConceptExtractor
+            self._extractor = kind(self.concept_pos)
+        return self._extractor([self.caption_processor(text) for text in texts])
