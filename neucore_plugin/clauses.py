@@ -14,6 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 TEXT_KEYS = ("words", "word_mask", "sentence", "clause")  # of a batch with cached features of its texts
 # Where one change ends and the next begins: at marks, at "and", and before "with".
 BETWEEN = r"(?i:\s*[,;]\s*(?:and\s+)?|\s+and\s+|\s+(?=with\s))"
+# Words that ask for nothing by themselves: what has no others, such as "as before", is no clause of its own.
+STILL = (
+    "a an the as at be been before but else every everything all in is are was were it its them they their this that "
+    "these those than just keep kept like now only other others otherwise rest same should stay stays still again"
+).split()
 
 
 def clauses(caption: str, most: int) -> list[str]:
@@ -25,12 +30,23 @@ def clauses(caption: str, most: int) -> list[str]:
     ['now a woman', 'with dark skin', 'a hat']
     >>> clauses("now a woman with dark skin and a hat", 2)
     ['now a woman', 'with dark skin and a hat']
-    >>> clauses("with a hat", 4)
-    ['with a hat']
+    >>> clauses("as before, only with a hat", 4)
+    ['as before, only with a hat']
     """
     if most < 2:
         return [caption]
-    return [part for part in re.split(BETWEEN, caption, maxsplit=most - 1) if part] or [caption]
+    first, *rest = re.split(f"({BETWEEN})", caption)
+    parts = [first]
+    for mark, part in zip(rest[::2], rest[1::2], strict=True):
+        if len(parts) < most and _asks(parts[-1]) and _asks(part):
+            parts.append(part)
+        else:
+            parts[-1] += mark + part
+    return [part for part in (one.strip(" ,;") for one in parts) if part] or [caption]
+
+
+def _asks(text: str) -> bool:
+    return any(word not in STILL for word in re.findall(r"\w+", text.lower()))
 
 
 def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from neucore_plugin.clauses import BETWEEN
+from neucore_plugin.clauses import BETWEEN, STILL
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.common.files import write_json
 from neucore_plugin.export.lemmas import form_table
@@ -68,7 +68,7 @@ def export_onnx(model: CirModel, folder: Path) -> str:
         model.extract_concepts([""])
         rules["forms"] = form_table(model.vocabulary.words, whole_words(model.backbone.text), model._extractor)
     if model.clauses > 1:
-        rules |= {"clauses": model.clauses, "between": BETWEEN}
+        rules |= {"clauses": model.clauses, "between": BETWEEN, "still": list(STILL)}
     write_json(folder / RULES, rules, indent=None)
     shutil.copyfile(Path(__file__).with_name("search_script.py"), folder / SCRIPT)
     try:

@@ -38,6 +38,10 @@ def numbers(texts):  # [texts, longest] numbers of word pieces
     return np.array([line.ids for line in PIECES.encode_batch(texts)], dtype=np.int64)
 
 
+def asks(text):  # whether it has a word that asks for something
+    return any(word not in RULES["still"] for word in re.findall(r"\w+", text.lower()))
+
+
 def run(graph, given):  # of `given` what the graph reads -> {output: array}
     found = graph.run(None, {wanted.name: given[wanted.name] for wanted in graph.get_inputs()})
     return {output.name: array for output, array in zip(graph.get_outputs(), found, strict=True)}
@@ -53,7 +57,14 @@ gallery = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
 parts = [asked.text]
 if "clauses" in RULES:  # the model reads each clause of the caption by itself
     text = PIECES.normalizer.normalize_str(asked.text).strip()
-    parts = [part for part in re.split(RULES["between"], text, maxsplit=RULES["clauses"] - 1) if part] or [text]
+    first, *rest = re.split("(" + RULES["between"] + ")", text)
+    parts = [first]
+    for mark, part in zip(rest[::2], rest[1::2], strict=True):
+        if len(parts) < RULES["clauses"] and asks(parts[-1]) and asks(part):
+            parts.append(part)
+        else:
+            parts[-1] += mark + part
+    parts = [part for part in (one.strip(" ,;") for one in parts) if part] or [text]
     parts += [""] * (RULES["clauses"] - len(parts))
 given = {"has_image": np.array([asked.image is not None]), "pieces": numbers(parts)}
 if "clauses" in RULES:
