@@ -52,14 +52,15 @@ def measure(model_type: str, batch: int, rounds: int) -> dict[str, float]:
     image, text = model.backbone.image, model.backbone.text
     pixels = torch.rand(batch, 3, image.image_size, image.image_size)
     texts, concepts = [TEXT] * batch, [CONCEPTS] * batch
-    tokens, words = image(pixels)["tokens"], text(texts)
+    seen, words = image(pixels), text(texts)
+    features = {name: seen[name] for name in ("tokens", "pooled") if name in seen}
     cached = {"words": words["words"], "word_mask": words["mask"], "sentence": words["sentence"]}
     parts = {
         "image encoder": lambda: image(pixels),
         "text encoder": lambda: text(texts),
-        "head, image": lambda: model.encode_image(tokens=tokens),
+        "head, image": lambda: model.encode_image(**features),
         "head, query": lambda: model.encode_query(
-            tokens=tokens, texts=texts, text_features=cached, concept_words=concepts
+            **features, texts=texts, text_features=cached, concept_words=concepts
         ),
     }
     found = {name: 1000 * seconds / batch for name, seconds in fastest(parts, rounds).items()}

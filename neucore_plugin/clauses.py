@@ -13,12 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 TEXT_KEYS = ("words", "word_mask", "sentence", "clause")  # of a batch with cached features of its texts
 # Where one change ends and the next begins: at marks, at "and", and before "with".
-BETWEEN = r"(?i:\s*[,;]\s*(?:and\s+)?|\s+and\s+|\s+(?=with\s))"
+BETWEEN = r"(?i:\s*[,;](?!\d)\s*(?:and\s+)?|\s+and\s+|\s+(?=with\s))"
 # Words that ask for nothing by themselves: what has no others, such as "as before", is no clause of its own.
 STILL = re.findall(
     r"\w+",
-    "a an the as at be been before but else every everything all in is are was were it its them they their this that "
-    "these those than just keep kept like now only other others otherwise rest same should stay stays still again",
+    "a an and the with as at be been before but else every everything all in is are was were it its them they their "
+    "this that these those than just keep kept like now only other others otherwise rest same should stay stays still "
+    "again",
 )
 
 

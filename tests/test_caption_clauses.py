@@ -56,7 +56,7 @@ def cut(caption):
             parts.append([word])
         else:
             parts[-1].append(word)
-    return [" ".join(part) for part in parts if part]
+    return [" ".join(part) for part in parts]
 
 
 @needs_real("cirr")

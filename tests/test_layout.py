@@ -59,6 +59,7 @@ HOST_LINE = (  # these alone may import lavis
 LIFTABLE = (
     "models.concept_alignment",
     "models.concept_loss",
+    "models.clause_fusion",
     "models.progressive_fusion",
     "models.matching",
     "models.matching_loss",

@@ -48,6 +48,8 @@ def reconciled(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str,
     ]
     if problems:
         listed = "\n  ".join(problems)
+        if old.get("form") == "default" and new.get("form") == "clauses":
+            listed += "\n  (the type embedded has another form now; model.model_type: embedded_paper has the former)"
         raise CheckpointError(
             f"{path} was trained with other settings; give the config the same, or train anew\n  {listed}"
         )

@@ -237,9 +237,16 @@ class NeucoreSchema(ModelSchema):
         yield from super().conflicts()
         yield from self.heads_conflict("concept_alignment.heads", self.concept_alignment.heads)
         allowed = ["fused", "explicit", *(["implicit", "change"] if self.form == "clauses" else ["background"])]
+        other = "; the type embedded_paper has the former form" if self.form == "clauses" else ""
         if unknown := [term for term in self.matching.terms if term not in allowed]:
-            other = "" if self.form == "clauses" else "; the type embedded_paper sets all that this form needs"
             yield "matching.terms", f"got {unknown}; model.form {self.form} has {', '.join(allowed)}{other}"
+        elif self.matching.terms == ["change"]:
+            yield "matching.terms", "got change alone; allowed: beside another term"
+        own, usual = {"clauses", "places"}, FusionSchema()
+        for key in FusionSchema.model_fields:
+            if (key in own) != (self.form == "clauses") and getattr(self.fusion, key) != getattr(usual, key):
+                given = getattr(self.fusion, key)
+                yield f"fusion.{key}", f"got {given}; model.form {self.form} does not read it{other}"
         if self.form == "released":
             for key, given, needed in (
                 ("concept_alignment.bag", self.concept_alignment.bag, "joint"),

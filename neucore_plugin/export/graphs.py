@@ -4,7 +4,7 @@ Both give factors of the score, so that whoever searches needs no more than prod
 lower product is 0):
 
 S = cosines . cosines^T + sum_T weighted_T . weighted^T / sqrt(squares_T . squares^T)
-  + (change . units^T - change . origin) / sqrt(2.001 - 2 origin . units^T)
+  + (change . units^T - change . origin) / sqrt(2 + NEAREST - 2 origin . units^T)
 
 B images, Q queries, S side of a picture, L word pieces, K concepts, P word pieces of a concept, D width.
 """
@@ -32,6 +32,7 @@ from neucore_plugin.models.backbones.bert_words import BertText
 from neucore_plugin.models.backbones.encoder import TextEncoder
 from neucore_plugin.models.base import CirModel
 from neucore_plugin.models.inputs import EmbeddedConcepts, Query
+from neucore_plugin.models.matching import NEAREST
 
 IMAGE, QUERY, RULES, PIECES, SCRIPT = "image.onnx", "query.onnx", "search.json", "tokenizer.json", "search.py"
 TOLERANCE = 1e-4  # of a score, and of a cosine's factors
@@ -84,8 +85,8 @@ def export_onnx(model: CirModel, folder: Path) -> str:
     return (
         f"`{IMAGE}` and `{QUERY}` give factors of the score; `{SCRIPT}` searches with them, by onnxruntime, numpy, "
         f'tokenizers and Pillow alone: `python {SCRIPT} PICTURES --image ONE.jpg --text "the same but red"`. '
-        f"Differences to the model are below {TOLERANCE:g}. The script finds concepts by a table of their forms, not "
-        "by the tagger of the training."
+        f"Differences to the model are below {TOLERANCE:g}."
+        + (" The script finds concepts by a table of their forms, not by the tagger." if query.reads_concepts else "")
     )
 
 
@@ -395,6 +396,6 @@ def scores(query: Mapping[str, np.ndarray], gallery: Mapping[str, np.ndarray]) -
         total = total + (upper / np.sqrt(np.maximum(lower, 1e-24))).sum(axis=1)
     if "change" in query:
         at_reference = (query["change"] * query["origin"]).sum(axis=1, keepdims=True)
-        distance = 2.001 - 2 * query["origin"] @ gallery["units"].T
+        distance = 2 + NEAREST - 2 * query["origin"] @ gallery["units"].T
         total = total + (query["change"] @ gallery["units"].T - at_reference) / np.sqrt(distance)
     return total

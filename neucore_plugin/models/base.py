@@ -279,11 +279,13 @@ class CirModel(Reading, BaseModel):
         target = self._projected(shown, shared)
         text = self.text_features(samples["text_input"], cached_text(samples))
         concept_words = list(samples["concept_words"])
-        query = Query(reference, text, concept_words)
+        query, origin = Query(reference, text, concept_words), negative
         if self.training and self.batch_loss.partial_weight is None:
             lost = drawn(self.query_dropout, torch.rand(len(concept_words), device=self.device))
             query = without(query, *lost, *self._stand_ins())
-        return Pairs(query.reference, query.text, query.concept_words, target, negative)
+            if negative is not None and self.absent_image is not None:
+                origin = torch.where(lost[0][:, None], self.absent_image, negative)
+        return Pairs(query.reference, query.text, query.concept_words, target, negative, origin)
 
     def shared_noise(self, samples: Mapping[str, Any]) -> Tensor:
         """[1], what the dropout of a step's gallery images follows from: the seed and the number of the step."""
@@ -326,8 +328,14 @@ class CirModel(Reading, BaseModel):
             read = {self.gallery_reads: images.features(rows, self.gallery_reads)}
             return self.represent(self.image_features([*read], None, **read, noise=noise)[self.gallery_reads])
 
-        wanted = self.batch_loss.wanted if isinstance(self.batch_loss.wanted, int) else None
-        self.batch_loss.negatives = Negatives(images, wanted, seed, encode, cheap=self.cheap_gallery)
+        self.seed, wanted = seed, self.batch_loss.wanted if isinstance(self.batch_loss.wanted, int) else None
+        negatives = self.batch_loss.negatives = Negatives(images, wanted, seed, encode, cheap=self.cheap_gallery)
+        if not negatives.live:
+            log.warning(
+                "model.matching.negatives is %s, but this model's gallery vectors are too dear to be made anew each "
+                "step: encodings are kept, without gradient, which has not helped so far; batch is the alternative",
+                self.batch_loss.wanted,
+            )
 
     def training_state(self) -> dict[str, Any] | None:
         """What continuing a training needs beside the weights."""

@@ -20,7 +20,8 @@ class ClauseFusion(nn.Module):
     from it: trained on captions of one change, it composes those of two. d is the change that is asked for, by itself.
 
     Args:
-        dim: D. places: whether a clause attends the tokens; without it r_c is left out.
+        dim: D. places: whether a clause attends the tokens; without it r_c is left out. fuses, changes: whether f and d
+            are asked for; else they are p and 0, and nothing is trained for them.
 
     >>> fusion = ClauseFusion(dim=8, places=True)
     >>> tokens, pooled, sentence = torch.randn(3, 16, 8), torch.randn(3, 8), torch.randn(3, 2, 8)
@@ -33,7 +34,7 @@ class ClauseFusion(nn.Module):
     CVPR 2019) without norms; r_c and d: ours.
     """
 
-    def __init__(self, *, dim: int, places: bool):
+    def __init__(self, *, dim: int, places: bool, fuses: bool = True, changes: bool = True):
         super().__init__()
         check_positive(dim=dim)
         self.dim, inputs = dim, (3 if places else 2) * dim
@@ -43,8 +44,10 @@ class ClauseFusion(nn.Module):
             layers = [nn.Linear(*pair) for pair in zip((inputs, *widths), (*widths, dim), strict=True)]
             return nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
 
-        self.gate, self.residual, self.change = mlp(2 * dim), mlp(2 * dim, 2 * dim), mlp(dim)  # G, R, T
-        self.weight = nn.Parameter(torch.ones(()))  # w
+        self.gate = mlp(2 * dim) if fuses else None  # G
+        self.residual = mlp(2 * dim, 2 * dim) if fuses else None  # R
+        self.weight = nn.Parameter(torch.ones(())) if fuses else None  # w
+        self.change = mlp(dim) if changes else None  # T
 
     def forward(self, tokens: Tensor, pooled: Tensor, sentence: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [B,N,D], pooled [B,D], sentence [B,C,D], present [B,C], which clauses there are -> fused and change,
@@ -77,5 +80,7 @@ class ClauseFusion(nn.Module):
         if self.key is not None:
             given.append(torch.einsum("bn,bnd->bd", self.looks_at(tokens, sentence), tokens))
         h = torch.cat([fused, *given], dim=-1)
-        step = self.gate(h).sigmoid() * fused + self.weight * self.residual(h)
-        return step, self.change(torch.cat([pooled, *given], dim=-1))
+        if self.gate is not None:
+            fused = self.gate(h).sigmoid() * fused + self.weight * self.residual(h)
+        change = torch.zeros_like(pooled) if self.change is None else self.change(torch.cat([pooled, *given], dim=-1))
+        return fused, change

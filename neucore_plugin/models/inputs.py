@@ -45,6 +45,7 @@ class Pairs(Query):
 
     target: Mapping[str, Tensor]  # as gallery images are read, and what else the training reads of them
     negative: Tensor | None = None  # the references, read as gallery images are
+    origin: Tensor | None = None  # the same, with stand-ins where a query has lost its image
 
 
 def projection(width: int, dim: int, normalised: bool | None) -> nn.Module:

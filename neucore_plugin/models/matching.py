@@ -21,9 +21,7 @@ GALLERY_BLOCK = 4096  # rows of the gallery prepared at a time: bounds the memor
 VECTOR_BLOCK = 256  # the same for one query, for each thread: a block and its squares stay in a core's own cache
 VECTOR_SPAN = 16384  # rows whose products are joined to scores at a time
 TINY = 1e-24  # squared length below which a vector counts as zero
-NEAREST = (
-    1e-3  # added to squared distances from the reference: images that are all but the same are no division by zero
-)
+NEAREST = 1e-3  # added to squared distances from the reference, lest one be zero
 
 
 def _inverse_length(squared: Tensor) -> Tensor:
@@ -112,7 +110,7 @@ class Matching(nn.Module):
         change: Tensor | None = None,
         origin: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """-> encoding: fused; with the explicit term text (u) and attention (a), with the background term background,
+        """-> encoding: fused; with the explicit term text (u) and attention (a), without the implicit term background,
         with the implicit term image (b * r_fg) and image_attention (b), with the change term change (d) and origin.
 
         fused [Q,D]; sentence [Q,D], or of clauses [Q,C,D] with `present` [Q,C], which of them there are; reference
@@ -310,9 +308,7 @@ class Matching(nn.Module):
                     term = (weighted @ side["weighted"].T).mul_(inverse)
                     total = term if total is None else total.add_(term)
                 if "change" in factors:
-                    at_reference = (factors["change"] * factors["origin"]).sum(1, keepdim=True)
-                    inverse = (factors["origin"] @ side["units"].T).mul_(-2).add_(2 + NEAREST).rsqrt_()
-                    term = (factors["change"] @ side["units"].T).sub_(at_reference).mul_(inverse)
+                    term = self._change(factors, side)
                     total = term if total is None else total.add_(term)
                 out[q : q + chunk, g : g + GALLERY_BLOCK] = total
         return out

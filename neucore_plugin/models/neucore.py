@@ -68,7 +68,7 @@ class NeucoreModel(CirModel):
         self.alignment = ConceptAlignment(
             dim=embed_dim, word_dim=backbone.text.word_width, released=released, **alignment
         )
-        self.fusion = self._fusion(dim=embed_dim, released=released, **fusion)
+        self.fusion = self._fusion(matching["terms"], dim=embed_dim, released=released, **fusion)
         self.matching = Matching(dim=embed_dim, released=released, **matching)
         self.concept_loss = ConceptLoss(**concept_loss)
         self.words_live = getattr(backbone.text, "words_live", False)
@@ -94,7 +94,7 @@ class NeucoreModel(CirModel):
             **shared_settings(config),
         )
 
-    def _fusion(self, **settings: Any) -> nn.Module:
+    def _fusion(self, terms: Sequence[str], **settings: Any) -> nn.Module:
         return ProgressiveFusion(**settings)
 
     def forward(self, samples: Mapping[str, Any], by_pair: bool = False) -> dict[str, Tensor]:
@@ -212,15 +212,16 @@ class ClausewiseNeucore(NeucoreModel):
         "pair_reads": ("tokens",),
     }
 
-    def _fusion(self, *, dim: int, places: bool, clauses: int, **_: Any) -> nn.Module:
-        return ClauseFusion(dim=dim, places=places)
+    def _fusion(self, terms: Sequence[str], *, dim: int, places: bool, **_: Any) -> nn.Module:
+        fuses, changes = "fused" in terms, "change" in terms
+        return ClauseFusion(dim=dim, places=places and (fuses or changes), fuses=fuses, changes=changes)
 
     def forward(self, samples: Mapping[str, Any], by_pair: bool = False) -> dict[str, Tensor]:
         """As in NeucoreModel."""
-        given = self._pairs(samples, negatives=True)
+        given = self._pairs(samples, self.matching_loss.reference_negatives or "change" in self.matching.terms)
         sides = (side["tokens"] for side in (given.reference, given.target))
         r, _, logits = self.alignment(*sides, self.concept_table())
-        query = self._composed(given, r["tokens"], given.negative)
+        query = self._composed(given, r["tokens"], given.origin)
         encoded = by_side(query=query, target=self.represent(given.target["pooled"]))
         if self.matching_loss.reference_negatives:
             encoded |= by_side(reference=self.represent(given.negative))
@@ -237,7 +238,7 @@ class ClausewiseNeucore(NeucoreModel):
         """The concepts of relative captions, as the alignment has them; queries are composed without."""
         return self.extract_concepts(texts)
 
-    def _composed(self, query: Query, tokens: Tensor, origin: Tensor) -> dict[str, Tensor]:
+    def _composed(self, query: Query, tokens: Tensor, origin: Tensor | None) -> dict[str, Tensor]:
         """origin [Q,D]: the references, as gallery images are encoded."""
         pooled, sentence = query.reference["pooled"], query.text["sentence"]
         if self.clauses > 1:

@@ -22,6 +22,16 @@ class Reading:
     """The part of `CirModel` that reads; its attributes are set there."""
 
     backbone: Any
+    device: torch.device
+    training: bool
+    feature_dropout: float
+    clauses: int
+    query_reads: tuple[str, ...]
+    concept_pos: tuple[str, ...]
+    caption_processor: Any
+    raw_captions: bool
+    absent_word: Tensor | None
+    absent_sentence: Tensor | None
     image_projection: nn.Module | None
     pooled_projection: nn.Module | None
     word_projection: nn.Module | None
@@ -35,14 +45,12 @@ class Reading:
         tokens: Tensor | None = None,
         pooled: Tensor | None = None,
         noise: Tensor | None = None,
-        side: int = 0,
     ) -> dict[str, Tensor]:
         """pixels [B,3,H,W], or cached backbone outputs -> those of `names`, projected: tokens [B,N,D], pooled [B,D].
 
-        noise [B], or [1] for all rows together: what dropout in training follows from; None: there is none. side: a
-        sample's images, 0, 1, ..., lose different features.
+        noise [B], or [1] for all rows together: what dropout in training follows from; None: there is none.
         """
-        return self._projected(self._raw(names, pixels, tokens, pooled), noise, side)
+        return self._projected(self._raw(names, pixels, tokens, pooled), noise)
 
     def _raw(
         self, names: Iterable[str], pixels: Tensor | None, tokens: Tensor | None, pooled: Tensor | None
@@ -55,14 +63,13 @@ class Reading:
             found = self.backbone.image(pixels.to(self.device))
         return {name: found[name].to(self.device) for name in names}
 
-    def _projected(self, read: Mapping[str, Tensor], noise: Tensor | None, side: int = 0) -> dict[str, Tensor]:
+    def _projected(self, read: Mapping[str, Tensor], noise: Tensor | None) -> dict[str, Tensor]:
         layers = {"tokens": self.image_projection, "pooled": self.pooled_projection}
         if not (self.training and self.feature_dropout and noise is not None):
             return {name: layers[name](value) for name, value in read.items()}
         found = {}
         for name, value in read.items():
-            slot = 2 * side + (name == "pooled")
-            kept = kept_channels(value.shape[-1], self.feature_dropout, noise, slot).to(value)
+            kept = kept_channels(value.shape[-1], self.feature_dropout, noise, slot=int(name == "pooled")).to(value)
             if isinstance(layers[name], Projection):
                 found[name] = layers[name](value, kept)
             else:
@@ -84,6 +91,9 @@ class Reading:
             return {}
         if features is None:
             features = self._read(texts)
+        if self.clauses > 1 and "clause" not in features:  # texts that were read as a whole
+            clause = torch.zeros_like(features["word_mask"], dtype=torch.long)
+            features = {**features, "clause": clause, "sentence": features["sentence"][:, None]}
         mask = features["word_mask"].to(self.device)
         result = {}
         if "clause" in features:
@@ -131,7 +141,7 @@ class Reading:
             )
 
     def concepts_read(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
-        """The words of relative captions that `encode_query` takes as concepts: none of a model that reads none."""
+        """The words of relative captions that the model knows as concepts: none of a model that knows none."""
         return self.extract_concepts(texts) if "concepts" in self.query_reads else [()] * len(texts)
 
     def extract_concepts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """A gallery in a Qdrant server (`qdrant-client`): sharded and replicated there, and scored there exactly.
 
-Each image is a point with three vectors: `nearest`, which is looked up, and the factors `weighted` and `squares` (and
-`cosines` where `nearest` is another vector), which are not indexed. A query is two requests: the nearest points give
-ids; these alone are scored, by products that the server combines, cosines + weighted / sqrt(squares). The collection's
+Each image is a point with up to three vectors: `nearest`, which is looked up, and the factors `weighted` and `squares`
+(and `cosines` and `units` where `nearest` is another vector), which are not indexed. A query is two requests: the
+nearest points give ids; these alone are scored, by a formula of products (`qdrant_formula.py`). The collection's
 metadata says which model made it. The client's `:memory:` mode does the same in this process. Its mode of a folder is
 refused: it unpickles what it finds there.
 """
@@ -26,8 +26,9 @@ from neucore_plugin.common.shard_image import ShardImage
 from neucore_plugin.retrieval import filters, queries
 from neucore_plugin.retrieval.encoding import evaluating, fingerprint_of
 from neucore_plugin.retrieval.index import Hit
-from neucore_plugin.retrieval.nearest import NEAREST, FirstOrder, Parts, check_factors, finite
+from neucore_plugin.retrieval.nearest import FirstOrder, Parts, check_factors, finite
 from neucore_plugin.retrieval.qdrant_filters import condition, payload_key
+from neucore_plugin.retrieval.qdrant_formula import scored
 from neucore_plugin.retrieval.sources import File, canonical, relative
 
 FORMAT = "neucore-collection-1"
@@ -194,60 +195,12 @@ class QdrantCollection:
                     models.Filter(must=[models.HasIdCondition(has_id=[point.id for point in found])]),
                     len(found),
                 )
-            prefetch, formula = self._formula(parts, keep, wanted)
+            prefetch, formula = scored(_models(), parts, self.order, self.beside, self.width, keep, wanted)
             found = self.client.query_points(
                 self.name, prefetch=prefetch, query=formula, limit=min(wanted, k + _TIES), with_payload=True
             ).points
         best = sorted(found, key=lambda point: (-point.score, point.payload["unit"], point.payload["row"]))
         return [(point.score, point.payload) for point in best[:k]]
-
-    def _formula(self, parts: Parts, keep: Any, limit: int) -> tuple[list[Any], Any]:
-        """What is fetched for the points, and the score made of it."""
-        models = _models()
-        exactly = models.SearchParams(exact=True, quantization=models.QuantizationSearchParams(ignore=True))
-        fetched: list[Any] = []
-        defaults: dict[str, float] = {}
-
-        def product(name: str, row: torch.Tensor, otherwise: float) -> str:
-            defaults[variable := f"$score[{len(fetched)}]"] = otherwise
-            fetched.append(models.Prefetch(query=row.tolist(), using=name, filter=keep, limit=limit, params=exactly))
-            return variable
-
-        terms: list[Any] = []
-        for weight, factors in parts:
-            both: list[Any] = []
-            if "cosines" in factors:
-                name = "nearest" if self._plain_is_cosines() else "cosines"
-                both.append(product(name, factors["cosines"][0].float(), 0.0))
-            if "weighted" in factors:
-                for weighted, squares in zip(factors["weighted"][0], factors["squares"][0], strict=True):
-                    if not bool(squares.any()):  # a clause that the caption does not have
-                        continue
-                    over = product("weighted", weighted.float(), 0.0)
-                    root = models.SqrtExpression(sqrt=product("squares", squares.float(), 0.0))
-                    both.append(models.DivExpression(div=models.DivParams(left=over, right=root, by_zero_default=0.0)))
-            if "change" in factors:
-                change, origin = (factors[name][0].float() for name in ("change", "origin"))
-                # The unit vectors stand at the beginning of what is looked up, or by themselves.
-                beyond = (0, self.width - len(change)) if self.order.shared else (0, 0)
-                units = [torch.nn.functional.pad(row, beyond) for row in (change, origin)]
-                name = "nearest" if self.order.shared else "units"
-                over, near = (product(name, row, 0.0) for row in units)
-                distance = models.SumExpression(sum=[2.0 + NEAREST, models.MultExpression(mult=[-2.0, near])])
-                both.append(
-                    models.DivExpression(
-                        div=models.DivParams(
-                            left=models.SumExpression(sum=[over, -float(change @ origin)]),
-                            right=models.SqrtExpression(sqrt=distance),
-                            by_zero_default=0.0,
-                        )
-                    )
-                )
-            terms.append(models.MultExpression(mult=[weight, models.SumExpression(sum=both)]))
-        return fetched, models.FormulaQuery(formula=models.SumExpression(sum=terms), defaults=defaults)
-
-    def _plain_is_cosines(self) -> bool:
-        return self.order.squares is None or self.order.shared
 
 
 def connect(url: str) -> Any:

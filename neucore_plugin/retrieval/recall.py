@@ -57,7 +57,7 @@ def scores(parts: Sequence[Parts], gallery: Factors) -> Tensor:
     owner = torch.tensor([number for number, query in enumerate(parts) for _ in query])
     weights = torch.tensor([weight for query in parts for weight, _ in query])
     flat = [factors for query in parts for _, factors in query]
-    rows = {key: torch.cat([factors[key].float() for factors in flat]) for key in flat[0]}  # [P,D], [P,T,D]
+    rows = {key: torch.cat([factors[key].float().cpu() for factors in flat]) for key in flat[0]}  # [P,D], [P,T,D]
     each: Tensor | float = rows["cosines"] @ gallery["cosines"].T if "cosines" in rows else 0.0
     if "weighted" in rows:
         for weighted, squares in zip(rows["weighted"].unbind(1), rows["squares"].unbind(1), strict=True):

@@ -60,7 +60,7 @@ class FactorModel:
         whole = said.sum(1)
         if isinstance(self.matching, Artemis):
             return self.matching(pooled=fused, sentence=whole)
-        if "implicit" in self.matching.terms:
+        if {"implicit", "change"} & set(self.matching.terms):
             return self.matching.query(fused + whole, said, fused, said.any(-1), whole, fused)
         return self.matching.query(fused + whole, whole, background)
 

@@ -290,12 +290,12 @@ def test_two_clauses_are_two_changes(model, pixels):
 def test_a_clause_of_which_nothing_is_read_is_none():
     model = other()
     pixels = tiny.pixels(model)
-    for text in ("!!, make it blue", "make it blue, !!", "!! and make it blue; ?!"):
+    for text in ("77, make it blue", "make it blue, 77", "77 and make it blue; 123"):
         found, wanted = model.encode_query(pixels, [text] * 3), model.encode_query(pixels, ["make it blue"] * 3)
         assert torch.allclose(found["fused"], wanted["fused"], atol=1e-6)
         gallery = model.encode_image(pixels)
         torch.testing.assert_close(model.score(found, gallery), model.score(wanted, gallery), atol=1e-5, rtol=0)
-    close(model.encode_query(pixels, ["!!, ??"] * 3), model.encode_query(pixels))
+    close(model.encode_query(pixels, ["77, 123"] * 3), model.encode_query(pixels))
 
 
 @torch.no_grad()
@@ -361,6 +361,25 @@ def test_a_data_set_caches_clauses_in_further_wordings_too(model, pixels):
             concept_words=samples["concept_words"],
         )
         close(found, model.encode_query(pixels[[0] * 5], CAPTIONS if samples is batch else wordings))
+
+
+def test_texts_that_were_read_as_a_whole_are_one_clause(model, pixels):
+    read = model.backbone.text(CAPTIONS[:2])
+    features = {"words": read["words"], "word_mask": read["mask"], "sentence": read["sentence"]}
+    found = model.encode_query(pixels[:2], CAPTIONS[:2], text_features=features)
+    model.clauses = 1
+    one = model.encode_query(pixels[:2], CAPTIONS[:2])
+    torch.testing.assert_close(found["text"][:, :1], one["text"])
+    torch.testing.assert_close(found["fused"], one["fused"])
+
+
+def test_a_training_query_without_its_image_has_no_origin_of_it(pixels):
+    """As retrieval has it: else the change term would learn from an image that is not there."""
+    model = tiny.build("clauses", query_dropout={"image": 0.999, "text": 0.0, "mode": "replace", "weight": 0.1}).train()
+    encoded = model.encode_pairs(tiny.samples(pixels))
+    count = len(encoded["query.origin"])
+    torch.testing.assert_close(encoded["query.origin"], model.absent_image.expand(count, -1))
+    assert not torch.allclose(encoded["reference.fg"], model.absent_image.expand(count, -1))
 
 
 # ---- building and checkpoints --------------------------------------------------------------------------------------

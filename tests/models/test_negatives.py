@@ -358,20 +358,17 @@ def test_a_projection_is_its_parts_one_after_the_other(rows):
         torch.testing.assert_close(made(x), made[1](made[0](x)))
 
 
-def test_channels_are_lost_in_all_tokens_of_an_image_and_others_in_its_partner():
-    model, seen = build("clauses", "batch", mode="replace").float(), []
+def test_channels_are_lost_in_all_tokens_of_an_image():
+    model = build("clauses", "batch", mode="replace").float()
     model.feature_dropout = 0.5
     tokens, noise = torch.randn(2, 4, 1280), torch.tensor([3, 4])
     model.image_projection[1].register_forward_pre_hook(lambda *_: pytest.fail("the product is one with the dropout"))
-    for side in (0, 1):
-        with torch.no_grad():
-            found = model.image_features(["tokens"], None, tokens=tokens, noise=noise, side=side)["tokens"]
-            norm, linear = model.image_projection
-            kept = kept_channels(1280, 0.5, noise, 2 * side)[:, None]
-            wanted = F.linear(norm(tokens) * kept, linear.weight, linear.bias)
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-        seen.append(found)
-    assert not torch.allclose(*seen)
+    with torch.no_grad():
+        found = model.image_features(["tokens"], None, tokens=tokens, noise=noise)["tokens"]
+        norm, linear = model.image_projection
+        kept = kept_channels(1280, 0.5, noise, 0)[:, None]
+        wanted = F.linear(norm(tokens) * kept, linear.weight, linear.bias)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_dropout_of_features_acts_in_training_alone_cached_or_not():

@@ -46,7 +46,11 @@ QUERIES = {
 }
 
 
-@pytest.fixture(scope="module", params=[TERMS, CLAUSES, ARTEMIS, ("explicit", "background")], ids="+".join)
+@pytest.fixture(
+    scope="module",
+    params=[TERMS, CLAUSES, ARTEMIS, ("explicit", "background"), CLAUSES[1:], ("fused", "change")],
+    ids="+".join,
+)
 def gallery(request, tmp_path_factory):
     """A saved index with removed images, its model, and a client that holds the same."""
     place = tmp_path_factory.mktemp("stores")
