@@ -193,7 +193,12 @@ def facts(summary: Summary) -> list[str]:
     if summary.get("note"):
         lines.append(f"{visible(summary['note'][:1].upper() + summary['note'][1:])}.")
     if summary["missing"]:
-        lines.append(f"Not there (not run, or failed): {visible(', '.join(summary['missing']))}.")
+        rows: dict[str, list[str]] = {}
+        for title in summary["missing"]:
+            row, _, seed = title.rpartition(", seed ")
+            rows.setdefault(row, []).append(seed)
+        told = "; ".join(f"{row} (seed {', '.join(seeds)})" for row, seeds in rows.items())
+        lines.append(f"Not there (not run, or failed): {visible(told)}.")
     return lines
 
 
