@@ -102,7 +102,7 @@ def test_what_is_not_there_is_named_and_the_rest_is_told(plan):
     first = summary["differences"][0]
     assert first["mean"] == 50 and first["seeds"] == [1] and first["spread"] is None  # of the seed that both have
     assert summary["goals"][1]["met"] is None  # no spread of one seed
-    assert "Not there (not run, or failed): neucore, seed 2." in (plan.folder / "study.md").read_text()
+    assert "Not there (not run, or failed): neucore (seed 2)." in (plan.folder / "study.md").read_text()
     for trial in plan.trials:
         if trial.row == "neucore":
             (trial.folder / "trial.json").unlink(missing_ok=True)
