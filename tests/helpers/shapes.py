@@ -55,7 +55,6 @@ def write_tiny(shapes_root: Path, cache_root: Path, folder: Path, change=None, n
             "backbone": {"image": {"name": "efficientnet_lite0", "image_size": 64, "grid": 2}},
             "embed_dim": 32,
             "concept_alignment": {"heads": 2},
-            "fusion": {"steps": 2, "heads": 2, "head_dim": 16},
             "concepts": {"min_count": 1},
         },
         "datasets": {

@@ -218,7 +218,7 @@ def runs(shapes_root, cache_root, tmp_path_factory):
 
     def change(content):
         for key in ("concept_alignment", "fusion"):
-            content["model"].pop(key)
+            content["model"].pop(key, None)
 
     path = write_tiny(shapes_root, cache_root, tmp_path_factory.mktemp("baselines"), change)
     folders = {}

@@ -43,7 +43,7 @@ def test_the_shipped_study_has_the_methods_and_seeds_and_its_recipe_by_reference
 def test_a_trial_is_the_base_with_its_layers_and_a_seed_of_its_own(study, tmp_path):
     path = study(
         options={"run": {"max_epoch": 5}},
-        ablations={"one step": {"model.fusion.steps": 1}},
+        ablations={"one step": {"model.fusion.clauses": 1}},
         curves={"short": {"run.max_epoch": 1}},
     )
     plan = make_plan(path, ["run.init_lr=0.5"])
@@ -57,7 +57,7 @@ def test_a_trial_is_the_base_with_its_layers_and_a_seed_of_its_own(study, tmp_pa
     tirg, one = by_title["tirg, seed 2"], by_title["one step, seed 1"]
     assert tirg.content["model"]["method"] == "tirg" and "fusion" not in tirg.content["model"]
     assert tirg.checked["model"]["embed_dim"] == 32  # what both models have is kept
-    assert one.checked["model"]["fusion"]["steps"] == 1 and one.checked["model"]["fusion"]["heads"] == 2
+    assert one.checked["model"]["fusion"]["clauses"] == 1 and one.checked["model"]["embed_dim"] == 32
     assert all(trial.checked["run"]["init_lr"] == 0.5 for trial in plan.trials)
     assert {t.checked["run"]["max_epoch"] for t in plan.trials if t.kind == "curve"} == {1}
     assert {t.checked["run"]["max_epoch"] for t in plan.trials if t.kind != "curve"} == {5}
@@ -79,7 +79,7 @@ def test_the_base_lies_beside_the_study_or_ships(study, tmp_path, monkeypatch):
 
 
 def test_part_of_a_study(study):
-    path = study(ablations={"a": {"model.fusion.steps": 1}}, quick={"methods": ["tirg"], "ablations": [], "seeds": [5],
+    path = study(ablations={"a": {"model.fusion.clauses": 1}}, quick={"methods": ["tirg"], "ablations": [], "seeds": [5],
                  "options": {"run.max_epoch": 1}})  # fmt: skip
     assert make_plan(path, only=["tirg", "a"]).wanted == {"tirg", "a"}
     assert {trial.seed for trial in make_plan(path, seeds=[7]).trials} == {7}

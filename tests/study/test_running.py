@@ -186,7 +186,7 @@ def test_how_long_is_left():
 
 
 def test_dry_run_prints_the_plan_and_trains_nothing(light, study, capsys):
-    path = study(minutes=1, ablations={"one step": {"model.fusion.steps": 1}})
+    path = study(minutes=1, ablations={"one step": {"model.fusion.clauses": 1}})
     assert cli.main(["study", "--cfg-path", str(path), "--dry-run", "--jobs", "2", "--only", "tirg", "one step"]) == 0
     out = capsys.readouterr().out
     assert "4 trials" in out and "1 minutes of processor time" in out and "neucore (method)" not in out

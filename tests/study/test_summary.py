@@ -31,7 +31,7 @@ def plan(tiny_config, tmp_path):
                 tmp_path,
                 tiny_config(),
                 methods={"neucore": None, "tirg": TIRG, "sum": SUM},
-                ablations={"one step": {"model.fusion.steps": 1}},
+                ablations={"one step": {"model.fusion.clauses": 1}},
                 goals={"ahead": {"val": 40}, "removal_costs": 1, **goals},
             )
         )
