@@ -79,8 +79,8 @@ def test_the_base_lies_beside_the_study_or_ships(study, tmp_path, monkeypatch):
 
 
 def test_part_of_a_study(study):
-    path = study(ablations={"a": {"model.fusion.clauses": 1}}, quick={"methods": ["tirg"], "ablations": [], "seeds": [5],
-                 "options": {"run.max_epoch": 1}})  # fmt: skip
+    quick = {"methods": ["tirg"], "ablations": [], "seeds": [5], "options": {"run.max_epoch": 1}}
+    path = study(ablations={"a": {"model.fusion.clauses": 1}}, quick=quick)
     assert make_plan(path, only=["tirg", "a"]).wanted == {"tirg", "a"}
     assert {trial.seed for trial in make_plan(path, seeds=[7]).trials} == {7}
     [trial] = make_plan(path, quick=True).trials
