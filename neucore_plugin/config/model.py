@@ -237,7 +237,8 @@ class NeucoreSchema(ModelSchema):
         yield from super().conflicts()
         yield from self.heads_conflict("concept_alignment.heads", self.concept_alignment.heads)
         allowed = ["fused", "explicit", *(["implicit", "change"] if self.form == "clauses" else ["background"])]
-        other = "; the type embedded_paper has the former form" if self.form == "clauses" else ""
+        hints = {"clauses": "has the former form", "default": "sets what this form needs"}
+        other = f"; the type embedded_paper {hints[self.form]}" if self.form in hints else ""
         if unknown := [term for term in self.matching.terms if term not in allowed]:
             yield "matching.terms", f"got {unknown}; model.form {self.form} has {', '.join(allowed)}{other}"
         elif self.matching.terms == ["change"]:
