@@ -160,12 +160,12 @@ class NeucoreModel(CirModel):
 
     def concept_labels(self, words: Sequence[Sequence[str]]) -> Tensor:
         """Multi-hot labels [B,C] of the vocabulary's concepts."""
-        labels = torch.zeros(len(words), len(self.vocabulary), device=self.device)
+        labels = torch.zeros(len(words), len(self.vocabulary))  # filled before it moves: a GPU would wait for each row
         class_of = getattr(self.backbone.text, "class_of", str)
         for row, concepts in enumerate(words):
             found = [index for word in concepts if (index := self.vocabulary.index(class_of(word))) is not None]
             labels[row, found] = 1.0
-        return labels
+        return labels.to(self.device)
 
     def query_concepts(self, words: Sequence[Sequence[str]] | EmbeddedConcepts) -> tuple[Tensor, Tensor]:
         """Concept lemmas of each query -> projected embeddings [B,K,D], mask [B,K]; any word is allowed."""
@@ -173,26 +173,28 @@ class NeucoreModel(CirModel):
         return self.alignment.classifier.project(embeddings) * mask[..., None], mask
 
     def _padded(self, words: Sequence[Sequence[str]]) -> EmbeddedConcepts:
-        length = max((len(concepts) for concepts in words), default=0)
-        mask = torch.zeros(len(words), length, dtype=torch.bool, device=self.device)
-        for row, concepts in enumerate(words):
-            mask[row, : len(concepts)] = True
+        counts = torch.tensor([len(concepts) for concepts in words], dtype=torch.long)
+        length = int(counts.max()) if len(words) else 0
+        mask = torch.arange(length) < counts[:, None]
+        places = mask.flatten().nonzero().flatten().to(self.device)
         embeddings = self._embed([word for concepts in words for word in concepts])
-        padded = embeddings.new_zeros(len(words), length, embeddings.shape[-1])
-        padded[mask] = embeddings
-        return EmbeddedConcepts(padded, mask)
+        padded = embeddings.new_zeros(mask.numel(), embeddings.shape[-1]).index_copy(0, places, embeddings)
+        return EmbeddedConcepts(padded.view(*mask.shape, embeddings.shape[-1]), mask.to(self.device))
 
     def _embed(self, words: Sequence[str]) -> Tensor:
         """[n,Dw]; those of the vocabulary from its table, where the text encoder does not change."""
         if self.words_live:
             return self.backbone.text.embed_words(words)
         table, rows = self.concept_embeddings, [self.vocabulary.index(word) for word in words]
+        known, unseen = ([place for place, row in enumerate(rows) if (row is None) == new] for new in (False, True))
+
+        def index(numbers: Sequence[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.long).to(self.device)
+
         found = table.new_zeros(len(words), table.shape[1])
-        unseen = torch.tensor([row is None for row in rows], dtype=torch.bool, device=self.device)
-        found[~unseen] = table[[row for row in rows if row is not None]]
-        if unseen.any():
-            others = [word for word, row in zip(words, rows, strict=True) if row is None]
-            found[unseen] = self.backbone.text.embed_words(others).to(found)
+        found[index(known)] = table[index([rows[place] for place in known])]
+        if unseen:
+            found[index(unseen)] = self.backbone.text.embed_words([words[place] for place in unseen]).to(found)
         return found
 
 

@@ -126,7 +126,7 @@ class TinyTask(BaseTask):
 
     @staticmethod
     def _errors(model, batch):
-        pairs = zip(batch["x"], batch["y"], strict=True)
+        pairs = zip(batch["x"].to(model.device), batch["y"].to(model.device), strict=True)
         return [float(model({**batch, "x": x[None], "y": y[None]})["loss"]) for x, y in pairs]
 
     def after_evaluation(self, val_result, split_name, epoch):
