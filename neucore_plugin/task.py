@@ -134,6 +134,9 @@ class ComposedImageRetrievalTask(BaseTask):
             dataset.clauses = partial(clauses, most=model.clauses) if model.clauses > 1 else None
             dataset.images.reads = model.image_reads
         encode_ahead(everything, model.backbone, model.device, root, distributed.on_main, cache, output_dir)
+        shown = [dataset for dataset in everything if dataset.split in self.run.train_splits]
+        if model.layout is not None and shown and not self.run.evaluate:
+            model.fit_layout(None if any(dataset.streamed for dataset in shown) else TrainingGallery(shown))
 
     # ---- training and evaluation ----------------------------------------------------------------------------------
 

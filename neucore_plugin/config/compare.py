@@ -13,7 +13,7 @@ from neucore_plugin.config.encoders import BACKBONE_SCHEMAS, PIXELS
 # Settings of the training: the config's are taken.
 _TRAINING = ("loss", "query_dropout", "matching.mask_duplicates", "matching.reference_negatives", "fusion.gumbel")
 _TRAINING += ("matching.learn_temperature", "dropout", "fusion.dropout", "concept_alignment.dropout")
-_TRAINING += ("matching.negatives", "feature_dropout")
+_TRAINING += ("matching.negatives", "feature_dropout", "layout.dropout")
 _TRAINING += ("fusion.attend_padding",)  # of the evaluation, and as free
 _TUNING = ("freeze", "freeze_words", "train_blocks", "layer_decay", "checkpoint_activations", "blocks", "save_weights")
 _TUNING += ("moving_norms",)

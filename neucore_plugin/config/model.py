@@ -125,6 +125,11 @@ class ConceptsSchema(Section):
     min_count: int = Field(2, ge=1, description="captions of the training that must hold a concept")
 
 
+class LayoutSchema(Section):
+    components: int = Field(0, ge=0, description="principal components of each place of an image; 0: none")
+    dropout: Real = Field(0.3, ge=0, lt=1, description="share of them that an image loses in training")
+
+
 class CrossAttentionSchema(Section):
     depth: int = Field(2, ge=1, description="transformer blocks")
     heads: int = Field(4, ge=1, description="attention heads of a block; they divide `embed_dim`")
@@ -160,6 +165,10 @@ class ModelSchema(Section):
     )
     feature_dropout: Real = Field(
         0.0, ge=0, lt=1, description="share of the image encoder's channels that an image loses in training"
+    )
+    layout: LayoutSchema = Field(
+        default_factory=LayoutSchema,
+        description="of models that read an image's pooled vector: what is where in it, beside that",
     )
     concepts: ConceptsSchema = Field(
         default_factory=ConceptsSchema, description="the concept vocabulary of the training captions"
@@ -210,6 +219,8 @@ class CirBaselineSchema(ModelSchema):
         for side in ("image", "text") if self.method in ZERO_SHOT else ():
             if not getattr(self.backbone, side).freeze:
                 yield f"backbone.{side}.freeze", f"got false; {self.method} trains nothing"
+        if self.method in ZERO_SHOT and self.layout.components:
+            yield "layout.components", f"got {self.layout.components}; {self.method} trains nothing, allowed: 0"
         if self.method == "image_only" and self.backbone.text.freeze is False:
             yield "backbone.text.freeze", "got false; image_only reads no text, so that nothing would train it"
 
@@ -243,6 +254,8 @@ class NeucoreSchema(ModelSchema):
             yield "matching.terms", f"got {unknown}; model.form {self.form} has {', '.join(allowed)}{other}"
         elif self.matching.terms == ["change"]:
             yield "matching.terms", "got change alone; allowed: beside another term"
+        if (given := self.layout.components) and self.form != "clauses":
+            yield "layout.components", f"got {given}; model.form {self.form} reads an image's tokens, allowed: 0"
         own, usual = {"clauses", "places"}, FusionSchema()
         for key in FusionSchema.model_fields:
             if (key in own) != (self.form == "clauses") and getattr(self.fusion, key) != getattr(usual, key):

@@ -29,11 +29,13 @@ from neucore_plugin.models.inputs import (
     Pairs,
     Query,
     drawn,
+    part_of,
     partial_rows,
     projection,
     with_stand_ins,
     without,
 )
+from neucore_plugin.models.layout import FITTED_ON, Layout
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.matching_loss import MatchingLoss
 from neucore_plugin.models.negatives import Negatives, TrainingImages
@@ -42,6 +44,8 @@ from neucore_plugin.processors import CaptionProcessor, ImageProcessor
 from neucore_plugin.weights import checkpoint
 
 log = logging.getLogger(__name__)
+
+_AT_A_TIME = 512  # images whose tokens are read together
 
 
 class CirModel(Reading, BaseModel):
@@ -58,6 +62,8 @@ class CirModel(Reading, BaseModel):
         query_dropout: {"image": p, "text": p, "mode": "replace" or "extra", "weight": of extra}: which part of the
             training queries loses its image, or its text; of extra a second copy of it does.
         feature_dropout: share of the image encoder's features that training leaves out.
+        layout: of what the pooled vector is told beside (see `Layout`): components of each place, 0 for none, and the
+            share of them that training leaves out.
         negatives: beyond the batch, "batch" (none), "gallery" or a number of images; see `use_gallery`.
         concept_pos: parts of speech that count as concepts.
         matching_loss: keyword arguments of MatchingLoss.
@@ -87,6 +93,7 @@ class CirModel(Reading, BaseModel):
         embed_dim: int,
         query_dropout: Mapping[str, Any],
         feature_dropout: float,
+        layout: Mapping[str, float],
         negatives: str | int,
         concept_pos: Sequence[str],
         matching_loss: Mapping[str, bool],
@@ -108,6 +115,10 @@ class CirModel(Reading, BaseModel):
         pooled_width = getattr(image, "pooled_width", image.width)
         self.image_projection = projection(image.width, embed_dim, projected) if "tokens" in read else None
         self.pooled_projection = projection(pooled_width, embed_dim, projected) if "pooled" in read else None
+        self.layout, count = None, layout["components"]
+        if count:
+            self.layout = Layout(width=image.width, grid=image.grid, components=count, dim=embed_dim)
+        self.layout_dropout = layout["dropout"] if count else 0.0
         if projected is False and text.width != embed_dim:
             raise ConfigError(
                 f"the released form has no projection of the words: model.backbone.text gives width "
@@ -149,7 +160,8 @@ class CirModel(Reading, BaseModel):
     @property
     def image_reads(self) -> tuple[str, ...]:
         """Which features of images it reads at all."""
-        return tuple(dict.fromkeys((*self.reference_reads, *self.target_reads)))
+        also = () if self.layout is None else ("tokens",)
+        return tuple(dict.fromkeys((*self.reference_reads, *self.target_reads, *also)))
 
     @property
     def device(self) -> torch.device:
@@ -268,14 +280,14 @@ class CirModel(Reading, BaseModel):
         }
         # Queries lose features each by itself, gallery images all the same ones, the further negatives among them: what
         # tells two of them apart is never the dropout.
-        noise = samples["noise"] if self.training and self.feature_dropout else None
+        noise = samples["noise"] if self.training and (self.feature_dropout or self.layout_dropout) else None
         shared = None if noise is None else self.shared_noise(samples)
         names, own = {*self.reference_reads, *([self.gallery_reads] if negatives else [])}, self.gallery_reads
         seen, shown = self._raw(names, *images["reference"]), self._raw(self.target_reads, *images["target"])
         reference = {}
         for name in self.reference_reads:
-            reference |= self._projected({name: seen[name]}, noise if name == "pooled" else shared)
-        negative = self._projected({own: seen[own]}, shared)[own] if negatives else None
+            reference |= self._projected(part_of(seen, name), noise if name == "pooled" else shared)
+        negative = self._projected(part_of(seen, own), shared)[own] if negatives else None
         target = self._projected(shown, shared)
         text = self.text_features(samples["text_input"], cached_text(samples))
         concept_words = list(samples["concept_words"])
@@ -324,9 +336,17 @@ class CirModel(Reading, BaseModel):
     def use_gallery(self, images: TrainingImages, seed: int) -> None:
         """Take the negatives beyond the batch from these training images, as `matching.negatives` asks for them."""
 
+        own, layouts = self.gallery_reads, []
+
         def encode(rows: Tensor, noise: Tensor) -> dict[str, Tensor]:
-            read = {self.gallery_reads: images.features(rows, self.gallery_reads)}
-            return self.represent(self.image_features([*read], None, **read, noise=noise)[self.gallery_reads])
+            read = {own: images.features(rows, own).to(self.device)}
+            if self.layout is not None:
+                if not layouts:  # of all images, once
+                    parts = torch.arange(len(images.keys)).split(_AT_A_TIME)
+                    with torch.no_grad():
+                        layouts.append(torch.cat([self._layout_of(images, part) for part in parts]))
+                read["layout"] = layouts[0][rows.to(self.device)]
+            return self.represent(self._projected(read, noise)[own])
 
         self.seed, wanted = seed, self.batch_loss.wanted if isinstance(self.batch_loss.wanted, int) else None
         negatives = self.batch_loss.negatives = Negatives(images, wanted, seed, encode, cheap=self.cheap_gallery)
@@ -336,6 +356,24 @@ class CirModel(Reading, BaseModel):
                 "step: encodings are kept, without gradient, which has not helped so far; batch is the alternative",
                 self.batch_loss.wanted,
             )
+
+    def _layout_of(self, images: TrainingImages, rows: Tensor) -> Tensor:
+        return self.layout.reduced(images.features(rows, "tokens").to(self.device))
+
+    def fit_layout(self, images: TrainingImages | None) -> None:
+        """Before a training: the directions of `layout`, from the features of its images (None: a stream's, which are
+        there only as they pass); once for all."""
+        if self.layout is None or self.layout.fitted:
+            return
+        if images is None or not images.cached:
+            log.warning(
+                "model.layout: the images' features are not cached, so that their principal components are not known; "
+                "random directions are taken, which has helped less. model.layout.components: 0 is the alternative"
+            )
+            return
+        count = len(images.keys)
+        rows = torch.linspace(0, count - 1, min(count, FITTED_ON)).round().long().unique()
+        self.layout.fit(images.features(rows, "tokens").to(self.device))
 
     def training_state(self) -> dict[str, Any] | None:
         """What continuing a training needs beside the weights."""

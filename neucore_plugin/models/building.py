@@ -69,6 +69,7 @@ def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "embed_dim": config["embed_dim"],
         "query_dropout": config["query_dropout"],
         "feature_dropout": config["feature_dropout"],
+        "layout": config["layout"],
         "negatives": matching.pop("negatives"),
         "concept_pos": config["concepts"]["pos"],
         "matching_loss": {name: matching.pop(name) for name in ("mask_duplicates", "reference_negatives")},

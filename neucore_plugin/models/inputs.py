@@ -76,6 +76,12 @@ class Projection(nn.Sequential):
         return F.linear(normal.mul_(kept.view(rows)), linear.weight * norm.weight) + bias.view(rows)
 
 
+def part_of(read: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Of an image's features one, tokens or pooled; with pooled what the layout reads, where it is there."""
+    names = (name, "layout") if name == "pooled" and "layout" in read else (name,)
+    return {one: read[one] for one in names}
+
+
 def drawn(query_dropout: Mapping[str, float], draw: Tensor) -> tuple[Tensor, Tensor]:
     """Which queries of a training batch lose their image, and which their text, each [B]; never both.
 

@@ -14,8 +14,18 @@ from neucore_plugin.clauses import clauses, joined, padded
 from neucore_plugin.common.errors import first_few
 from neucore_plugin.concepts import ConceptExtractor, ReleasedConceptExtractor
 from neucore_plugin.models.inputs import Projection, kept_channels, with_stand_ins
+from neucore_plugin.models.layout import Layout
 
 log = logging.getLogger(__name__)
+
+_SLOTS = {"tokens": 0, "pooled": 1, "layout": 2}  # of the dropout's draws
+
+
+def _with_layout(projected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The projected layout as part of the pooled vector."""
+    if "layout" in projected:
+        projected["pooled"] = projected["pooled"] + projected.pop("layout")
+    return projected
 
 
 class Reading:
@@ -25,6 +35,7 @@ class Reading:
     device: torch.device
     training: bool
     feature_dropout: float
+    layout_dropout: float
     clauses: int
     query_reads: tuple[str, ...]
     concept_pos: tuple[str, ...]
@@ -34,6 +45,7 @@ class Reading:
     absent_sentence: Tensor | None
     image_projection: nn.Module | None
     pooled_projection: nn.Module | None
+    layout: Layout | None
     word_projection: nn.Module | None
     sentence_projection: nn.Module | None
     _extractor: ConceptExtractor | None
@@ -55,26 +67,34 @@ class Reading:
     def _raw(
         self, names: Iterable[str], pixels: Tensor | None, tokens: Tensor | None, pooled: Tensor | None
     ) -> dict[str, Tensor]:
-        """What the image encoder gives, or a cache has of it."""
+        """What the image encoder gives, or a cache has of it; with the pooled vector also what `layout` reads."""
         names, found = sorted(names), {"tokens": tokens, "pooled": pooled}
-        if any(found[name] is None for name in names):
+        with_layout = self.layout is not None and "pooled" in names
+        needed = sorted({*names, "tokens"}) if with_layout else names
+        if any(found[name] is None for name in needed):
             if pixels is None:
-                raise ValueError(f"give an image as pixels, or its cached {' and '.join(names)}")
+                raise ValueError(f"give an image as pixels, or its cached {' and '.join(needed)}")
             found = self.backbone.image(pixels.to(self.device))
-        return {name: found[name].to(self.device) for name in names}
+        read = {name: found[name].to(self.device) for name in names}
+        if with_layout:
+            read["layout"] = self.layout.reduced(found["tokens"].to(self.device))
+        return read
 
     def _projected(self, read: Mapping[str, Tensor], noise: Tensor | None) -> dict[str, Tensor]:
-        layers = {"tokens": self.image_projection, "pooled": self.pooled_projection}
-        if not (self.training and self.feature_dropout and noise is not None):
-            return {name: layers[name](value) for name, value in read.items()}
+        layers = {"tokens": self.image_projection, "pooled": self.pooled_projection, "layout": self.layout}
         found = {}
         for name, value in read.items():
-            kept = kept_channels(value.shape[-1], self.feature_dropout, noise, slot=int(name == "pooled")).to(value)
-            if isinstance(layers[name], Projection):
+            share = self.layout_dropout if name == "layout" else self.feature_dropout
+            if not (self.training and share and noise is not None):
+                found[name] = layers[name](value)
+                continue
+            channels = self.layout.count if name == "layout" else value.shape[-1]
+            kept = kept_channels(channels, share, noise, slot=_SLOTS[name]).to(value)
+            if isinstance(layers[name], Projection | Layout):
                 found[name] = layers[name](value, kept)
             else:
                 found[name] = layers[name](value * kept.view(len(kept), *[1] * (value.ndim - 2), -1))
-        return found
+        return _with_layout(found)
 
     def tokens_of(self, images: Tensor) -> Tensor:
         """pixels [B,3,H,W], or cached tokens [B,N,Di] -> projected tokens [B,N,D]."""

@@ -1,0 +1,86 @@
+"""What is where in an image, for its pooled vector.
+
+G images, N tokens, P cells, Di width of the encoder's tokens, K components of a cell, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neucore_plugin.common.errors import ConfigError
+from neucore_plugin.models.layers import check_positive, check_shape
+
+SIDE = 4  # of the map of cells; a finer map of tokens is averaged
+FITTED_ON = 1024  # images
+
+
+class Layout(nn.Module):
+    """A linear layer from the places of an image to its vector, beside the projection of its pooled vector:
+
+    y = W [z_1 ; ... ; z_P],  z_p = C (norm(x_p) - m),
+
+    x_p the mean token of cell p of a map of at most 4 x 4, norm the one of LayerNorm. C and m do not learn: the K
+    leading principal components of the training images' cells, scaled so that the entries of z have mean square 1; of
+    random signs until `fit`. W starts at zero. A pooled vector alone says what an image shows, not where.
+
+    Args:
+        width: Di. grid: rows and columns that the last tokens form. components: K, at most Di. dim: D.
+    Raises: ConfigError where the tokens have no place, or for more components than the tokens have.
+
+    Source: ours.
+    """
+
+    def __init__(self, *, width: int, grid: tuple[int, int] | None, components: int, dim: int) -> None:
+        super().__init__()
+        check_positive(width=width, components=components, dim=dim)
+        if grid is None:
+            raise ConfigError(
+                "model.layout.components needs an image encoder whose tokens have places; allowed here: 0"
+            )
+        if components > width:
+            raise ConfigError(
+                f"model.layout.components: got {components}; allowed: at most {width}, the width of an image's tokens"
+            )
+        self.width, self.grid, self.count = width, tuple(grid), components
+        self.cells = min(grid[0], SIDE), min(grid[1], SIDE)
+        signs = torch.randint(2, (components, width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+        self.register_buffer("components", signs / width**0.5)  # C [K,Di]
+        self.register_buffer("offset", torch.zeros(components))  # C m [K]
+        self.register_buffer("fitted", torch.tensor(False))
+        self.linear = nn.Linear(self.cells[0] * self.cells[1] * components, dim, bias=False)  # W
+        nn.init.zeros_(self.linear.weight)
+
+    def reduced(self, tokens: Tensor) -> Tensor:
+        """tokens [G,N,Di] -> z [G,P*K]; what follows from the encoder alone, so that it can be kept."""
+        return (self._cells(tokens) @ self.components.T - self.offset).flatten(1)
+
+    def forward(self, reduced: Tensor, kept: Tensor | None = None) -> Tensor:
+        """z [G,P*K], kept [G,K] or [1,K], what dropout multiplies the components of all cells by -> [G,D]."""
+        if kept is not None:
+            reduced = (reduced.unflatten(1, (-1, self.count)) * kept[:, None]).flatten(1)
+        return self.linear(reduced)
+
+    @torch.no_grad()
+    def fit(self, tokens: Tensor) -> None:
+        """Take C and m from the tokens [G,N,Di] of training images."""
+        cells = self._cells(tokens).flatten(0, 1).double()
+        mean = cells.mean(0)
+        centred = cells - mean
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))  # ascending
+        values, vectors = values[-self.count :].flip(0), vectors[:, -self.count :].flip(1)
+        largest = vectors.abs().argmax(0)
+        vectors = vectors * vectors[largest, torch.arange(self.count)].sign()  # they are unique but for the sign
+        scale = values.mean().clamp_min(1e-12).rsqrt()
+        self.components.copy_(vectors.T * scale)
+        self.offset.copy_(mean @ vectors * scale)
+        self.fitted.fill_(True)
+
+    def _cells(self, tokens: Tensor) -> Tensor:
+        """tokens [G,N,Di] -> normalised cells [G,P,Di]."""
+        rows, columns = self.grid
+        check_shape("image tokens [G,N,Di]", tokens, None, None, self.width)
+        places = tokens[:, -rows * columns :]
+        if self.cells != self.grid:
+            grid = places.transpose(1, 2).unflatten(2, self.grid)
+            places = F.adaptive_avg_pool2d(grid, self.cells).flatten(2).transpose(1, 2)
+        return F.layer_norm(places, (self.width,))
