@@ -14,6 +14,7 @@ that one large product reaches here in the same run.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -80,11 +81,12 @@ class Image(nn.Module):
     """What a head asks of an image encoder whose features are cached."""
 
     width = pooled_width = IMAGE_WIDTH
-    image_size, fingerprint, grid = 224, "image", None
+    image_size, fingerprint = 224, "image"
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
-        self.num_tokens = tokens
+        side = math.isqrt(tokens)
+        self.num_tokens, self.grid = tokens, (side, side) if side * side == tokens else (1, tokens)
 
 
 class Text(nn.Module):

@@ -388,7 +388,7 @@ def _encoders() -> dict[str, Any]:
 
 def known_settings(section: Mapping[str, Any], schema: type[Section]) -> dict[str, Any]:
     """What of a default section `schema` has too; of its sections, which another model may have longer, the same."""
-    kept = {key: value for key, value in section.items() if key in schema.model_fields}
+    kept = {key: value for key, value in section.items() if key in schema.model_fields and key not in schema.unshared}
     for key, value in kept.items():
         inner = schema.model_fields[key].annotation
         if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Section):

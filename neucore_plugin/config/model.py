@@ -1,7 +1,7 @@
 """What the `model` section may say; the encoders' own sections are in `encoders.py`."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -126,8 +126,13 @@ class ConceptsSchema(Section):
 
 
 class LayoutSchema(Section):
-    components: int = Field(0, ge=0, description="principal components of each place of an image; 0: none")
-    dropout: Real = Field(0.3, ge=0, lt=1, description="share of them that an image loses in training")
+    components: int = Field(
+        0,
+        ge=0,
+        description="principal components of each place of an image, at most as many as its tokens are wide; 0, and "
+        "where tokens have no place: none",
+    )
+    dropout: Real = Field(0.0, ge=0, lt=1, description="share of them that an image loses in training")
 
 
 class CrossAttentionSchema(Section):
@@ -187,6 +192,9 @@ class ModelSchema(Section):
 
 class CirBaselineSchema(ModelSchema):
     """The baselines, on the same backbones and with the same loss; the keys that NEUCORE has too mean the same."""
+
+    # As published, a baseline reads the pooled vector alone, unless it is asked for more.
+    unshared: ClassVar[frozenset[str]] = frozenset({"layout"})
 
     arch: Literal["cir_baseline"] = Field(description="cir_baseline")
     method: Literal[_METHODS] = Field(
@@ -254,7 +262,7 @@ class NeucoreSchema(ModelSchema):
             yield "matching.terms", f"got {unknown}; model.form {self.form} has {', '.join(allowed)}{other}"
         elif self.matching.terms == ["change"]:
             yield "matching.terms", "got change alone; allowed: beside another term"
-        if (given := self.layout.components) and self.form != "clauses":
+        elif (given := self.layout.components) and self.form != "clauses":
             yield "layout.components", f"got {given}; model.form {self.form} reads an image's tokens, allowed: 0"
         own, usual = {"clauses", "places"}, FusionSchema()
         for key in FusionSchema.model_fields:

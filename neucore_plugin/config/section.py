@@ -7,7 +7,7 @@ the key, and raises nothing; validated without, it raises pydantic's own errors.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, get_args, get_origin
+from typing import Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -94,8 +94,12 @@ class Problems:
 
 
 class Section(BaseModel):
-    """A mapping with known keys, each with a default, a range and a description; a wrong type is never converted."""
+    """A mapping with known keys, each with a default, a range and a description; a wrong type is never converted.
 
+    unshared: keys that it does not take from another's default file.
+    """
+
+    unshared: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     def conflicts(self) -> Iterator[tuple[str, str]]:

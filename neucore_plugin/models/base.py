@@ -62,8 +62,8 @@ class CirModel(Reading, BaseModel):
         query_dropout: {"image": p, "text": p, "mode": "replace" or "extra", "weight": of extra}: which part of the
             training queries loses its image, or its text; of extra a second copy of it does.
         feature_dropout: share of the image encoder's features that training leaves out.
-        layout: of what the pooled vector is told beside (see `Layout`): components of each place, 0 for none, and the
-            share of them that training leaves out.
+        layout: of what the pooled vector is told beside (see `Layout`): components of each place, 0 for none (so too
+            where tokens have no place), and the share of them that training leaves out.
         negatives: beyond the batch, "batch" (none), "gallery" or a number of images; see `use_gallery`.
         concept_pos: parts of speech that count as concepts.
         matching_loss: keyword arguments of MatchingLoss.
@@ -115,10 +115,10 @@ class CirModel(Reading, BaseModel):
         pooled_width = getattr(image, "pooled_width", image.width)
         self.image_projection = projection(image.width, embed_dim, projected) if "tokens" in read else None
         self.pooled_projection = projection(pooled_width, embed_dim, projected) if "pooled" in read else None
-        self.layout, count = None, layout["components"]
-        if count:
+        self.layout, count = None, min(layout["components"], image.width)
+        if count and image.grid is not None:
             self.layout = Layout(width=image.width, grid=image.grid, components=count, dim=embed_dim)
-        self.layout_dropout = layout["dropout"] if count else 0.0
+        self.layout_dropout = 0.0 if self.layout is None else layout["dropout"]
         if projected is False and text.width != embed_dim:
             raise ConfigError(
                 f"the released form has no projection of the words: model.backbone.text gives width "

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.models.layers import check_positive, check_shape
 
 SIDE = 4  # of the map of cells; a finer map of tokens is averaged
@@ -25,22 +24,16 @@ class Layout(nn.Module):
 
     Args:
         width: Di. grid: rows and columns that the last tokens form. components: K, at most Di. dim: D.
-    Raises: ConfigError where the tokens have no place, or for more components than the tokens have.
+    Raises: ValueError for more components than that.
 
     Source: ours.
     """
 
-    def __init__(self, *, width: int, grid: tuple[int, int] | None, components: int, dim: int) -> None:
+    def __init__(self, *, width: int, grid: tuple[int, int], components: int, dim: int) -> None:
         super().__init__()
         check_positive(width=width, components=components, dim=dim)
-        if grid is None:
-            raise ConfigError(
-                "model.layout.components needs an image encoder whose tokens have places; allowed here: 0"
-            )
         if components > width:
-            raise ConfigError(
-                f"model.layout.components: got {components}; allowed: at most {width}, the width of an image's tokens"
-            )
+            raise ValueError(f"{components} components of tokens that are {width} wide")
         self.width, self.grid, self.count = width, tuple(grid), components
         self.cells = min(grid[0], SIDE), min(grid[1], SIDE)
         signs = torch.randint(2, (components, width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
