@@ -35,7 +35,7 @@ from neucore_plugin.models.inputs import (
     with_stand_ins,
     without,
 )
-from neucore_plugin.models.layout import FITTED_ON, Layout
+from neucore_plugin.models.layout import KnownLayouts, Layout
 from neucore_plugin.models.matching import Matching
 from neucore_plugin.models.matching_loss import MatchingLoss
 from neucore_plugin.models.negatives import Negatives, TrainingImages
@@ -44,8 +44,6 @@ from neucore_plugin.processors import CaptionProcessor, ImageProcessor
 from neucore_plugin.weights import checkpoint
 
 log = logging.getLogger(__name__)
-
-_AT_A_TIME = 512  # images whose tokens are read together
 
 
 class CirModel(Reading, BaseModel):
@@ -118,6 +116,7 @@ class CirModel(Reading, BaseModel):
         self.layout, count = None, min(layout["components"], image.width)
         if count and image.grid is not None:
             self.layout = Layout(width=image.width, grid=image.grid, components=count, dim=embed_dim)
+        self._layouts: KnownLayouts | None = None
         self.layout_dropout = 0.0 if self.layout is None else layout["dropout"]
         if projected is False and text.width != embed_dim:
             raise ConfigError(
@@ -283,7 +282,11 @@ class CirModel(Reading, BaseModel):
         noise = samples["noise"] if self.training and (self.feature_dropout or self.layout_dropout) else None
         shared = None if noise is None else self.shared_noise(samples)
         names, own = {*self.reference_reads, *([self.gallery_reads] if negatives else [])}, self.gallery_reads
-        seen, shown = self._raw(names, *images["reference"]), self._raw(self.target_reads, *images["target"])
+        known = dict.fromkeys(images)
+        if self.training and self._layouts is not None and self.batch_loss.negatives.live:
+            known = {side: self._layouts.by_key(samples[f"{side}_key"]) for side in images}
+        seen = self._raw(names, *images["reference"], known["reference"])
+        shown = self._raw(self.target_reads, *images["target"], known["target"])
         reference = {}
         for name in self.reference_reads:
             reference |= self._projected(part_of(seen, name), noise if name == "pooled" else shared)
@@ -336,16 +339,13 @@ class CirModel(Reading, BaseModel):
     def use_gallery(self, images: TrainingImages, seed: int) -> None:
         """Take the negatives beyond the batch from these training images, as `matching.negatives` asks for them."""
 
-        own, layouts = self.gallery_reads, []
+        own = self.gallery_reads
+        self._layouts = None if self.layout is None else KnownLayouts(self.layout, images)
 
         def encode(rows: Tensor, noise: Tensor) -> dict[str, Tensor]:
             read = {own: images.features(rows, own).to(self.device)}
-            if self.layout is not None:
-                if not layouts:  # of all images, once
-                    parts = torch.arange(len(images.keys)).split(_AT_A_TIME)
-                    with torch.no_grad():
-                        layouts.append(torch.cat([self._layout_of(images, part) for part in parts]))
-                read["layout"] = layouts[0][rows.to(self.device)]
+            if self._layouts is not None:
+                read["layout"] = self._layouts.of(rows)
             return self.represent(self._projected(read, noise)[own])
 
         self.seed, wanted = seed, self.batch_loss.wanted if isinstance(self.batch_loss.wanted, int) else None
@@ -357,23 +357,10 @@ class CirModel(Reading, BaseModel):
                 self.batch_loss.wanted,
             )
 
-    def _layout_of(self, images: TrainingImages, rows: Tensor) -> Tensor:
-        return self.layout.reduced(images.features(rows, "tokens").to(self.device))
-
     def fit_layout(self, images: TrainingImages | None) -> None:
-        """Before a training: the directions of `layout`, from the features of its images (None: a stream's, which are
-        there only as they pass); once for all."""
-        if self.layout is None or self.layout.fitted:
-            return
-        if images is None or not images.cached:
-            log.warning(
-                "model.layout: the images' features are not cached, so that their principal components are not known; "
-                "random directions are taken, which has helped less. model.layout.components: 0 is the alternative"
-            )
-            return
-        count = len(images.keys)
-        rows = torch.linspace(0, count - 1, min(count, FITTED_ON)).round().long().unique()
-        self.layout.fit(images.features(rows, "tokens").to(self.device))
+        """Before a training: the directions of `layout`, where it has one; see `Layout.fit_on`."""
+        if self.layout is not None:
+            self.layout.fit_on(images)
 
     def training_state(self) -> dict[str, Any] | None:
         """What continuing a training needs beside the weights."""

@@ -3,14 +3,20 @@
 G images, N tokens, P cells, Di width of the encoder's tokens, K components of a cell, D width.
 """
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neucore_plugin.models.layers import check_positive, check_shape
+from neucore_plugin.models.negatives import TrainingImages
+
+log = logging.getLogger(__name__)
 
 SIDE = 4  # of the map of cells; a finer map of tokens is averaged
 FITTED_ON = 1024  # images
+_AT_A_TIME = 512  # images whose tokens are read together
 
 
 class Layout(nn.Module):
@@ -49,9 +55,12 @@ class Layout(nn.Module):
 
     def forward(self, reduced: Tensor, kept: Tensor | None = None) -> Tensor:
         """z [G,P*K], kept [G,K] or [1,K], what dropout multiplies the components of all cells by -> [G,D]."""
-        if kept is not None:
-            reduced = (reduced.unflatten(1, (-1, self.count)) * kept[:, None]).flatten(1)
-        return self.linear(reduced)
+        if kept is None:
+            return self.linear(reduced)
+        kept = kept.repeat(1, self.cells[0] * self.cells[1])
+        if len(kept) == 1:  # one product less over all images
+            return F.linear(reduced, self.linear.weight * kept)
+        return self.linear(reduced * kept)
 
     @torch.no_grad()
     def fit(self, tokens: Tensor) -> None:
@@ -68,6 +77,21 @@ class Layout(nn.Module):
         self.offset.copy_(mean @ vectors * scale)
         self.fitted.fill_(True)
 
+    def fit_on(self, images: TrainingImages | None) -> None:
+        """`fit`, on the cached features of a training's images; once for all, and not where they are none (None: a
+        stream's, which are there only as they pass)."""
+        if self.fitted:
+            return
+        if images is None or not images.cached:
+            log.warning(
+                "model.layout: the images' features are not cached, so that their principal components are not known; "
+                "random directions are taken, which has helped less. model.layout.components: 0 is the alternative"
+            )
+            return
+        count = len(images.keys)
+        rows = torch.linspace(0, count - 1, min(count, FITTED_ON)).round().long().unique()
+        self.fit(images.features(rows, "tokens").to(self.offset.device))
+
     def _cells(self, tokens: Tensor) -> Tensor:
         """tokens [G,N,Di] -> normalised cells [G,P,Di]."""
         rows, columns = self.grid
@@ -77,3 +101,29 @@ class Layout(nn.Module):
             grid = places.transpose(1, 2).unflatten(2, self.grid)
             places = F.adaptive_avg_pool2d(grid, self.cells).flatten(2).transpose(1, 2)
         return F.layer_norm(places, (self.width,))
+
+
+class KnownLayouts:
+    """What `layout` makes of the tokens of a training's images, kept while their features do not change.
+
+    All of them are reduced when the first is asked for, after a checkpoint has been read: [G,P*K] numbers.
+    """
+
+    def __init__(self, layout: Layout, images: TrainingImages) -> None:
+        self._layout, self._images = layout, images
+        self._reduced: Tensor | None = None
+
+    @torch.no_grad()
+    def of(self, rows: Tensor) -> Tensor:
+        """Of some images, rows [n] of the images' keys -> [n,P*K]."""
+        if self._reduced is None:
+            device, parts = self._layout.offset.device, torch.arange(len(self._images.keys)).split(_AT_A_TIME)
+            tokens = (self._images.features(part, "tokens").to(device) for part in parts)
+            self._reduced = torch.cat([self._layout.reduced(part) for part in tokens])
+        return self._reduced[rows.to(self._reduced.device)]
+
+    def by_key(self, keys: Tensor) -> Tensor | None:
+        """The same by keys [n]; None where one is no image of the training."""
+        keys, known = keys.cpu(), self._images.keys
+        rows = torch.searchsorted(known, keys).clamp_(max=max(0, len(known) - 1))
+        return self.of(rows) if len(known) and torch.equal(known[rows], keys) else None

@@ -65,9 +65,15 @@ class Reading:
         return self._projected(self._raw(names, pixels, tokens, pooled), noise)
 
     def _raw(
-        self, names: Iterable[str], pixels: Tensor | None, tokens: Tensor | None, pooled: Tensor | None
+        self,
+        names: Iterable[str],
+        pixels: Tensor | None,
+        tokens: Tensor | None,
+        pooled: Tensor | None,
+        layout: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What the image encoder gives, or a cache has of it; with the pooled vector also what `layout` reads."""
+        """What the image encoder gives, or a cache has of it; with the pooled vector also what `layout` reads, which
+        may be known already."""
         names, found = sorted(names), {"tokens": tokens, "pooled": pooled}
         with_layout = self.layout is not None and "pooled" in names
         needed = sorted({*names, "tokens"}) if with_layout else names
@@ -77,7 +83,7 @@ class Reading:
             found = self.backbone.image(pixels.to(self.device))
         read = {name: found[name].to(self.device) for name in names}
         if with_layout:
-            read["layout"] = self.layout.reduced(found["tokens"].to(self.device))
+            read["layout"] = self.layout.reduced(found["tokens"].to(self.device)) if layout is None else layout
         return read
 
     def _projected(self, read: Mapping[str, Tensor], noise: Tensor | None) -> dict[str, Tensor]:
