@@ -201,6 +201,7 @@ def stepper(form: str, sizes: Sizes) -> Measured:
         nn.utils.clip_grad_norm_(weights, CLIP)
         optimiser.step()
 
+    step()  # what is made once for a training
     with FlopCounterMode(display=False) as counter:
         step()
     return Measured(step, float(counter.get_total_flops()))

@@ -22,7 +22,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +54,10 @@ def build(model_type: str, frozen: bool, device: torch.device) -> CirModel:
 
 
 def pairs(model: CirModel, batch: int) -> dict[str, Any]:
-    """A batch as the data set gives it without a feature cache, on the model's device."""
+    """A batch as the data set gives it without a feature cache, its tensors on the model's device."""
     side = model.backbone.image.image_size
     pixels = torch.randn(2, batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(model.device)
-    return {
+    given = {
         "reference_image": pixels[0],
         "target_image": pixels[1],
         "text_input": [CAPTION] * batch,
@@ -71,6 +70,7 @@ def pairs(model: CirModel, batch: int) -> dict[str, Any]:
         "epoch": 0,
         "num_iters_per_epoch": 1,
     }
+    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in given.items()}
 
 
 @torch.no_grad()
@@ -153,11 +153,11 @@ def by_nccl(batch: int, steps: int, device: torch.device) -> dict[str, float]:
             model = build("clip_vitb32", False, device)
             run = RunSchema(max_epoch=1, amp="bf16", init_lr=1e-5, clip_grad_norm=1.0)
             samples, optimisation = pairs(model, batch), Optimisation(model, run, device, steps, steps)
-            devices = [device.index or 0] if device.type == "cuda" else None
-            joined = torch.nn.parallel.DistributedDataParallel(model, devices, find_unused_parameters=True)
-            found[name] = milliseconds(
-                stepper(model if name == "alone" else joined, samples, optimisation), steps, device
-            )
+            run_as = model
+            if name == "joined":
+                devices = [device.index or 0] if device.type == "cuda" else None
+                run_as = torch.nn.parallel.DistributedDataParallel(model, devices, find_unused_parameters=True)
+            found[name] = milliseconds(stepper(run_as, samples, optimisation), steps, device)
         return {"backend": backend, **found}
     finally:
         torch.distributed.destroy_process_group()
@@ -190,13 +190,11 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
     print(f"{name}, torch {torch.__version__}", flush=True)
     lines: list[dict[str, Any]] = []
-    quiet: AbstractContextManager[Any] = warnings.catch_warnings() if device.type == "cuda" else nullcontext()
-    with quiet:
-        for model_type in given.types:
-            for frozen in (True, False):
-                for amp in (False, "bf16"):
-                    lines.append(measure(model_type, frozen, amp, given.batch, given.steps, device))
-                    print(shown(lines[-1:]).splitlines()[1], flush=True)
+    for model_type in given.types:
+        for frozen in (True, False):
+            for amp in (False, "bf16"):
+                lines.append(measure(model_type, frozen, amp, given.batch, given.steps, device))
+                print(shown(lines[-1:]).splitlines()[1], flush=True)
     joined = by_nccl(given.batch, given.steps, device)
     print("\n" + shown(lines))
     print(

@@ -81,7 +81,6 @@ _LOADING = (
     "num_workers",
     "loader_timeout",
     "cache_dir",
-    "cache_features",
     "batch_size_eval",
     "score_chunk",
     "use_dist_eval_sampler",

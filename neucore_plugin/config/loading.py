@@ -376,7 +376,7 @@ def _model(problems: Problems, given: Any, tables: Tables) -> tuple[dict[str, An
     if schema is None:
         return {**merge(section, given), "model_type": model_type}, defaults.get("preprocess") or {}
     if section.get("arch") not in (None, arch):  # the file of another model of ours is shared
-        section = known_settings(section, schema)
+        section = {key: value for key, value in known_settings(section, schema).items() if key not in schema.unshared}
     merged = {**merge(merge({"backbone": _encoders()}, section), given), "model_type": model_type}
     return _completed(problems, "model", merged, schema), defaults.get("preprocess") or {}
 
@@ -388,7 +388,7 @@ def _encoders() -> dict[str, Any]:
 
 def known_settings(section: Mapping[str, Any], schema: type[Section]) -> dict[str, Any]:
     """What of a default section `schema` has too; of its sections, which another model may have longer, the same."""
-    kept = {key: value for key, value in section.items() if key in schema.model_fields and key not in schema.unshared}
+    kept = {key: value for key, value in section.items() if key in schema.model_fields}
     for key, value in kept.items():
         inner = schema.model_fields[key].annotation
         if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Section):

@@ -263,7 +263,7 @@ class NeucoreSchema(ModelSchema):
         elif self.matching.terms == ["change"]:
             yield "matching.terms", "got change alone; allowed: beside another term"
         elif (given := self.layout.components) and self.form != "clauses":
-            yield "layout.components", f"got {given}; model.form {self.form} reads an image's tokens, allowed: 0"
+            yield "layout.components", f"got {given}; model.form {self.form} reads an image's tokens, allowed: 0{other}"
         own, usual = {"clauses", "places"}, FusionSchema()
         for key in FusionSchema.model_fields:
             if (key in own) != (self.form == "clauses") and getattr(self.fusion, key) != getattr(usual, key):

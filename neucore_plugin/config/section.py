@@ -96,7 +96,7 @@ class Problems:
 class Section(BaseModel):
     """A mapping with known keys, each with a default, a range and a description; a wrong type is never converted.
 
-    unshared: keys that it does not take from another's default file.
+    unshared: keys that a model does not take from a file of defaults that it shares with another.
     """
 
     unshared: ClassVar[frozenset[str]] = frozenset()

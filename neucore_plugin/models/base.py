@@ -284,7 +284,9 @@ class CirModel(Reading, BaseModel):
         names, own = {*self.reference_reads, *([self.gallery_reads] if negatives else [])}, self.gallery_reads
         known = dict.fromkeys(images)
         if self.training and self._layouts is not None and self.batch_loss.negatives.live:
-            known = {side: self._layouts.by_key(samples[f"{side}_key"]) for side in images}
+            keys = torch.cat([samples[f"{side}_key"] for side in images])
+            if (found := self._layouts.by_key(keys)) is not None:
+                known = dict(zip(images, found.chunk(2), strict=True))
         seen = self._raw(names, *images["reference"], known["reference"])
         shown = self._raw(self.target_reads, *images["target"], known["target"])
         reference = {}

@@ -45,13 +45,13 @@ class Layout(nn.Module):
         signs = torch.randint(2, (components, width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
         self.register_buffer("components", signs / width**0.5)  # C [K,Di]
         self.register_buffer("offset", torch.zeros(components))  # C m [K]
-        self.register_buffer("fitted", torch.tensor(False))
+        self.register_buffer("settled", torch.tensor(False))
         self.linear = nn.Linear(self.cells[0] * self.cells[1] * components, dim, bias=False)  # W
         nn.init.zeros_(self.linear.weight)
 
     def reduced(self, tokens: Tensor) -> Tensor:
         """tokens [G,N,Di] -> z [G,P*K]; what follows from the encoder alone, so that it can be kept."""
-        return (self._cells(tokens) @ self.components.T - self.offset).flatten(1)
+        return (self.cells_of(tokens) @ self.components.T - self.offset).flatten(1)
 
     def forward(self, reduced: Tensor, kept: Tensor | None = None) -> Tensor:
         """z [G,P*K], kept [G,K] or [1,K], what dropout multiplies the components of all cells by -> [G,D]."""
@@ -63,9 +63,9 @@ class Layout(nn.Module):
         return self.linear(reduced * kept)
 
     @torch.no_grad()
-    def fit(self, tokens: Tensor) -> None:
-        """Take C and m from the tokens [G,N,Di] of training images."""
-        cells = self._cells(tokens).flatten(0, 1).double()
+    def fit(self, cells: Tensor) -> None:
+        """Take C and m from the cells [G,P,Di] of training images, on the CPU."""
+        cells = cells.flatten(0, 1).double()
         mean = cells.mean(0)
         centred = cells - mean
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))  # ascending
@@ -75,14 +75,15 @@ class Layout(nn.Module):
         scale = values.mean().clamp_min(1e-12).rsqrt()
         self.components.copy_(vectors.T * scale)
         self.offset.copy_(mean @ vectors * scale)
-        self.fitted.fill_(True)
+        self.settled.fill_(True)
 
     def fit_on(self, images: TrainingImages | None) -> None:
-        """`fit`, on the cached features of a training's images; once for all, and not where they are none (None: a
-        stream's, which are there only as they pass)."""
-        if self.fitted:
+        """`fit`, on the cached features of a training's images; where they are none (None: a stream's, which are there
+        only as they pass) the directions stay random. Once for all: what is trained afterwards relies on them."""
+        if self.settled:
             return
         if images is None or not images.cached:
+            self.settled.fill_(True)
             log.warning(
                 "model.layout: the images' features are not cached, so that their principal components are not known; "
                 "random directions are taken, which has helped less. model.layout.components: 0 is the alternative"
@@ -90,9 +91,9 @@ class Layout(nn.Module):
             return
         count = len(images.keys)
         rows = torch.linspace(0, count - 1, min(count, FITTED_ON)).round().long().unique()
-        self.fit(images.features(rows, "tokens").to(self.offset.device))
+        self.fit(torch.cat([self.cells_of(images.features(part, "tokens")) for part in rows.split(_AT_A_TIME)]))
 
-    def _cells(self, tokens: Tensor) -> Tensor:
+    def cells_of(self, tokens: Tensor) -> Tensor:
         """tokens [G,N,Di] -> normalised cells [G,P,Di]."""
         rows, columns = self.grid
         check_shape("image tokens [G,N,Di]", tokens, None, None, self.width)

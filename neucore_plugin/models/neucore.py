@@ -165,7 +165,7 @@ class NeucoreModel(CirModel):
         for row, concepts in enumerate(words):
             found = [index for word in concepts if (index := self.vocabulary.index(class_of(word))) is not None]
             labels[row, found] = 1.0
-        return labels.to(self.device)
+        return labels.to(self.device, non_blocking=True)
 
     def query_concepts(self, words: Sequence[Sequence[str]] | EmbeddedConcepts) -> tuple[Tensor, Tensor]:
         """Concept lemmas of each query -> projected embeddings [B,K,D], mask [B,K]; any word is allowed."""
@@ -176,10 +176,10 @@ class NeucoreModel(CirModel):
         counts = torch.tensor([len(concepts) for concepts in words], dtype=torch.long)
         length = int(counts.max()) if len(words) else 0
         mask = torch.arange(length) < counts[:, None]
-        places = mask.flatten().nonzero().flatten().to(self.device)
+        places = mask.flatten().nonzero().flatten().to(self.device, non_blocking=True)
         embeddings = self._embed([word for concepts in words for word in concepts])
         padded = embeddings.new_zeros(mask.numel(), embeddings.shape[-1]).index_copy(0, places, embeddings)
-        return EmbeddedConcepts(padded.view(*mask.shape, embeddings.shape[-1]), mask.to(self.device))
+        return EmbeddedConcepts(padded.view(*mask.shape, embeddings.shape[-1]), mask.to(self.device, non_blocking=True))
 
     def _embed(self, words: Sequence[str]) -> Tensor:
         """[n,Dw]; those of the vocabulary from its table, where the text encoder does not change."""
@@ -189,7 +189,7 @@ class NeucoreModel(CirModel):
         known, unseen = ([place for place, row in enumerate(rows) if (row is None) == new] for new in (False, True))
 
         def index(numbers: Sequence[int]) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.long).to(self.device)
+            return torch.tensor(numbers, dtype=torch.long).to(self.device, non_blocking=True)
 
         found = table.new_zeros(len(words), table.shape[1])
         found[index(known)] = table[index([rows[place] for place in known])]

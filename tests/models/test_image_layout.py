@@ -6,12 +6,14 @@ import tiny
 import torch
 from batch_case import Images, beyond, beyond_pairs
 
+from neucore_plugin import launch
 from neucore_plugin.common.errors import ConfigError
 from neucore_plugin.concepts import ConceptVocabulary
 from neucore_plugin.config.loading import model_defaults
 from neucore_plugin.models.inputs import kept_channels
 from neucore_plugin.models.layout import Layout
 from neucore_plugin.models.neucore import NeucoreModel
+from neucore_plugin.weights import checkpoint
 
 WIDTH, COUNT = 12, 5
 
@@ -43,7 +45,7 @@ def cells_by_hand(tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 def test_components_are_the_leading_ones_of_the_cells(grid, extra):
     """By numpy's singular values of centred cells; tokens beyond the map have no place."""
     made, tokens = layout(grid), tiny.rand(COUNT, grid[0] * grid[1] + extra, WIDTH)
-    made.fit(tokens)
+    made.fit(made.cells_of(tokens))
     cells = cells_by_hand(tokens.numpy(), grid)
     flat = cells.reshape(-1, WIDTH)
     _, _, vectors = np.linalg.svd(flat - flat.mean(0))
@@ -52,7 +54,7 @@ def test_components_are_the_leading_ones_of_the_cells(grid, extra):
     found = made.reduced(tokens).detach().numpy().reshape(expected.shape)
     signs = np.sign((found * expected).sum((0, 1)))
     np.testing.assert_allclose(found, expected * signs, atol=1e-9)
-    assert bool(made.fitted)
+    assert bool(made.settled)
     torch.testing.assert_close(
         made(made.reduced(tokens)), torch.from_numpy(found.reshape(COUNT, -1)) @ made.linear.weight.T
     )
@@ -60,8 +62,8 @@ def test_components_are_the_leading_ones_of_the_cells(grid, extra):
 
 def test_the_same_directions_whatever_the_sign():
     first, second, tokens = layout(), layout(), tiny.rand(COUNT, 4, WIDTH)
-    first.fit(tokens)
-    second.fit(tokens.flip(0))
+    first.fit(first.cells_of(tokens))
+    second.fit(second.cells_of(tokens).flip(0))
     torch.testing.assert_close(first.components, second.components)
     assert bool((first.components.gather(1, first.components.abs().argmax(1, keepdim=True)) > 0).all())
 
@@ -73,6 +75,9 @@ def test_a_component_is_lost_in_all_places():
     z = made.reduced(tokens).view(COUNT, 4, 3)
     by_hand = torch.stack([torch.cat([place * kept[row] for place in image]) for row, image in enumerate(z)])
     torch.testing.assert_close(made(made.reduced(tokens), kept), by_hand @ made.linear.weight.T)
+    for one in kept:  # the same for all images
+        by_hand = torch.stack([torch.cat([place * one for place in image]) for image in z])
+        torch.testing.assert_close(made(made.reduced(tokens), one[None]), by_hand @ made.linear.weight.T)
 
 
 def test_at_first_it_changes_nothing():
@@ -82,27 +87,25 @@ def test_at_first_it_changes_nothing():
     assert not made.linear.weight.any() and not made(made.reduced(torch.randn(2, 4, WIDTH))).any()
 
 
-def test_directions_are_those_of_the_training_once_for_all(caplog):
+@pytest.mark.parametrize("first", ["cached", "not cached", "a stream"])
+def test_directions_are_settled_once_for_all(first, caplog):
+    """What is trained relies on them, also in a later training that begins from its checkpoint."""
     model, images = tiny.build("clauses").double(), Images()
-    before = model.layout.components.clone()
-    images.cached = False
+    images.cached, before = first == "cached", model.layout.components.clone()
+    model.fit_layout(None if first == "a stream" else images)
+    settled = model.layout.components.clone()
+    assert torch.equal(settled, before) == (first != "cached")
+    assert ("random directions are taken" in caplog.text) == (first != "cached")
+    images.cached, images._tokens = True, images._tokens.flip(2)
     model.fit_layout(images)
-    model.fit_layout(None)
-    assert caplog.text.count("random directions are taken") == 2 and torch.equal(model.layout.components, before)
-    images.cached = True
-    model.fit_layout(images)
-    fitted = model.layout.components.clone()
-    assert not torch.equal(fitted, before)
-    images._tokens = images._tokens.flip(2)
-    model.fit_layout(images)  # as for a training that begins from a checkpoint
-    assert torch.equal(model.layout.components, fitted)
+    assert torch.equal(model.layout.components, settled)
 
 
 def test_checkpoints_keep_the_directions(tmp_path):
     model = tiny.build("clauses")
     model.layout.fit(torch.randn(6, 4, 1280))
     again = type(model).from_checkpoint(tiny.save(model, tmp_path / "model.pth"))
-    for name in ("components", "offset", "fitted"):
+    for name in ("components", "offset", "settled"):
         assert torch.equal(getattr(again.layout, name), getattr(model.layout, name))
 
 
@@ -122,6 +125,51 @@ def test_negatives_are_as_any_gallery_image():
     torch.testing.assert_close(encode(rows, noise)["fg"], model.encode_image(**features)["fg"])
     model.layout.linear.weight.data.zero_()
     assert not torch.allclose(encode(rows, noise)["fg"], model.represent(read)["fg"])
+
+
+def consistent(images: Images, count: int = 8) -> dict:
+    """A batch whose features are those of its keys."""
+    found = beyond_pairs(count)
+    for side in ("reference", "target"):
+        for name in ("tokens", "pooled"):
+            found[f"{side}_{name}"] = images.features(found[f"{side}_key"], name)
+    return found
+
+
+@pytest.mark.parametrize("stranger", [False, True])
+def test_what_is_kept_of_an_image_is_what_would_be_read(stranger):
+    """Of a batch with an image that is none of the training all are read."""
+    model, images = beyond("clauses").train(), Images()
+    model.layout_dropout = 0.4
+    model.fit_layout(images)
+    torch.nn.init.normal_(model.layout.linear.weight, std=0.1)
+    batch = consistent(images)
+    if stranger:
+        batch["reference_key"] = batch["reference_key"] + 100
+    reduced, read = model.layout.reduced, []
+    model.layout.reduced = lambda tokens: read.append(len(tokens)) or reduced(tokens)
+    kept = model.read_pairs(batch, negatives=True)
+    assert read == ([8, 8] if stranger else [14])  # all images of the training, once
+    model._layouts = None
+    anew = model.read_pairs(batch, negatives=True)
+    for one, other in ((kept.reference, anew.reference), (kept.target, anew.target)):
+        torch.testing.assert_close(one["pooled"], other["pooled"])
+    torch.testing.assert_close(kept.negative, anew.negative)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_training_settles_them(tiny_config, cached):
+    def change(config: dict) -> None:
+        config["model"]["layout"] = {"components": 3, "dropout": 0.2}
+        config["run"] |= {"max_epoch": 1, "cache_features": cached, "valid_splits": [], "test_splits": ["val"]}
+
+    path = tiny_config(change)
+    launch.run(path)
+    (last,) = path.parent.glob("output/*/checkpoint_last.pth")
+    stored = checkpoint.load(last)["model"]
+    signs = stored["layout.components"].abs()
+    assert bool(stored["layout.settled"]) and (signs.std() < 1e-6) == (not cached)
+    assert stored["layout.linear.weight"].abs().sum() > 0
 
 
 def test_training_reaches_it():
