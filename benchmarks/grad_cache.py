@@ -84,7 +84,8 @@ class Text(nn.Module):
 def model(depth: int) -> NeucoreModel:
     torch.manual_seed(0)
     trained = Tuning(freeze=False)
-    section = {"arch": "neucore", "embed_dim": WIDTH, "query_dropout": {"image": 0.0, "text": 0.0}}
+    section = {"arch": "neucore", "model_type": "embedded_paper", "embed_dim": WIDTH}
+    section |= {"query_dropout": {"image": 0.0, "text": 0.0}}
     section |= {"concept_alignment": {"depth": 2, "heads": HEADS}, "fusion": {"steps": 2, "heads": HEADS}}
     return NeucoreModel.from_section(
         Backbone(Vision(depth), Text(depth), trained, trained),
