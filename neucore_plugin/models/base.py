@@ -15,21 +15,16 @@ from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel, all_gather_with_grad
 from torch import Tensor, nn
 
-from neucore_plugin.clauses import cached_text
 from neucore_plugin.common import distributed
 from neucore_plugin.common.errors import ConfigError, nearest
-from neucore_plugin.common.randomness import mix
 from neucore_plugin.concepts import ConceptExtractor, ConceptVocabulary
 from neucore_plugin.config.encoders import PIXELS
 from neucore_plugin.models import building
 from neucore_plugin.models.backbones import Backbone
 from neucore_plugin.models.backbones.tuning import named_groups
-from neucore_plugin.models.batch_loss import BatchLoss, by_side, iteration_of
+from neucore_plugin.models.batch_loss import BatchLoss, by_side
 from neucore_plugin.models.inputs import (
-    Pairs,
     Query,
-    drawn,
-    part_of,
     partial_rows,
     projection,
     with_stand_ins,
@@ -268,46 +263,6 @@ class CirModel(Reading, BaseModel):
 
     # ---- a batch ---------------------------------------------------------------------------------------------------
 
-    def read_pairs(self, samples: Mapping[str, Any], negatives: bool = False) -> Pairs:
-        """A batch of samples, in training with dropout of features, and stand-ins for what `query_dropout` takes away.
-
-        negatives: whether the references are also read as gallery images are.
-        """
-        images = {
-            side: [samples.get(f"{side}_{key}") for key in ("image", "tokens", "pooled")]
-            for side in ("reference", "target")
-        }
-        # Queries lose features each by itself, gallery images all the same ones, the further negatives among them: what
-        # tells two of them apart is never the dropout.
-        noise = samples["noise"] if self.training and (self.feature_dropout or self.layout_dropout) else None
-        shared = None if noise is None else self.shared_noise(samples)
-        names, own = {*self.reference_reads, *([self.gallery_reads] if negatives else [])}, self.gallery_reads
-        known = dict.fromkeys(images)
-        if self.training and self._layouts is not None and self.batch_loss.negatives.live:
-            keys = torch.cat([samples[f"{side}_key"] for side in images])
-            if (found := self._layouts.by_key(keys)) is not None:
-                known = dict(zip(images, found.chunk(2), strict=True))
-        seen = self._raw(names, *images["reference"], known["reference"])
-        shown = self._raw(self.target_reads, *images["target"], known["target"])
-        reference = {}
-        for name in self.reference_reads:
-            reference |= self._projected(part_of(seen, name), noise if name == "pooled" else shared)
-        negative = self._projected(part_of(seen, own), shared)[own] if negatives else None
-        target = self._projected(shown, shared)
-        text = self.text_features(samples["text_input"], cached_text(samples))
-        concept_words = list(samples["concept_words"])
-        query, origin = Query(reference, text, concept_words), negative
-        if self.training and self.batch_loss.partial_weight is None:
-            lost = drawn(self.query_dropout, torch.rand(len(concept_words), device=self.device))
-            query = without(query, *lost, *self._stand_ins())
-            if negative is not None and self.absent_image is not None:
-                origin = torch.where(lost[0][:, None], self.absent_image, negative)
-        return Pairs(query.reference, query.text, query.concept_words, target, negative, origin)
-
-    def shared_noise(self, samples: Mapping[str, Any]) -> Tensor:
-        """[1], what the dropout of a step's gallery images follows from: the seed and the number of the step."""
-        return torch.tensor([mix(self.seed, iteration_of(samples), 2) >> 1])
-
     def partial(self, given: Query, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """For `losses`: some queries of a batch once more, without image or text, composed: {"partial.*": [E,D]}.
 
@@ -321,9 +276,6 @@ class CirModel(Reading, BaseModel):
             rows, no_image = rows.new_zeros(1), no_image.new_ones(1)
         composed = self.compose(without(given.of(rows), no_image, ~no_image, *self._stand_ins()))
         return by_side(partial={name: value[:count] for name, value in composed.items()})
-
-    def _stand_ins(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.absent_image, self.absent_word, self.absent_sentence
 
     # ---- training -------------------------------------------------------------------------------------------------
 

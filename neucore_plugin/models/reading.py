@@ -1,4 +1,4 @@
-"""What a model reads of its backbone or of cached features: images and texts, projected to its width.
+"""What a model reads of its backbone or of cached features: images, texts and batches of pairs, projected to its width.
 
 B batch, N image tokens, L words, C clauses, D width.
 """
@@ -10,11 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neucore_plugin.clauses import clauses, joined, padded
+from neucore_plugin.clauses import cached_text, clauses, joined, padded
 from neucore_plugin.common.errors import first_few
+from neucore_plugin.common.randomness import mix
 from neucore_plugin.concepts import ConceptExtractor, ReleasedConceptExtractor
-from neucore_plugin.models.inputs import Projection, kept_channels, with_stand_ins
-from neucore_plugin.models.layout import Layout
+from neucore_plugin.models.batch_loss import BatchLoss, iteration_of
+from neucore_plugin.models.inputs import (
+    Pairs,
+    Projection,
+    Query,
+    drawn,
+    kept_channels,
+    part_of,
+    with_stand_ins,
+    without,
+)
+from neucore_plugin.models.layout import KnownLayouts, Layout
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +49,22 @@ class Reading:
     layout_dropout: float
     clauses: int
     query_reads: tuple[str, ...]
+    reference_reads: tuple[str, ...]
+    target_reads: tuple[str, ...]
+    gallery_reads: str
+    query_dropout: Mapping[str, float]
+    seed: int
+    batch_loss: BatchLoss
     concept_pos: tuple[str, ...]
     caption_processor: Any
     raw_captions: bool
+    absent_image: Tensor | None
     absent_word: Tensor | None
     absent_sentence: Tensor | None
     image_projection: nn.Module | None
     pooled_projection: nn.Module | None
     layout: Layout | None
+    _layouts: KnownLayouts | None
     word_projection: nn.Module | None
     sentence_projection: nn.Module | None
     _extractor: ConceptExtractor | None
@@ -176,3 +195,46 @@ class Reading:
             kind = ReleasedConceptExtractor if self.raw_captions else ConceptExtractor
             self._extractor = kind(self.concept_pos)
         return self._extractor([self.caption_processor(text) for text in texts])
+
+    def read_pairs(self, samples: Mapping[str, Any], negatives: bool = False) -> Pairs:
+        """A batch of samples, in training with dropout of features, and stand-ins for what `query_dropout` takes away.
+
+        negatives: whether the references are also read as gallery images are.
+        """
+        images = {
+            side: [samples.get(f"{side}_{key}") for key in ("image", "tokens", "pooled")]
+            for side in ("reference", "target")
+        }
+        # Queries lose features each by itself, gallery images all the same ones, the further negatives among them: what
+        # tells two of them apart is never the dropout.
+        noise = samples["noise"] if self.training and (self.feature_dropout or self.layout_dropout) else None
+        shared = None if noise is None else self.shared_noise(samples)
+        names, own = {*self.reference_reads, *([self.gallery_reads] if negatives else [])}, self.gallery_reads
+        known = dict.fromkeys(images)
+        if self.training and self._layouts is not None and self.batch_loss.negatives.live:
+            keys = torch.cat([samples[f"{side}_key"] for side in images])
+            if (found := self._layouts.by_key(keys)) is not None:
+                known = dict(zip(images, found.chunk(2), strict=True))
+        seen = self._raw(names, *images["reference"], known["reference"])
+        shown = self._raw(self.target_reads, *images["target"], known["target"])
+        reference = {}
+        for name in self.reference_reads:
+            reference |= self._projected(part_of(seen, name), noise if name == "pooled" else shared)
+        negative = self._projected(part_of(seen, own), shared)[own] if negatives else None
+        target = self._projected(shown, shared)
+        text = self.text_features(samples["text_input"], cached_text(samples))
+        concept_words = list(samples["concept_words"])
+        query, origin = Query(reference, text, concept_words), negative
+        if self.training and self.batch_loss.partial_weight is None:
+            lost = drawn(self.query_dropout, torch.rand(len(concept_words), device=self.device))
+            query = without(query, *lost, *self._stand_ins())
+            if negative is not None and self.absent_image is not None:
+                origin = torch.where(lost[0][:, None], self.absent_image, negative)
+        return Pairs(query.reference, query.text, query.concept_words, target, negative, origin)
+
+    def shared_noise(self, samples: Mapping[str, Any]) -> Tensor:
+        """[1], what the dropout of a step's gallery images follows from: the seed and the number of the step."""
+        return torch.tensor([mix(self.seed, iteration_of(samples), 2) >> 1])
+
+    def _stand_ins(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.absent_image, self.absent_word, self.absent_sentence
